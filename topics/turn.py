@@ -1,0 +1,55 @@
+"""`turns`: one model call, written by the gateway before the agent sees the end of the reply.
+
+A turn is a delta: its full prompt is the first `prefix_len` tokens of its parent's path (prompt + sampled)
+followed by `prompt_ids`. The arrays `sampled_ids` and `logprobs` have one length; `spans` cover it without gaps.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from topics.record import Record
+
+
+class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
+    """Sampled tokens [start, end) were drawn from this policy version."""
+
+    version: str
+    start: int
+    end: int
+
+
+class Turn(Record, frozen=True, kw_only=True, tag="Turn/1"):
+    group_id: str
+    rollout_id: str
+    session_id: str
+    turn_id: str
+    index: int
+    """Order of completion inside the session, from 0."""
+    parent: str = ""
+    """turn_id of the turn whose path this prompt extends; empty for a root."""
+    prefix_len: int = 0
+    prompt_ids: bytes
+    """int32[P]: prompt tokens after the first `prefix_len`."""
+    sampled_ids: bytes
+    """int32[T], exactly as the engine sampled them, the stop token included."""
+    logprobs: bytes
+    """float32[T]: behaviour log-probabilities at temperature 1 from the engine."""
+    spans: tuple[VersionSpan, ...]
+    finish_reason: str
+    """stop | length | abort"""
+    content: str = ""
+    """The reply's text, for people; never re-encoded."""
+    tool_calls: str = ""
+    """The reply's tool calls as JSON; empty if there are none."""
+    trainable: bool = True
+    """False for side requests (titles, probes) and aborted calls: recorded, not trained."""
+    fork: str = ""
+    """Why this turn did not extend the newest turn: template | retokenisation | compaction | other; empty if it did."""
+    dialect: str = "chat"
+    engine: str = ""
+    cached_tokens: int = 0
+    queued_s: float = 0.0
+    seconds: float = 0.0
+    asked: str = ""
+    """Sampling parameters that the agent asked for, as JSON."""
