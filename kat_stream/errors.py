@@ -5,6 +5,9 @@
     +-- DataError                a record, task or file that cannot be used as it is
     |   +-- DecodeError          bytes that are not the record they claim to be
     |   +-- TaskError            a task directory that is broken
+    |   +-- TurnError            a recorded turn that cannot be trained on
+    |   +-- BatchError           a packed batch that is inconsistent or too long for the model
+    |   +-- CheckpointError      a checkpoint or weight directory that is truncated, foreign or changed
     +-- LogError                 the event log
     |   +-- LogUnavailable       (retriable) broker away, outcome unknown
     |   +-- FencedError          another member owns the partition now; stop writing
@@ -15,7 +18,10 @@
     |   +-- SandboxUnavailable   (retriable) could not be created
     |   +-- SandboxDied          the sandbox went away under a running command
     +-- GatewayError             the LLM proxy, seen from the worker
+    |   +-- RequestRefused       an agent's request that is answered with an error; has HTTP's status and a code
     +-- VerifierError            (retriable) the grader failed, which says nothing about the work
+    +-- StepCancelled            the learner was asked to stop between micro-batches; nothing was changed
+    +-- ServiceDied              a service process that cannot be kept alive; carries its last words
     +-- DeadlineExceeded         a wait ran out; says what was awaited and for how long
 
 A failed rollout is a record, never an exception that leaves its stage; a broken invariant is a crash.
@@ -43,6 +49,18 @@ class DecodeError(DataError):
 
 
 class TaskError(DataError):
+    pass
+
+
+class TurnError(DataError):
+    pass
+
+
+class BatchError(DataError):
+    pass
+
+
+class CheckpointError(DataError):
     pass
 
 
@@ -86,8 +104,24 @@ class GatewayError(KatError):
     pass
 
 
+class RequestRefused(GatewayError):
+    """An agent's request that is answered with an error: HTTP status, machine-readable code, the field at fault."""
+
+    def __init__(self, message: str, param: str = "", *, status: int = 400, code: str = "") -> None:
+        super().__init__(message)
+        self.param, self.status, self.code = param, status, code
+
+
 class VerifierError(KatError):
     retriable = True
+
+
+class StepCancelled(KatError):
+    pass
+
+
+class ServiceDied(KatError):
+    pass
 
 
 class DeadlineExceeded(KatError):

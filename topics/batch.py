@@ -27,6 +27,8 @@ class PackedRow(msgspec.Struct, frozen=True, kw_only=True):
     """int32[M] sampled tokens of each turn in this row."""
     index: bytes
     """int32[sum turn_len] where each turn's sampled tokens lie in the row, turns one after the other."""
+    member: bytes
+    """int32[M] which member of the group each turn belongs to, counted among those with fate "packed"."""
     logprobs: bytes
     """float32[sum turn_len] behaviour log-probabilities."""
     advantage: bytes

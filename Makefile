@@ -1,0 +1,35 @@
+# One word a chore. Everything runs from .venv, which `setup` makes from package registries only.
+SHELL := /bin/bash
+KAT := .venv/bin/kat-stream
+SEED ?= 0
+LOG ?= memory
+
+.PHONY: demo test check bench warm-start setup setup-test clean
+
+demo: setup ## set everything up and train the small policy: make demo [SEED=1] [LOG=kafka]
+	$(KAT) demo --seed $(SEED) --log $(LOG)
+
+test: setup-test ## set everything up and run all tests
+	$(MAKE) --no-print-directory check
+	.venv/bin/python -m pytest
+
+check: ## style, types, import direction
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+bench: setup-test ## every benchmark; prints its tables
+	for script in tests/benchmarks/*.py; do echo "== $$script"; .venv/bin/python $$script; done
+
+warm-start: setup ## make the small policy that ships in kat_stream/demo/policy again
+	.venv/bin/python -m kat_stream.demo.warm_start --out .kat/policy --seed $(SEED)
+
+setup:
+	@LOG=$(LOG) ops/setup.sh run
+
+setup-test:
+	@ops/setup.sh test
+
+clean:
+	rm -rf .venv .kat dist

@@ -1,0 +1,96 @@
+"""Rollout: runs agents in sandboxes, many at once, and tells the log how each one ended.
+
+In:      rollout.requests
+Out:     trajectories; ledger (failed, cancelled)
+Key:     group_id
+Commits: a request when its trajectory is acknowledged; what is done beyond the low-watermark is remembered
+Fails:   trouble on our side is tried again (rollout.attempts), then it is an infra_error trajectory, never a reward
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import aiohttp
+from kat_stream.gateway.app import GatewayControl
+
+from kat_stream import telemetry
+from kat_stream.env.rollout import RolloutRunner
+from kat_stream.env.sandboxes import get_sandbox
+from kat_stream.log.base import Delivered
+from kat_stream.log.outcome import Emit, Outcome, Retry
+from kat_stream.log.stages import run_work
+from kat_stream.service import Context, wait_until
+from topics import LedgerEntry, Record, Reward, RolloutRequest, Trajectory
+
+log = logging.getLogger(__name__)
+
+GATEWAY_READY_S = 120.0
+DRAIN_S = 3.0
+"""How long rollouts of a lost partition may finish before they are cancelled; they run again elsewhere."""
+
+
+class Rollout:
+    async def run(self, ctx: Context) -> None:
+        config = ctx.config.rollout
+        async with aiohttp.ClientSession() as session:
+            control = GatewayControl(ctx.gateway_control_url, session)
+            await wait_until("the gateway to answer", control.healthy, deadline_s=GATEWAY_READY_S)
+            backend = get_sandbox(config.sandbox, allow_unsafe=config.allow_unsafe)
+            runner = RolloutRunner(backend, control, ctx.gateway_url)
+            handler = RolloutHandler(ctx.run, runner, config.attempts)
+            try:
+                await backend.reap()
+                await run_work(
+                    ctx.log,
+                    ("rollout.requests",),
+                    group="rollout",
+                    member=ctx.member,
+                    handler=handler,
+                    stopping=ctx.stopping,
+                    max_in_flight=config.in_flight,
+                    drain_s=DRAIN_S,
+                )
+            finally:
+                await runner.close()
+                await backend.close()
+
+
+class RolloutHandler:
+    """One request to one trajectory."""
+
+    def __init__(self, run: str, runner: RolloutRunner, attempts: int) -> None:
+        self.run_name, self.runner, self.attempts = run, runner, attempts
+        self.tried: Counter[str] = Counter()
+
+    async def __call__(self, delivered: Delivered) -> Outcome:
+        request = delivered.record()
+        if not isinstance(request, RolloutRequest) or request.run != self.run_name:
+            return Emit()
+        attempt = self.tried[request.rollout_id] + 1
+        self.tried[request.rollout_id] = attempt
+        with telemetry.IN_FLIGHT.track_inprogress():
+            trajectory, reward = await self.runner.run_graded(request, attempt=attempt)
+        if trajectory.outcome == "infra_error" and attempt < self.attempts:
+            return Retry(0.5 * attempt, f"{trajectory.error_class}: {trajectory.detail}")
+        del self.tried[request.rollout_id]
+        telemetry.ROLLOUTS.labels(trajectory.outcome).inc()
+        telemetry.ROLLOUT_SECONDS.observe(trajectory.seconds)
+        return Emit(*_records(trajectory, reward))
+
+
+def _records(trajectory: Trajectory, reward: Reward | None) -> list[Record]:
+    """What the log is told; a task that is graded in place has its reward already."""
+    if trajectory.gradable:
+        return [trajectory, reward] if reward is not None else [trajectory]
+    cancelled = trajectory.outcome == "cancelled"
+    entry = LedgerEntry(
+        run=trajectory.run,
+        group_id=trajectory.group_id,
+        rollout_id=trajectory.rollout_id,
+        state="cancelled" if cancelled else "failed",
+        reason=trajectory.detail if cancelled else trajectory.error_class,
+        stage="rollout",
+    )
+    return [trajectory, entry]

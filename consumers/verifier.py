@@ -1,0 +1,57 @@
+"""Verifier: grades each finished trajectory in a second, clean sandbox.
+
+In:      trajectories
+Out:     rewards
+Key:     group_id
+Commits: a trajectory when its reward is acknowledged
+Fails:   a grader that breaks is tried again, then writes a reward with status "failed": no score, never 0
+"""
+
+from __future__ import annotations
+
+from kat_stream import telemetry
+from kat_stream.env.grading import Grader
+from kat_stream.env.sandboxes import get_sandbox
+from kat_stream.log.base import Delivered
+from kat_stream.log.outcome import Emit, Outcome
+from kat_stream.log.stages import run_work
+from kat_stream.service import Context
+from topics import Trajectory
+
+DRAIN_S = 3.0
+
+
+class Verifier:
+    async def run(self, ctx: Context) -> None:
+        config = ctx.config
+        backend = get_sandbox(config.rollout.sandbox, allow_unsafe=config.rollout.allow_unsafe)
+        try:
+            await run_work(
+                ctx.log,
+                ("trajectories",),
+                group="verifier",
+                member=ctx.member,
+                handler=VerifierHandler(ctx.run, Grader(backend)),
+                stopping=ctx.stopping,
+                max_in_flight=config.verifier.in_flight,
+                drain_s=DRAIN_S,
+            )
+        finally:
+            await backend.close()
+
+
+class VerifierHandler:
+    """One trajectory to one reward; ungradable ones and those graded in place get none here."""
+
+    def __init__(self, run: str, grader: Grader) -> None:
+        self.run_name, self.grader = run, grader
+
+    async def __call__(self, delivered: Delivered) -> Outcome:
+        trajectory = delivered.record()
+        if not isinstance(trajectory, Trajectory) or trajectory.run != self.run_name:
+            return Emit()
+        if not trajectory.gradable or trajectory.request.task.verifier.in_place:
+            return Emit()
+        reward = await self.grader.grade(trajectory)
+        telemetry.GRADED.labels(reward.status).inc()
+        return Emit(reward)

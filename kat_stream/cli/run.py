@@ -1,0 +1,97 @@
+"""`kat-stream run CONFIG`: a whole system, to the end of its schedule."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+if TYPE_CHECKING:
+    from kat_stream.config import Config
+    from kat_stream.execute import Result
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells use it."""
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "run",
+        help="run a whole system: sampling, sandboxes, grading, training",
+        description="Starts every service of the configuration and runs until its schedule is done.\n"
+        "log.url = memory: runs all in this process; kafka:host:port runs one process a service under a supervisor.",
+        epilog="examples:\n"
+        "  kat-stream run my.toml                        a run of its own under runs/\n"
+        "  kat-stream run my.toml --set run.steps=100 --set trainer.learning_rate=4e-4\n"
+        "  kat-stream run my.toml --dry-run              print the complete configuration and stop\n"
+        "  kat-stream run --resume latest                go on from the newest checkpoint of a run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", nargs="?", type=Path, help="TOML file; without it, the defaults")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting")
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run: a folder, a name or `latest`")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run")
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from kat_stream.config import dump, load
+    from kat_stream.errors import ConfigError
+    from kat_stream.runs import create_run, find_run, reopen_run
+
+    if args.resume:
+        if args.config or args.set:
+            raise ConfigError("--resume takes its configuration from the run's folder; leave CONFIG and --set out")
+        run_dir = find_run(args.resume)
+        return conduct("run", reopen_run(run_dir), run_dir, resume=True)
+    config = load(args.config, args.set)
+    if args.dry_run:
+        print(dump(config), end="")
+        return 0
+    config, run_dir = create_run(config)
+    return conduct("run", config, run_dir, resume=False)
+
+
+def conduct(title: str, config: Config, run_dir: Path, *, resume: bool) -> int:
+    """Execute, show progress, leave plots, and close with one line."""
+    from kat_stream.execute import execute
+    from kat_stream.observe.progress import Progress
+    from kat_stream.policy import model_dir
+    from kat_stream.telemetry import setup_logging
+
+    model_dir(config.policy.model)
+    (run_dir / "logs").mkdir(exist_ok=True)
+    setup_logging(file=run_dir / "logs" / "run.log")
+    progress = Progress(steps=config.run.steps)
+    with progress:
+        result = anyio.run(lambda: execute(config, run_dir, resume=resume, progress=progress))
+    return close(title, result, run_dir)
+
+
+def close(title: str, result: Result, run_dir: Path) -> int:
+    """The last words of a run, and its exit code."""
+    from kat_stream.observe.plot import write_plots
+
+    from kat_stream.observe.sources import archived_state
+
+    state = archived_state(run_dir)
+    write_plots(state, run_dir)
+    if result.error is not None:
+        print(f"{title}: stopped: {result.error}", file=sys.stderr)
+        print(f"{title}: log {run_dir}/logs; go on with: kat-stream run --resume {run_dir}", file=sys.stderr)
+        return 1
+    if result.interrupted:
+        print(f"{title}: stopped at step {state.steps_done}; go on with: kat-stream run --resume {run_dir}")
+        return INTERRUPTED
+    print(f"{title}: {summary(state)}, {result.seconds:.0f} s, run {run_dir}")
+    return 0
+
+
+def summary(state: Any) -> str:
+    """`held-out pass rate 0.38 -> 0.91, 40 steps, 2560 rollouts`."""
+    rounds = [view for view in state.rounds if view.graded]
+    rates = f"held-out pass rate {rounds[0].pass_rate:.2f} -> {rounds[-1].pass_rate:.2f}, " if rounds else ""
+    return f"{rates}{state.steps_done} steps, {state.train_rollouts} rollouts"

@@ -1,0 +1,91 @@
+"""Runs a whole system from its configuration: in one process on the in-memory log, or as processes on Kafka.
+
+Invariant: whatever ends a run (its schedule, Ctrl-C, an error), its folder is left so that it can be read and resumed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+
+from kat_stream.config import Config
+from kat_stream.errors import KatError
+from kat_stream.local import run_local
+from kat_stream.log import open_log
+from kat_stream.observe.progress import Progress
+from kat_stream.observe.sources import archived_ledger
+from kat_stream.observe.state import RunState
+from kat_stream.runs import registered
+from kat_stream.service import Context
+from kat_stream.signals import stop_on_signal
+from kat_stream.supervisor import supervise
+from kat_stream.telemetry import serve_metrics
+from topics import CATALOGUE, LedgerEntry
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Result:
+    """How a run ended."""
+
+    state: RunState
+    seconds: float
+    interrupted: bool
+    error: BaseException | None = None
+
+
+async def execute(config: Config, run_dir: Path, *, resume: bool, progress: Progress) -> Result:
+    """Run to the end of the schedule, a signal or an error; the result says which."""
+    began = time.monotonic()
+    one_process = config.log.url.startswith("memory:")
+    the_log = open_log(config.log.url, **config.log.security)
+    await the_log.start()
+    ctx = Context(config=config, run=config.run.name, run_dir=run_dir, log=the_log, member="run")
+    metrics = serve_metrics(config.metrics.host, config.metrics.port)
+    url = f"http://{config.metrics.host}:{metrics.server_port}/metrics"
+    signalled = anyio.Event()
+    error: BaseException | None = None
+    try:
+        await the_log.apply_topics(CATALOGUE)
+        if resume and one_process:
+            await _settle_interrupted(ctx)
+        with registered(run_dir, "run", url):
+            async with anyio.create_task_group() as group:
+                group.start_soon(stop_on_signal, ctx.stopping, signalled)
+                group.start_soon(progress.follow, ctx)
+                try:
+                    await (run_local(ctx) if one_process else supervise(run_dir, ctx.stopping))
+                except KatError as failure:
+                    error = failure
+                with anyio.move_on_after(2):
+                    await progress.catch_up()
+                group.cancel_scope.cancel()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await the_log.close()
+        metrics.shutdown()
+    return Result(progress.state, time.monotonic() - began, signalled.is_set(), error)
+
+
+async def _settle_interrupted(ctx: Context) -> None:
+    """The in-memory log died with its process: what was in flight then is cancelled now, so that the ledger closes."""
+    lost = archived_ledger(ctx.run_dir).rollouts("in flight")
+    entries = [
+        LedgerEntry(
+            run=ctx.run,
+            group_id=rollout_id.rpartition("-")[0],
+            rollout_id=rollout_id,
+            state="cancelled",
+            reason="the run was interrupted",
+            stage="run",
+        )
+        for rollout_id in sorted(lost)
+    ]
+    if entries:
+        log.info("%d rollouts were in flight when the run was interrupted", len(entries))
+        await ctx.log.publish(*entries)

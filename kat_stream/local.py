@@ -1,0 +1,82 @@
+"""A whole run in one process: every service a task on one loop, over the in-memory log.
+
+Invariant: services stop in the order of the flow, so that what one has written the next has read; a service that
+raises stops the run and its error is the run's error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import anyio
+
+from kat_stream.service import Context, load_service
+
+log = logging.getLogger(__name__)
+
+SERVICES = ("sampler", "rollout", "verifier", "packer", "trainer", "weight_sync", "gateway", "engine", "archiver")
+"""In the order of the flow, which is the order in which they stop."""
+STOP_S = 2.5
+"""Longest wait for one service to stop before it is cancelled; the whole run stops within 5 s."""
+STOP_ALL_S = 4.0
+
+
+@dataclass(slots=True)
+class _Running:
+    name: str
+    context: Context
+    scope: anyio.CancelScope
+    ended: anyio.Event
+
+
+async def run_local(ctx: Context, services: Sequence[str] = SERVICES) -> None:
+    """Run until the sampler is finished or `ctx.stopping` is set; raises the error of a service that failed."""
+    running = [
+        _Running(name, _own_context(ctx, name), anyio.CancelScope(), anyio.Event()) for name in services
+    ]
+    failures: list[Exception] = []
+    async with anyio.create_task_group() as group:
+        for service in reversed(running):
+            group.start_soon(_supervise, service, ctx.stopping, failures)
+        await ctx.stopping.wait()
+        with anyio.CancelScope(shield=True):
+            await _stop(running)
+        group.cancel_scope.cancel()
+    if failures:
+        raise failures[0]
+
+
+def _own_context(ctx: Context, name: str) -> Context:
+    return Context(config=ctx.config, run=ctx.run, run_dir=ctx.run_dir, log=ctx.log, member=name)
+
+
+async def _supervise(service: _Running, all_stop: anyio.Event, failures: list[Exception]) -> None:
+    """One service to its end; the end of the sampler, or of any service by an error, ends the run."""
+    try:
+        with service.scope:
+            await load_service(service.name).run(service.context)
+    except Exception as error:  # whatever it is, it ends the run and is raised from run_local
+        log.error("%s stopped: %s: %s", service.name, type(error).__name__, error)
+        failures.append(error)
+        all_stop.set()
+    finally:
+        service.ended.set()
+        if service.name == "sampler" and not all_stop.is_set():
+            log.info("the schedule is done")
+            all_stop.set()
+
+
+async def _stop(running: Sequence[_Running]) -> None:
+    with anyio.move_on_after(STOP_ALL_S):
+        for service in running:
+            service.context.stopping.set()
+            with anyio.move_on_after(STOP_S) as late:
+                await service.ended.wait()
+            if late.cancelled_caught:
+                log.warning("%s did not stop within %.1f s and is cancelled", service.name, STOP_S)
+                service.scope.cancel()
+    for service in running:
+        service.context.stopping.set()
+        service.scope.cancel()

@@ -1,0 +1,137 @@
+"""One finished group to one `PackedBatch`: who is trained, with which advantage, and why the others are not. Pure.
+
+Invariant: every member gets exactly one fate, and a member has rows if and only if its fate is "packed".
+Failures of our own side and stale members are outside the baseline: they say nothing about the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kat_stream.errors import DataError
+from kat_stream.rl import advantages
+from kat_stream.rl.staleness import Forks, is_stale, oldest
+from kat_stream.trees import TrainBatch, TurnTokens, make_batch, to_arrays, turns_of
+from topics import GroupMember, PackedBatch, PackedRow, Reward, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRules:
+    """What the packer is told by the configuration."""
+
+    staleness: int
+    normalise_std: bool
+    budget_tokens: int
+    max_positions: int | None = None
+
+
+@dataclass(slots=True)
+class _Member:
+    trajectory: Trajectory
+    reward: Reward | None
+    fate: str = "packed"
+    reason: str = ""
+    turns: tuple[TurnTokens, ...] = ()
+    version: str = ""
+
+    def drop(self, fate: str, reason: str) -> None:
+        self.fate, self.reason = fate, reason
+
+
+def pack_group(
+    finished: Sequence[tuple[Trajectory, Reward | None]], head: str, forks: Forks, rules: GroupRules
+) -> PackedBatch:
+    """`finished` holds every member of one group, with a reward where the trajectory could be graded."""
+    members = [_judge(trajectory, reward, head, forks, rules) for trajectory, reward in finished]
+    _compare(members, rules)
+    packed = [member for member in members if member.fate == "packed"]
+    batch = _batch(packed, rules) if packed else None
+    first = finished[0][0]
+    return PackedBatch(
+        run=first.run,
+        group_id=first.group_id,
+        task_id=first.request.task.task_id,
+        members=tuple(_record(member) for member in members),
+        rows=tuple(_rows(batch)) if batch else (),
+        flat_tokens=batch.flat_tokens if batch else 0,
+        tree_tokens=batch.tree_tokens if batch else 0,
+    )
+
+
+def _judge(trajectory: Trajectory, reward: Reward | None, head: str, forks: Forks, rules: GroupRules) -> _Member:
+    """What can be said of one member alone."""
+    member = _Member(trajectory, reward)
+    if not trajectory.gradable:
+        cancelled = trajectory.outcome == "cancelled"
+        member.drop("cancelled" if cancelled else "failed", trajectory.error_class or trajectory.detail)
+    elif reward is None or reward.status == "failed":
+        member.drop("failed", reward.error_class if reward else "no reward")
+    else:
+        _read_turns(member, head, forks, rules)
+    return member
+
+
+def _read_turns(member: _Member, head: str, forks: Forks, rules: GroupRules) -> None:
+    try:
+        member.turns = tuple(turn for turn in turns_of(member.trajectory.turns) if turn.trainable)
+        spans = [span for turn in member.turns for span in turn.versions]
+        if not member.turns:
+            return member.drop("filtered", "no_turns")
+        longest = max(len(turn.prompt_ids) + len(turn.sampled_ids) for turn in member.turns)
+        if rules.max_positions is not None and longest > rules.max_positions:
+            return member.drop("filtered", f"too_long: {longest} tokens, the model has {rules.max_positions} positions")
+        member.version = oldest(spans, head, forks)
+    except (DataError, ValueError) as error:
+        return member.drop("filtered", f"bad_turn: {error}")
+    if is_stale(member.version, head, forks, rules.staleness):
+        member.drop("stale", f"sampled by {member.version}, head is {head}")
+    return None
+
+
+def _compare(members: Sequence[_Member], rules: GroupRules) -> None:
+    """What can only be said of the group: equal rewards teach nothing."""
+    alive = [member for member in members if member.fate == "packed"]
+    if alive and _advantages(alive, rules) is None:
+        reason = "alone" if len(alive) == 1 else "equal_rewards"
+        for member in alive:
+            member.drop("filtered", reason)
+
+
+def _advantages(members: Sequence[_Member], rules: GroupRules) -> NDArray[np.float64] | None:
+    rewards = [member.reward.score for member in members if member.reward is not None]
+    return (advantages.group_std if rules.normalise_std else advantages.group_mean)(rewards)
+
+
+def _batch(packed: Sequence[_Member], rules: GroupRules) -> TrainBatch:
+    each = _advantages(packed, rules)
+    assert each is not None
+    owner = np.repeat(np.arange(len(packed)), [len(member.turns) for member in packed])
+    return make_batch(
+        [turn for member in packed for turn in member.turns],
+        rollout=owner,
+        advantage=each[owner],
+        weight=advantages.turn_shares(owner),
+        rollout_ids=[member.trajectory.rollout_id for member in packed],
+        budget_tokens=rules.budget_tokens,
+        max_positions=rules.max_positions,
+    )
+
+
+def _rows(batch: TrainBatch) -> list[PackedRow]:
+    return [PackedRow(**{name: array.tobytes() for name, array in row.items()}) for row in to_arrays(batch)]
+
+
+def _record(member: _Member) -> GroupMember:
+    return GroupMember(
+        rollout_id=member.trajectory.rollout_id,
+        fate=member.fate,
+        reason=member.reason,
+        reward=member.reward.score if member.reward else 0.0,
+        turns=len(member.turns),
+        tokens=sum(len(turn.sampled_ids) for turn in member.turns),
+        oldest_version=member.version,
+    )

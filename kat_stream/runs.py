@@ -1,0 +1,117 @@
+"""A run's folder: its resolved configuration, its processes, and how it is found again.
+
+    runs/NAME/config.toml        complete configuration, ports and log address included
+    runs/NAME/services/*.json    one file a live service process: pid, /metrics address
+    runs/NAME/targets.json       Prometheus file_sd targets made from these
+    runs/NAME/{checkpoints,weights,archive,logs}/
+
+Invariant: config.toml is written once, before anything starts, and every process of the run reads it from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from kat_stream.config import Config, dump, load
+from kat_stream.errors import ConfigError
+
+
+def create_run(config: Config) -> tuple[Config, Path]:
+    """Name the run, choose free ports, write the folder. The returned configuration is complete."""
+    parent = Path(config.run.directory)
+    name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-s{config.run.seed}"
+    run_dir = parent / name
+    if (run_dir / "config.toml").exists():
+        raise ConfigError(f"run.name: {run_dir} exists; `kat-stream run --resume {name}` goes on with it")
+    config = msgspec.structs.replace(config, run=msgspec.structs.replace(config.run, name=name))
+    config = choose_ports(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _write(run_dir / "config.toml", dump(config))
+    return config, run_dir
+
+
+def reopen_run(run_dir: Path) -> Config:
+    """The configuration of an existing run, with fresh ports where the old ones are taken."""
+    config = choose_ports(load_run(run_dir), moving=True)
+    _write(run_dir / "config.toml", dump(config))
+    return config
+
+
+def load_run(run_dir: Path) -> Config:
+    return load(run_dir / "config.toml")
+
+
+def find_run(name: str, parent: Path = Path("runs")) -> Path:
+    """A folder, a name under `runs/`, or `latest`."""
+    candidates = [Path(name), parent / name]
+    if name == "latest":
+        candidates = sorted(parent.glob("*/config.toml"), key=lambda path: path.stat().st_mtime, reverse=True)
+        candidates = [path.parent for path in candidates[:1]]
+    for candidate in candidates:
+        if (candidate / "config.toml").is_file():
+            return candidate
+    raise ConfigError(f"no run `{name}`: looked for config.toml in {', '.join(map(str, candidates)) or parent}")
+
+
+def choose_ports(config: Config, *, moving: bool = False) -> Config:
+    """Replace every port that is 0 and, if `moving`, every one that somebody else has taken since."""
+    gateway, engine = config.gateway, config.engine
+    gateway = msgspec.structs.replace(
+        gateway,
+        port=_port(gateway.host, gateway.port, "gateway.port", moving),
+        control_port=_port(gateway.host, gateway.control_port, "gateway.control_port", moving),
+    )
+    if not engine.urls:
+        engine = msgspec.structs.replace(engine, port=_port(engine.host, engine.port, "engine.port", moving))
+    return msgspec.structs.replace(config, gateway=gateway, engine=engine)
+
+
+@contextmanager
+def registered(run_dir: Path, member: str, metrics_url: str) -> Iterator[None]:
+    """This process appears in the run's folder while it lives."""
+    path = run_dir / "services" / f"{member}.json"
+    path.parent.mkdir(exist_ok=True)
+    _write(path, json.dumps({"member": member, "pid": os.getpid(), "metrics": metrics_url, "started": time.time()}))
+    write_targets(run_dir)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        write_targets(run_dir)
+
+
+def write_targets(run_dir: Path) -> None:
+    """Prometheus `file_sd_configs` targets of the live services."""
+    targets = []
+    for path in sorted((run_dir / "services").glob("*.json")):
+        service = json.loads(path.read_text())
+        address = service["metrics"].removeprefix("http://").removesuffix("/metrics")
+        targets.append({"targets": [address], "labels": {"service": service["member"], "run": run_dir.name}})
+    _write(run_dir / "targets.json", json.dumps(targets, indent=1))
+
+
+def _port(host: str, port: int, key: str, moving: bool) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if not moving:
+                raise ConfigError(f"{key}: {host}:{port} cannot be used ({error.strerror})") from error
+            return _port(host, 0, key, False)
+        chosen: int = probe.getsockname()[1]
+        return chosen
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)

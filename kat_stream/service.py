@@ -1,0 +1,78 @@
+"""What a service is, and how one is found by name.
+
+A service is one `async def run(ctx)` that works until `ctx.stopping` is set or its work is done, and raises when it
+cannot go on. The same object runs as a task of one process (in-memory log) or as an OS process of its own (Kafka).
+Invariant: services meet only on the log and at the addresses in the resolved configuration, never in memory.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Protocol
+
+import anyio
+
+from kat_stream.config import Config
+from kat_stream.errors import ConfigError, DeadlineExceeded
+from kat_stream.log.base import Log
+
+SERVICE_GROUP = "kat_stream.services"
+
+
+@dataclass(slots=True)
+class Context:
+    """What a service is given: its configuration, the log, its own name, and the signal to stop."""
+
+    config: Config
+    run: str
+    run_dir: Path
+    log: Log
+    member: str
+    stopping: anyio.Event = field(default_factory=anyio.Event)
+
+    @property
+    def engine_urls(self) -> tuple[str, ...]:
+        """Engines to use: the configured ones, or the embedded one at its resolved port."""
+        engine = self.config.engine
+        return engine.urls or (f"http://{engine.host}:{engine.port}",)
+
+    @property
+    def gateway_url(self) -> str:
+        return f"http://{self.config.gateway.host}:{self.config.gateway.port}"
+
+    @property
+    def gateway_control_url(self) -> str:
+        return f"http://{self.config.gateway.host}:{self.config.gateway.control_port}"
+
+    async def stopped_within(self, seconds: float) -> bool:
+        """Sleep, but wake when the service is asked to stop; True if it was."""
+        with anyio.move_on_after(seconds):
+            await self.stopping.wait()
+        return self.stopping.is_set()
+
+
+class Service(Protocol):
+    async def run(self, ctx: Context) -> None: ...
+
+
+def load_service(name: str) -> Service:
+    """The service registered under this name in the entry-point group `kat_stream.services`."""
+    found = {entry.name: entry for entry in entry_points(group=SERVICE_GROUP)}
+    if name not in found:
+        raise ConfigError(f"no service `{name}`; there are: {', '.join(sorted(found))}")
+    service: Service = found[name].load()()
+    return service
+
+
+async def wait_until(what: str, ready: Callable[[], Awaitable[bool]], *, deadline_s: float, every_s: float = 0.1) -> None:
+    """Poll until `ready` says so; DeadlineExceeded names what was awaited."""
+    give_up = time.monotonic() + (deadline_s if math.isfinite(deadline_s) else 1e9)
+    while not await ready():
+        if time.monotonic() > give_up:
+            raise DeadlineExceeded(what, deadline_s)
+        await anyio.sleep(every_s)

@@ -1,0 +1,49 @@
+"""Logs and metrics of a process: one format for lines, one registry, one /metrics endpoint.
+
+Metric names start with `kat_`; SGLang's own names (`sglang:`) are kept for engines. Secrets never reach a line.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import Counter, Gauge, Histogram, start_http_server
+
+from kat_stream.errors import ConfigError
+
+ROLLOUTS = Counter("kat_rollouts_total", "Rollouts finished by this process", ["outcome"])
+ROLLOUT_SECONDS = Histogram(
+    "kat_rollout_seconds", "Wall time of a rollout", buckets=(0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800)
+)
+IN_FLIGHT = Gauge("kat_rollouts_in_flight", "Rollouts running in this process")
+GRADED = Counter("kat_gradings_total", "Trajectories graded by this process", ["status"])
+PACKED = Counter("kat_groups_total", "Groups resolved by the packer", ["fate"])
+STEPS = Counter("kat_train_steps_total", "Optimizer steps made")
+STEP_SECONDS = Histogram("kat_train_step_seconds", "Time of an optimizer step", buckets=(0.1, 0.5, 1, 2, 5, 10, 60, 600))
+TRAIN_BUSY = Counter("kat_train_busy_seconds_total", "Time spent in optimizer steps")
+STALENESS = Histogram("kat_staleness_versions", "Versions between sampling and training", buckets=(0, 1, 2, 3, 4, 8, 16))
+VERSION = Gauge("kat_policy_version", "Newest policy version seen by this process")
+SYNC_SECONDS = Histogram("kat_weight_sync_seconds", "Time to move one version to one engine", buckets=(0.05, 0.1, 0.5, 1, 5))
+ADMITTED = Gauge("kat_groups_admitted", "Groups requested so far")
+LAG = Gauge("kat_lag_messages", "Messages a group has still to read", ["group", "topic"])
+
+
+def setup_logging(level: str = "INFO", file: Path | None = None) -> None:
+    """Lines to stderr or to a file: time, level, logger, message. aiokafka reports ordinary events as errors: quieter."""
+    handler: logging.Handler = logging.FileHandler(file) if file else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+
+
+def serve_metrics(host: str, port: int) -> WSGIServer:
+    """/metrics of this process on a thread of its own."""
+    try:
+        server, _ = start_http_server(port, addr=host)
+    except OSError as error:
+        raise ConfigError(f"metrics.port: {host}:{port} cannot be used ({error.strerror})") from error
+    return server

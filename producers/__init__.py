@@ -1,0 +1,1 @@
+"""Services that begin a flow from outside the log: a data set, a clock, an HTTP call."""

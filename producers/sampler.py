@@ -1,0 +1,189 @@
+"""Sampler: asks for rollouts, evaluation rounds and training groups, as far ahead as staleness permits.
+
+In:      the data sets; policy.versions, rollout.requests, rewards, ledger (to know where the run stands)
+Out:     tasks, rollout.requests, ledger (requested)
+Key:     group_id
+Commits: nothing; a restart reads its own requests back and goes on after the last
+Fails:   a broken data set or an engine that never takes the newest version stops the run with the reason
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import aiohttp
+import anyio
+import msgspec
+
+from kat_stream import telemetry
+from kat_stream.config import Config
+from kat_stream.curriculum import Progress, Schedule
+from kat_stream.engines.client import EngineClient
+from kat_stream.env.datasets import open_dataset
+from kat_stream.errors import DataError, EngineError
+from kat_stream.log.base import Delivered, Follower
+from kat_stream.service import Context, wait_until
+from topics import LedgerEntry, PolicyVersion, Record, Reward, RolloutRequest, Sampling, Task
+
+log = logging.getLogger(__name__)
+
+WATCHED = ("policy.versions", "rollout.requests", "rewards", "ledger")
+ENGINE_ADOPTS_S = 120.0
+"""Longest wait for every engine to run the newest version before an evaluation starts."""
+
+
+def schedule_of(config: Config, run: str) -> Schedule:
+    """The schedule that a configuration describes."""
+    section = config.sampler
+    sampling = Sampling(
+        temperature=section.temperature,
+        max_new_tokens=section.max_new_tokens,
+        max_turns=section.max_turns,
+        max_context=section.max_context,
+    )
+    return Schedule(
+        run=run,
+        seed=config.run.seed,
+        steps=config.run.steps,
+        group_size=section.group_size,
+        groups_per_step=section.groups_per_step,
+        staleness=section.staleness,
+        sampling=sampling,
+        eval_before=section.eval_before,
+        eval_after=section.eval_after,
+        eval_every=section.eval_every,
+        eval_tasks=section.eval_tasks,
+    )
+
+
+class Sampler:
+    def __init__(self) -> None:
+        self.progress = Progress()
+        self.newest: PolicyVersion | None = None
+        self.changed = anyio.Event()
+        self.published_tasks: set[str] = set()
+
+    async def run(self, ctx: Context) -> None:
+        config = ctx.config
+        schedule = schedule_of(config, ctx.run)
+        train = _tasks(config.data.train, config.data.scaffold)
+        held_out = _tasks(config.data.held_out, config.data.scaffold)
+        log.info("%d training tasks, %d held-out tasks", len(train), len(held_out))
+        follower = ctx.log.follow(WATCHED, start="earliest")
+        async with follower, anyio.create_task_group() as group:
+            async for delivered in follower.catch_up():
+                self._read(ctx, delivered)
+            group.start_soon(self._watch, ctx, follower)
+            while not ctx.stopping.is_set() and not schedule.finished(self.progress):
+                changed = self.changed
+                if not await self._ask(ctx, schedule, train, held_out):
+                    await self._wait(ctx, changed)
+            group.cancel_scope.cancel()
+
+    async def _watch(self, ctx: Context, follower: Follower) -> None:
+        """Keep `progress` equal to what the log says."""
+        async for delivered in follower:
+            self._read(ctx, delivered)
+
+    def _read(self, ctx: Context, delivered: Delivered) -> None:
+        record = delivered.record()
+        if record.run == ctx.run:
+            self._note(record)
+            self.changed.set()
+            self.changed = anyio.Event()
+
+    def _note(self, record: Record) -> None:
+        progress = self.progress
+        match record:
+            case PolicyVersion():
+                self.newest = record
+                progress.version = record.number
+                telemetry.VERSION.set(record.number)
+            case RolloutRequest(purpose="eval"):
+                progress.eval_asked.setdefault(record.round, set()).add(record.rollout_id)
+            case RolloutRequest():
+                progress.train_groups = max(progress.train_groups, _index(record.group_id) + 1)
+                telemetry.ADMITTED.set(progress.train_groups)
+            case Reward(purpose="eval"):
+                progress.eval_settled.add(record.rollout_id)
+            case LedgerEntry(state="failed" | "cancelled"):
+                progress.eval_settled.add(record.rollout_id)
+
+    async def _ask(self, ctx: Context, schedule: Schedule, train: list[Task], held_out: list[Task]) -> bool:
+        """Publish what is due now; False if there is nothing."""
+        progress = self.progress
+        number = schedule.due_round(progress)
+        if number is not None:
+            await self._engines_adopt(ctx)
+            between = 0 < number < schedule.steps
+            tasks = held_out[: schedule.eval_tasks] if between else held_out
+            await self._publish(ctx, list(schedule.evaluation(number, tasks, self._deadline(ctx))))
+            return True
+        if any(schedule.blocks_training(number, progress) for number in progress.eval_asked):
+            return False
+        index = self._next_group(schedule)
+        if index >= schedule.admissible_groups(progress.version):
+            return False
+        await self._publish(ctx, schedule.group(index, train, self._deadline(ctx)))
+        return True
+
+    def _next_group(self, schedule: Schedule) -> int:
+        """After the last one asked for; on a new log that resumes at a checkpoint, after those already trained."""
+        return max(self.progress.train_groups, self.progress.version * schedule.groups_per_step)
+
+    async def _publish(self, ctx: Context, requests: list[RolloutRequest]) -> None:
+        records: list[Record] = []
+        for request in requests:
+            if request.task.task_id not in self.published_tasks:
+                self.published_tasks.add(request.task.task_id)
+                records.append(request.task)
+            entry = LedgerEntry(
+                run=ctx.run, group_id=request.group_id, rollout_id=request.rollout_id, state="requested", stage="sampler"
+            )
+            records += [request, entry]
+            self._note(request)
+        await ctx.log.publish(*records)
+
+    async def _engines_adopt(self, ctx: Context) -> None:
+        """Wait until every engine samples from the newest version: an evaluation is of one policy."""
+        assert self.newest is not None
+        version = self.newest.version
+        async with aiohttp.ClientSession() as session:
+            for url in ctx.engine_urls:
+                client = EngineClient(url, session)
+
+                async def adopted(client: EngineClient = client) -> bool:
+                    try:
+                        return ctx.stopping.is_set() or (await client.info()).weight_version == version
+                    except EngineError:
+                        return False
+
+                await wait_until(f"engine {url} to run {version}", adopted, deadline_s=ENGINE_ADOPTS_S)
+
+    def _deadline(self, ctx: Context) -> float:
+        return time.time() + ctx.config.sampler.rollout_timeout_s
+
+    async def _wait(self, ctx: Context, changed: anyio.Event) -> None:
+        """Until the log moves or the service must stop; the sampler itself has nothing else to wait for."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(_cancel_when, ctx.stopping, group.cancel_scope)
+            await changed.wait()
+            group.cancel_scope.cancel()
+
+
+async def _cancel_when(event: anyio.Event, scope: anyio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
+
+
+def _tasks(spec: str, scaffold: str) -> list[Task]:
+    dataset = open_dataset(spec)
+    tasks = [msgspec.structs.replace(task, scaffold=scaffold) for task in dataset.tasks()]
+    if not tasks:
+        raise DataError(f"{spec}: no tasks")
+    return tasks
+
+
+def _index(group_id: str) -> int:
+    return int(group_id.rpartition("-t")[2])
