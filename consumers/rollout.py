@@ -13,14 +13,14 @@ import logging
 from collections import Counter
 
 import aiohttp
-from kat_stream.gateway.app import GatewayControl
+from kat_stream.gateway.client import GatewayControl
 
 from kat_stream import telemetry
 from kat_stream.env.rollout import RolloutRunner
-from kat_stream.env.sandboxes import get_sandbox
 from kat_stream.log.base import Delivered
 from kat_stream.log.outcome import Emit, Outcome, Retry
 from kat_stream.log.stages import run_work
+from kat_stream.sandboxing import open_backend
 from kat_stream.service import Context, wait_until
 from topics import LedgerEntry, Record, Reward, RolloutRequest, Trajectory
 
@@ -37,7 +37,7 @@ class Rollout:
         async with aiohttp.ClientSession() as session:
             control = GatewayControl(ctx.gateway_control_url, session)
             await wait_until("the gateway to answer", control.healthy, deadline_s=GATEWAY_READY_S)
-            backend = get_sandbox(config.sandbox, allow_unsafe=config.allow_unsafe)
+            backend = open_backend(config)
             runner = RolloutRunner(backend, control, ctx.gateway_url)
             handler = RolloutHandler(ctx.run, runner, config.attempts)
             try:

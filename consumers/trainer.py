@@ -152,7 +152,9 @@ class Trainer:
     async def _step(self, ctx: Context, arrivals: Sequence[Arrival]) -> None:
         """Gradient, weights, records; in this order, so that nothing is announced that was not done."""
         began = time.monotonic()
-        step = assemble([group for _, group in arrivals], self.version, forks_of(self.history), ctx.config.sampler.staleness)
+        step = assemble(
+            [group for _, group in arrivals], self.version, forks_of(self.history), ctx.config.sampler.staleness
+        )
         try:
             metrics = await anyio.to_thread.run_sync(self._learn, step, ctx.stopping.is_set)
         except StepCancelled as reason:

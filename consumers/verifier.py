@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from kat_stream import telemetry
 from kat_stream.env.grading import Grader
-from kat_stream.env.sandboxes import get_sandbox
 from kat_stream.log.base import Delivered
 from kat_stream.log.outcome import Emit, Outcome
 from kat_stream.log.stages import run_work
+from kat_stream.sandboxing import open_backend
 from kat_stream.service import Context
 from topics import Trajectory
 
@@ -24,7 +24,7 @@ DRAIN_S = 3.0
 class Verifier:
     async def run(self, ctx: Context) -> None:
         config = ctx.config
-        backend = get_sandbox(config.rollout.sandbox, allow_unsafe=config.rollout.allow_unsafe)
+        backend = open_backend(config.rollout)
         try:
             await run_work(
                 ctx.log,

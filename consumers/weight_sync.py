@@ -4,7 +4,7 @@ In:      policy.versions
 Out:     nothing on the log; the engines' weights
 Key:     model
 Commits: nothing; at start it reads the newest version and asks each engine what it runs
-Fails:   an engine that does not answer is tried again until the next version; one that refuses the weights stops the run
+Fails:   an engine that does not answer is tried again until the next version; one that refuses them stops the run
 """
 
 from __future__ import annotations

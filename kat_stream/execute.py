@@ -18,7 +18,6 @@ from kat_stream.local import run_local
 from kat_stream.log import open_log
 from kat_stream.observe.progress import Progress
 from kat_stream.observe.sources import archived_ledger
-from kat_stream.observe.state import RunState
 from kat_stream.runs import registered
 from kat_stream.service import Context
 from kat_stream.signals import stop_on_signal
@@ -33,7 +32,6 @@ log = logging.getLogger(__name__)
 class Result:
     """How a run ended."""
 
-    state: RunState
     seconds: float
     interrupted: bool
     error: BaseException | None = None
@@ -43,7 +41,7 @@ async def execute(config: Config, run_dir: Path, *, resume: bool, progress: Prog
     """Run to the end of the schedule, a signal or an error; the result says which."""
     began = time.monotonic()
     one_process = config.log.url.startswith("memory:")
-    the_log = open_log(config.log.url, **config.log.security)
+    the_log = open_log(config.log.url, security=config.log.security)
     await the_log.start()
     ctx = Context(config=config, run=config.run.name, run_dir=run_dir, log=the_log, member="run")
     metrics = serve_metrics(config.metrics.host, config.metrics.port)
@@ -69,7 +67,7 @@ async def execute(config: Config, run_dir: Path, *, resume: bool, progress: Prog
         with anyio.CancelScope(shield=True):
             await the_log.close()
         metrics.shutdown()
-    return Result(progress.state, time.monotonic() - began, signalled.is_set(), error)
+    return Result(time.monotonic() - began, signalled.is_set(), error)
 
 
 async def _settle_interrupted(ctx: Context) -> None:

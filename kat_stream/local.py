@@ -33,9 +33,7 @@ class _Running:
 
 async def run_local(ctx: Context, services: Sequence[str] = SERVICES) -> None:
     """Run until the sampler is finished or `ctx.stopping` is set; raises the error of a service that failed."""
-    running = [
-        _Running(name, _own_context(ctx, name), anyio.CancelScope(), anyio.Event()) for name in services
-    ]
+    running = [_Running(name, _own_context(ctx, name), anyio.CancelScope(), anyio.Event()) for name in services]
     failures: list[Exception] = []
     async with anyio.create_task_group() as group:
         for service in reversed(running):

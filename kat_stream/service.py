@@ -7,7 +7,6 @@ Invariant: services meet only on the log and at the addresses in the resolved co
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from kat_stream.errors import ConfigError, DeadlineExceeded
 from kat_stream.log.base import Log
 
 SERVICE_GROUP = "kat_stream.services"
+POLL_S = 0.1
 
 
 @dataclass(slots=True)
@@ -69,10 +69,10 @@ def load_service(name: str) -> Service:
     return service
 
 
-async def wait_until(what: str, ready: Callable[[], Awaitable[bool]], *, deadline_s: float, every_s: float = 0.1) -> None:
+async def wait_until(what: str, ready: Callable[[], Awaitable[bool]], *, deadline_s: float) -> None:
     """Poll until `ready` says so; DeadlineExceeded names what was awaited."""
-    give_up = time.monotonic() + (deadline_s if math.isfinite(deadline_s) else 1e9)
+    give_up = time.monotonic() + deadline_s
     while not await ready():
         if time.monotonic() > give_up:
             raise DeadlineExceeded(what, deadline_s)
-        await anyio.sleep(every_s)
+        await anyio.sleep(POLL_S)

@@ -109,7 +109,9 @@ async def _keep_alive(member: Member, stopping: anyio.Event, failures: list[Serv
         member.deaths.append(time.monotonic())
         log.error("%s died (%s); its log: %s", member.name, _how(code), member.log_file)
         if member.died_too_often():
-            reason = f"{member.name} died {DEATHS} times within {WITHIN_S:g} s, last {_how(code)}:\n{member.last_words()}"
+            reason = (
+                f"{member.name} died {DEATHS} times within {WITHIN_S:g} s, last {_how(code)}:\n{member.last_words()}"
+            )
             failures.append(ServiceDied(reason))
             stopping.set()
             return

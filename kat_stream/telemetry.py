@@ -22,11 +22,17 @@ IN_FLIGHT = Gauge("kat_rollouts_in_flight", "Rollouts running in this process")
 GRADED = Counter("kat_gradings_total", "Trajectories graded by this process", ["status"])
 PACKED = Counter("kat_groups_total", "Groups resolved by the packer", ["fate"])
 STEPS = Counter("kat_train_steps_total", "Optimizer steps made")
-STEP_SECONDS = Histogram("kat_train_step_seconds", "Time of an optimizer step", buckets=(0.1, 0.5, 1, 2, 5, 10, 60, 600))
+STEP_SECONDS = Histogram(
+    "kat_train_step_seconds", "Time of an optimizer step", buckets=(0.1, 0.5, 1, 2, 5, 10, 60, 600)
+)
 TRAIN_BUSY = Counter("kat_train_busy_seconds_total", "Time spent in optimizer steps")
-STALENESS = Histogram("kat_staleness_versions", "Versions between sampling and training", buckets=(0, 1, 2, 3, 4, 8, 16))
+STALENESS = Histogram(
+    "kat_staleness_versions", "Versions between sampling and training", buckets=(0, 1, 2, 3, 4, 8, 16)
+)
 VERSION = Gauge("kat_policy_version", "Newest policy version seen by this process")
-SYNC_SECONDS = Histogram("kat_weight_sync_seconds", "Time to move one version to one engine", buckets=(0.05, 0.1, 0.5, 1, 5))
+SYNC_SECONDS = Histogram(
+    "kat_weight_sync_seconds", "Time to move one version to one engine", buckets=(0.05, 0.1, 0.5, 1, 5)
+)
 ADMITTED = Gauge("kat_groups_admitted", "Groups requested so far")
 LAG = Gauge("kat_lag_messages", "Messages a group has still to read", ["group", "topic"])
 

@@ -1,7 +1,7 @@
 """Sampler: asks for rollouts, evaluation rounds and training groups, as far ahead as staleness permits.
 
 In:      the data sets; policy.versions, rollout.requests, rewards, ledger (to know where the run stands)
-Out:     tasks, rollout.requests, ledger (requested)
+Out:     tasks, rollout.requests
 Key:     group_id
 Commits: nothing; a restart reads its own requests back and goes on after the last
 Fails:   a broken data set or an engine that never takes the newest version stops the run with the reason
@@ -138,10 +138,7 @@ class Sampler:
             if request.task.task_id not in self.published_tasks:
                 self.published_tasks.add(request.task.task_id)
                 records.append(request.task)
-            entry = LedgerEntry(
-                run=ctx.run, group_id=request.group_id, rollout_id=request.rollout_id, state="requested", stage="sampler"
-            )
-            records += [request, entry]
+            records.append(request)
             self._note(request)
         await ctx.log.publish(*records)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="train the small policy that ships with the package on small repositories",
-        description="Evaluates a small policy on held-out repositories, trains it by agents in sandboxes, and evaluates it\n"
-        "again. With --log memory everything runs in this process; with --log kafka a real Apache Kafka is started\n"
+        description="Evaluates a small policy on held-out repositories, trains it by agents in sandboxes and\n"
+        "evaluates it again. With --log memory everything runs in this process; with --log kafka a real Apache Kafka is started\n"
         "(Java and Maven are needed, Docker is not) and every service is a process of its own.",
         epilog="examples:\n"
         "  kat-stream demo                          about ten minutes on two cores\n"
@@ -33,12 +34,16 @@ def demo(args: argparse.Namespace) -> int:
 
     from kat_stream.cli.run import conduct
     from kat_stream.config import load
-    from kat_stream.env.sandboxes import choose_sandbox
     from kat_stream.log import broker
     from kat_stream.runs import create_run
+    from kat_stream.sandboxing import or_local
 
     config = load(CONFIG, [f"run.seed={args.seed}", *args.set])
-    config = msgspec.structs.replace(config, rollout=choose_sandbox(config.rollout))
+    section, reason = or_local(config.rollout)
+    if reason:
+        print(f"demo: WARNING: no isolation: {config.rollout.sandbox}: {reason}", file=sys.stderr)
+        print("demo: WARNING: the policy's commands run as you, on this machine", file=sys.stderr)
+    config = msgspec.structs.replace(config, rollout=section)
     if args.log == "memory":
         config, run_dir = create_run(config)
         return conduct("demo", config, run_dir, resume=False)

@@ -74,7 +74,6 @@ def conduct(title: str, config: Config, run_dir: Path, *, resume: bool) -> int:
 def close(title: str, result: Result, run_dir: Path) -> int:
     """The last words of a run, and its exit code."""
     from kat_stream.observe.plot import write_plots
-
     from kat_stream.observe.sources import archived_state
 
     state = archived_state(run_dir)

@@ -22,7 +22,9 @@ def register(subparsers: Any) -> None:
         "  kat-stream serve verifier --run runs/mine --member verifier-2",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("service", help="sampler, gateway, engine, rollout, verifier, packer, trainer, weight_sync, ...")
+    parser.add_argument(
+        "service", help="rollout, verifier, packer, trainer, engine, gateway, sampler, weight_sync, archiver"
+    )
     parser.add_argument("--run", default="latest", help="folder of the run, its name, or `latest`")
     parser.add_argument("--member", default="", help="this process's name in its group (default: made up)")
     parser.set_defaults(handler=serve)
@@ -52,8 +54,8 @@ async def _serve(service: Any, run_dir: Path, member: str) -> None:
 
     config = load_run(run_dir)
     if config.log.url.startswith("memory:"):
-        raise ConfigError(f"{run_dir} runs in one process (log.url = {config.log.url}); only a run on Kafka can be joined")
-    log = open_log(config.log.url, **config.log.security)
+        raise ConfigError(f"{run_dir} runs in one process (log.url = {config.log.url}): join one on Kafka instead")
+    log = open_log(config.log.url, security=config.log.security)
     await log.start()
     ctx = Context(config=config, run=config.run.name, run_dir=run_dir, log=log, member=member)
     metrics = serve_metrics(config.metrics.host, 0)
@@ -68,4 +70,3 @@ async def _serve(service: Any, run_dir: Path, member: str) -> None:
         with anyio.CancelScope(shield=True):
             await log.close()
         metrics.shutdown()
-

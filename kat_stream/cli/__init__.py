@@ -1,0 +1,20 @@
+"""The command line: `kat-stream COMMAND`, one module a command group.
+
+    console()            the console script
+    main(argv) -> int    the same for tests and programs: the exit code, never SystemExit
+Exit codes: 0 ok, 1 failure, 2 usage or configuration, 130 interrupted.
+Invariant: a command imports what it needs inside its handler, so that `kat-stream tail` never loads torch.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from kat_stream.cli.main import main
+
+__all__ = ["console", "main"]
+
+
+def console() -> None:
+    """Entry point of the `kat-stream` script."""
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""What commands share: how they are described, which run and which log they mean.
+
+Invariant: a command that reads a run takes the same options with the same meaning everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from kat_stream.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kat_stream.config import Config
+    from kat_stream.log import Log
+    from kat_stream.observe.sources import Source
+
+HELP_WIDTH = 100
+Handler = Callable[[argparse.Namespace], int]
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions and examples are printed as they are written."""
+
+
+def add_command(
+    subparsers: Any, name: str, handler: Handler, *, help: str, description: str, examples: Sequence[str]
+) -> argparse.ArgumentParser:
+    """A command with a line for the list, a text that teaches, and examples."""
+    text = fill(description, HELP_WIDTH, break_on_hyphens=False)
+    epilog = "\n".join(["examples:", *(f"  kat-stream {example}" for example in examples)])
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name, help=help, description=text, epilog=epilog, formatter_class=Formatter
+    )
+    add_debug(parser)
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def add_group(subparsers: Any, name: str, *, help: str, description: str) -> Any:
+    """A command with commands of its own."""
+    text = fill(description, HELP_WIDTH, break_on_hyphens=False)
+    parser = subparsers.add_parser(name, help=help, description=text, formatter_class=Formatter)
+    return parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    text = "show the traceback of an error"
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=text)
+
+
+def add_log_options(parser: argparse.ArgumentParser) -> None:
+    """--log, --config, --set: which log to ask."""
+    parser.add_argument("--log", metavar="URL", default="", help="kafka:host:port[,host:port] (default: the run's log)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="take the log from this configuration")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting")
+
+
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", nargs="?", default="latest", help="a run's folder, its name, or `latest`")
+
+
+def add_run_option(parser: argparse.ArgumentParser) -> None:
+    text = "a run's folder, its name, or `latest` (default: latest)"
+    parser.add_argument("--run", default="", metavar="RUN", help=text)
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What a command line says of run and log."""
+
+    run_dir: Path | None
+    url: str
+    security: Mapping[str, object]
+
+    def source(self) -> AbstractAsyncContextManager[Source]:
+        """The records that are meant."""
+        from kat_stream.observe.sources import open_source
+
+        return open_source(self.run_dir, self.url, self.security)
+
+
+def where(args: argparse.Namespace) -> Where:
+    """The run and the log of a command that has the run and the log options.
+
+    With --log and no --run, all runs on that log. ConfigError if there is no such run.
+    """
+    from kat_stream.runs import find_run
+
+    config = _given_config(args)
+    url = args.log or (config.log.url if config else "")
+    security = config.log.security if config else {}
+    if url.startswith("memory:"):
+        url = ""
+    run_dir = find_run(args.run or "latest") if args.run or not url else None
+    return Where(run_dir, url, security)
+
+
+def broker_log(args: argparse.Namespace) -> Log:
+    """The log of a command that asks the broker itself; ConfigError if the log lives in a run's own process."""
+    from kat_stream.log import open_log
+    from kat_stream.runs import find_run, load_run
+
+    config = _given_config(args)
+    if config is None and not args.log:
+        config = load_run(find_run(getattr(args, "run", "") or "latest"))
+    url = args.log or (config.log.url if config else "")
+    if url.startswith("memory:"):
+        raise ConfigError("the log is memory:, inside the run's own process; give --log kafka:HOST:PORT")
+    return open_log(url, security=config.log.security if config else None)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned to the left, two spaces apart, the last one free."""
+    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
+    lines = ("  ".join([*map(str.ljust, row[:-1], widths), row[-1]]).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def _given_config(args: argparse.Namespace) -> Config | None:
+    from kat_stream.config import load
+
+    return load(args.config, args.set) if args.config or args.set else None

@@ -1,0 +1,102 @@
+"""`kat-stream ledger RUN`: what became of every rollout that was asked for."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from kat_stream.cli.common import Where, add_command, add_log_options, add_run_argument, table, where
+
+if TYPE_CHECKING:
+    from kat_stream.observe.ledger import Ledger, Summary
+
+
+def register(subparsers: Any) -> None:
+    parser = add_command(
+        subparsers,
+        "ledger",
+        ledger,
+        help="the exact account of a run's rollouts",
+        description="Recomputes from the records: requested = trained + filtered + stale + failed + cancelled + "
+        "evaluated + in flight. Each rollout is counted once, whatever was retried or repeated. A "
+        "failure of our own side is `failed`, never reward 0. The exit code is 1 if the account does "
+        "not close.",
+        examples=[
+            "ledger latest",
+            "ledger latest --names failed             the rollouts behind a number",
+            "ledger latest --names failed:SandboxDied",
+            "ledger runs/mine --json",
+        ],
+    )
+    add_run_argument(parser)
+    names = "print the ids of these rollouts, one a line"
+    parser.add_argument("--names", metavar="STATE[:REASON]", default="", help=names)
+    parser.add_argument("--json", action="store_true", help="the account as JSON")
+    add_log_options(parser)
+
+
+def ledger(args: argparse.Namespace) -> int:
+    import anyio
+
+    account, where_from = anyio.run(_collect, where(args))
+    if args.names:
+        state, _, reason = args.names.partition(":")
+        for rollout_id in account.rollouts(_state(state), reason):
+            print(rollout_id)
+        return 0
+    problems = account.check()
+    print(_as_json(account.summary(), problems) if args.json else _as_text(account.summary(), problems, where_from))
+    return 1 if problems else 0
+
+
+async def _collect(place: Where) -> tuple[Ledger, str]:
+    from kat_stream.observe.ledger import Ledger
+    from kat_stream.observe.sources import read_records
+
+    account = Ledger()
+    async with place.source() as source:
+        async for record, _ in read_records(source):
+            account.apply(record)
+        return account, f"run {source.run}, from {source.where}"
+
+
+def _state(word: str) -> str:
+    from kat_stream.errors import ConfigError
+    from kat_stream.observe.ledger import TERMINAL
+
+    state = word.replace("-", " ").replace("_", " ")
+    if state not in (*TERMINAL, "in flight"):
+        raise ConfigError(f"--names {word}: no such state; there are: {', '.join(TERMINAL)}, in-flight")
+    return state
+
+
+def _as_text(summary: Summary, problems: list[str], where_from: str) -> str:
+    rows = [("requested", str(summary.requested))]
+    for state, value in _parts(summary):
+        rows.append((f"  {state}", str(value if isinstance(value, int) else sum(value.values()))))
+        if isinstance(value, dict):
+            rows += [(f"    {reason or '(no reason)'}", str(count)) for reason, count in value.items()]
+    width = max(len(count) for _, count in rows)
+    lines = [where_from, table([(name, count.rjust(width)) for name, count in rows])]
+    if problems:
+        return "\n".join([*lines, "the account does not close:", *(f"  {problem}" for problem in problems)])
+    return "\n".join([*lines, f"the account closes: {summary.requested} = {summary.accounted}"])
+
+
+def _parts(summary: Summary) -> list[tuple[str, int | dict[str, int]]]:
+    return [
+        ("trained", summary.trained),
+        ("filtered", summary.filtered),
+        ("stale", summary.stale),
+        ("failed", summary.failed),
+        ("cancelled", summary.cancelled),
+        ("evaluated", summary.evaluated),
+        ("in flight", summary.in_flight),
+    ]
+
+
+def _as_json(summary: Summary, problems: list[str]) -> str:
+    import json
+    from dataclasses import asdict
+
+    return json.dumps({**asdict(summary), "closes": not problems, "problems": problems})

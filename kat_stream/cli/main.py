@@ -1,0 +1,103 @@
+"""The parser over all command groups, and what becomes of errors.
+
+Invariant: an error that this package raises on purpose is one clear line on stderr and an exit code; a traceback means
+a bug or `--debug`. A reader that closes the pipe (`| head`) ends a command quietly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from kat_stream.cli.common import Formatter, add_debug
+from kat_stream.errors import ConfigError, KatError
+
+COMMANDS = {
+    "demo": "demo",
+    "run": "run",
+    "serve": "serve",
+    "eval": "eval",
+    "sft": "sft",
+    "tail": "tail",
+    "trace": "trace",
+    "ledger": "ledger",
+    "plot": "plot",
+    "lag": "lag",
+    "topics": "topics",
+    "dead-letters": "dead_letters",
+    "broker": "broker",
+    "datasets": "datasets",
+    "scaffolds": "plugins",
+    "sandboxes": "plugins",
+    "verifiers": "plugins",
+}
+"""Command -> module of this package with `register(subparsers)`."""
+FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+DESCRIPTION = """\
+Trains coding agents by reinforcement learning on an event log: agents work in sandboxes, every model call,
+trajectory, reward and batch is a record on a topic, and every part of the system reads and writes topics.
+
+  kat-stream demo             the whole loop on this machine, in minutes
+  kat-stream tail turns       what agents say, as they say it
+  kat-stream ledger latest    what became of every rollout"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words:
+        build_parser().print_help()
+        return USAGE
+    try:
+        args = build_parser(words).parse_args(words)
+    except SystemExit as stop:  # argparse has printed help or what is wrong
+        return stop.code if isinstance(stop.code, int) else USAGE
+    try:
+        code: int = args.handler(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (KatError, BaseExceptionGroup) as error:
+        if args.debug or (known := _on_purpose(error)) is None:
+            raise
+        print(f"kat-stream {words[0]}: {known}", file=sys.stderr)
+        return USAGE if isinstance(known, ConfigError) else FAILURE
+
+
+def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser for a command line: with the one group that its first word names, or with all of them."""
+    parser = argparse.ArgumentParser(prog="kat-stream", description=DESCRIPTION, formatter_class=Formatter)
+    parser.set_defaults(debug=False)
+    add_debug(parser)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    asked = words[0] if words else ""
+    modules = [COMMANDS[asked]] if asked in COMMANDS else list(dict.fromkeys(COMMANDS.values()))
+    for module in modules:
+        _register(module, subparsers)
+    return parser
+
+
+def _register(module: str, subparsers: Any) -> None:
+    name = f"kat_stream.cli.{module}"
+    if find_spec(name) is not None:
+        import_module(name).register(subparsers)
+
+
+def _on_purpose(error: BaseException) -> KatError | None:
+    """The KatError behind an error: itself, or the first of a task group that failed with nothing else."""
+    if isinstance(error, KatError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        known = [_on_purpose(inner) for inner in error.exceptions]
+        return known[0] if all(known) else None
+    return None

@@ -1,0 +1,199 @@
+"""A checkout of the Aider polyglot benchmark (Exercism layout): `polyglot:PATH?language=python`.
+
+Owns the reading of LANG/exercises/practice/NAME. Invariant: neither .meta nor .approaches (they hold solutions) is in
+an agent's work tree, and only changes of the exercise's solution files are graded, against its pristine tests.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from kat_stream.env.datasets.base import Files, Spec, read_file, read_tree, usable
+from kat_stream.env.datasets.languages import LANGUAGES, Language
+from kat_stream.errors import ConfigError, TaskError
+from topics import Environment, Task, VerifierSpec
+
+_SPOILERS = frozenset({".meta", ".approaches", ".articles"})
+_INSTRUCTIONS = ("introduction.md", "instructions.md", "instructions.append.md")
+_AGENT_TIMEOUT_S = 900.0
+_PIDS = 256
+_PLAIN = 0o644
+_SCRIPT = 0o755
+
+
+class _FileLists(msgspec.Struct, frozen=True):
+    solution: list[str]
+    test: list[str]
+    example: list[str]
+    editor: list[str] = []
+
+
+class _Exercise(msgspec.Struct, frozen=True):
+    """The part of .meta/config.json that is read; paths are relative to the exercise."""
+
+    files: _FileLists
+
+
+class PolyglotDataset:
+    """The exercises of one language, or of all languages whose tests can be run here."""
+
+    name = "polyglot"
+
+    def __init__(self, spec: Spec) -> None:
+        spec.check_options(("language",))
+        self._spec = spec
+        self._root = spec.directory()
+        chosen = spec.options.get("language")
+        if chosen is not None and chosen not in LANGUAGES:
+            raise ConfigError(f"dataset {spec.text!r}: language {chosen!r} is not one of {', '.join(LANGUAGES)}")
+        self._languages = [chosen] if chosen else [name for name in LANGUAGES if self._practice(name).is_dir()]
+        if not self._languages or not all(self._practice(name).is_dir() for name in self._languages):
+            wanted = chosen or "LANGUAGE"
+            raise ConfigError(f"dataset {spec.text!r}: {self._practice(wanted)} is not a directory")
+
+    def scan(self) -> Iterator[Task | TaskError]:
+        for language in self._languages:
+            for path in sorted(self._practice(language).iterdir()):
+                if path.is_dir():
+                    yield self._entry(language, path)
+
+    def tasks(self, limit: int | None = None) -> list[Task]:
+        return usable(self.scan(), limit)
+
+    def files(self, task: Task) -> Files:
+        tree = read_tree(self._path(task), without=_SPOILERS)
+        ignore = LANGUAGES[task.metadata["language"]].ignore
+        if ignore:
+            tree.setdefault(".gitignore", (ignore.encode(), _PLAIN))
+        return tree
+
+    def tests(self, task: Task) -> Files:
+        path = self._path(task)
+        lists = _lists(path)
+        return {name: read_file(path / name) for name in lists.test + lists.editor if name not in lists.solution}
+
+    def solution(self, task: Task) -> Files:
+        """`solve.sh` copies the reference files over the stubs."""
+        path = self._path(task)
+        files = {f"files/{target}": read_file(path / source) for source, target in _reference(path).items()}
+        solve = f'cp -R "$(dirname "$0")/files/." {task.environment.workdir}/\n'
+        return {"solve.sh": (solve.encode(), _SCRIPT), **files}
+
+    def _practice(self, language: str) -> Path:
+        return self._root / language / "exercises" / "practice"
+
+    def _path(self, task: Task) -> Path:
+        language, _, name = task.task_id.partition("/")
+        path = self._practice(language) / name
+        if language not in self._languages or not name or not path.is_dir():
+            raise TaskError(f"{self._spec.text}: no exercise {task.task_id!r}")
+        return path
+
+    def _entry(self, language: str, path: Path) -> Task | TaskError:
+        try:
+            return self._task(language, path)
+        except TaskError as error:
+            return error
+
+    def _task(self, name: str, path: Path) -> Task:
+        lists = _lists(path)
+        reference = self._spec.reference(f"{name}/{path.name}")
+        language = LANGUAGES[name]
+        return Task(
+            run="",
+            task_id=f"{name}/{path.name}",
+            dataset=self.name,
+            environment=_environment(language, reference, path.name),
+            instruction=_instruction(path, lists, language),
+            verifier=VerifierSpec(
+                name="command",
+                tests=reference,
+                timeout_s=language.timeout_s,
+                command=language.command,
+                options={
+                    "tests_directory": f"/work/{path.name}",
+                    "include": "\n".join(_gradable(lists)),
+                    # The tests run the agent's code: an endless loop in it is a failed test, not a failed grader.
+                    "timeout": "fail",
+                },
+            ),
+            solution=reference,
+            agent_timeout_s=_AGENT_TIMEOUT_S,
+            metadata={"language": name},
+        )
+
+
+def _environment(language: Language, reference: str, name: str) -> Environment:
+    # CMakeLists.txt of the C++ exercises takes the project's name from its directory.
+    return Environment(
+        files=reference,
+        workdir=f"/work/{name}",
+        env=language.env,
+        memory_mb=language.memory_mb,
+        pids=_PIDS,
+        mounts=language.mounts,
+    )
+
+
+def _lists(path: Path) -> _FileLists:
+    config = path / ".meta" / "config.json"
+    try:
+        lists = msgspec.json.decode(config.read_bytes(), type=_Exercise).files
+    except OSError as error:
+        raise TaskError(f"{config}: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise TaskError(f"{config}: {error}") from error
+    for key in ("solution", "test", "example"):
+        if not getattr(lists, key):
+            raise TaskError(f"{config}: files.{key} is empty; the exercise cannot be graded")
+    for name in lists.solution + lists.test + lists.example + lists.editor:
+        if not (path / name).resolve().is_relative_to(path.resolve()):
+            raise TaskError(f"{config}: {name} lies outside the exercise")
+    return lists
+
+
+def _reference(path: Path) -> dict[str, str]:
+    """Reference file -> the file it replaces, both relative to the exercise."""
+    lists = _lists(path)
+    free = list(lists.solution)
+    pairs: dict[str, str] = {}
+    for example in lists.example:
+        target = _target(example, free)
+        if target in free:
+            free.remove(target)
+        pairs[example] = target
+    if (path / ".meta" / "Cargo-example.toml").is_file():
+        pairs[".meta/Cargo-example.toml"] = "Cargo.toml"
+    return pairs
+
+
+def _target(example: str, free: list[str]) -> str:
+    name = posixpath.basename(example)
+    if example.startswith(".meta/src/reference/java/"):
+        return f"src/main/java/{name}"
+    suffix = posixpath.splitext(name)[1]
+    same = [candidate for candidate in free if posixpath.splitext(candidate)[1] == suffix]
+    if not same:
+        raise TaskError(f"{example}: no solution file of the same kind is left for it")
+    return same[0]
+
+
+def _gradable(lists: _FileLists) -> list[str]:
+    return [name for name in lists.solution if name not in lists.test]
+
+
+def _instruction(path: Path, lists: _FileLists, language: Language) -> str:
+    parts = [(path / ".docs" / name) for name in _INSTRUCTIONS]
+    texts = [part.read_text("utf-8").strip() for part in parts if part.is_file()]
+    if not texts:
+        raise TaskError(f"{path / '.docs' / 'instructions.md'}: missing")
+    files = ", ".join(_gradable(lists))
+    ending = (
+        f"Solve this by changing only {files}. Keep the names of functions and classes: the tests use them. "
+        f"Use the standard library only. The tests are run with: {language.command}"
+    )
+    return "\n\n".join([*texts, ending])

@@ -1,0 +1,75 @@
+"""Language tool chains of the worker that a sandbox may see, read-only.
+
+Owns the translation of a symbolic mount source (`toolchain:python`) to a path on this worker. Invariant: a Task record
+never holds a path of the machine it was made on, so a worker elsewhere finds its own or says what is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+from kat_stream.errors import TaskError
+
+PREFIX = "toolchain:"
+_ASK_TIMEOUT_S = 20.0
+
+
+def resolve(mounts: Mapping[str, str]) -> dict[str, str]:
+    """Mounts with symbolic sources made real: path inside -> path on the worker; TaskError if one is not here."""
+    return {inside: _source(source) for inside, source in mounts.items()}
+
+
+def _source(source: str) -> str:
+    if not source.startswith(PREFIX):
+        return source
+    name = source.removeprefix(PREFIX)
+    if name not in _FINDERS:
+        raise TaskError(f"no tool chain {name!r} (known: {', '.join(sorted(_FINDERS))})")
+    return str(_found(name))
+
+
+@cache
+def _found(name: str) -> Path:
+    path = _FINDERS[name]()
+    if not path.is_dir():
+        raise TaskError(f"tool chain {name!r}: {path} is not on this machine")
+    return path
+
+
+def _python() -> Path:
+    return Path(sys.base_prefix)
+
+
+def _pytest() -> Path:
+    """The site-packages directory that holds pytest."""
+    spec = importlib.util.find_spec("pytest")
+    if spec is None or spec.origin is None:
+        raise TaskError("tool chain 'pytest': pytest is not installed beside kat-stream")
+    return Path(spec.origin).parent.parent
+
+
+def _go() -> Path:
+    return Path(_ask("go", "env", "GOROOT"))
+
+
+def _rust() -> Path:
+    return Path(_ask("rustc", "--print", "sysroot"))
+
+
+def _ask(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        raise TaskError(f"tool chain: {command[0]!r} is not on this machine")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise TaskError(f"tool chain: {' '.join(command)}: {error}") from error
+    return done.stdout.strip()
+
+
+_FINDERS: dict[str, Callable[[], Path]] = {"python": _python, "pytest": _pytest, "go": _go, "rust": _rust}

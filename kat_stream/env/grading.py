@@ -1,0 +1,120 @@
+"""Grading: a trajectory in, a Reward out, by default in a second, clean sandbox.
+
+Owns the way from a patch to a verdict. Invariant: `grade` never raises (but for its own cancellation), a Reward with
+status "failed" is the grader's failure and carries no score, and hidden tests enter a sandbox only after the agent has
+left it or in one that the agent never saw.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from kat_stream.env.datasets import dataset_of
+from kat_stream.env.sandboxes.base import Sandbox, SandboxBackend
+from kat_stream.env.trajectories import apply_patch, sandbox_spec
+from kat_stream.env.verifiers import Verdict, Verifier, get_verifier
+from kat_stream.errors import ConfigError, VerifierError
+from topics import Reward, Trajectory
+
+_log = logging.getLogger(__name__)
+
+# Create, lay out, apply, read the result: beside the tests' own time.
+_OVERHEAD_S = 120.0
+
+
+class Grader:
+    """Grades many trajectories at once in one worker."""
+
+    def __init__(self, sandboxes: SandboxBackend) -> None:
+        self._sandboxes = sandboxes
+
+    async def grade(self, trajectory: Trajectory) -> Reward:
+        """The Reward of one gradable trajectory whose task is not graded in place."""
+        started = time.monotonic()
+        task = trajectory.request.task
+        try:
+            verifier = get_verifier(task.verifier.name)
+            async with asyncio.timeout(task.verifier.timeout_s + _OVERHEAD_S):
+                verdict = await self._verdict(trajectory, verifier)
+        except Exception as error:
+            # A grading is a record: whatever breaks, also in a plug-in's code, is this grading's failure and no score.
+            return _failed(trajectory, error, started)
+        return _graded(trajectory, verifier, verdict, started)
+
+    async def grade_in_place(self, trajectory: Trajectory, sandbox: Sandbox) -> Reward:
+        """Grade what the agent left in its own sandbox."""
+        started = time.monotonic()
+        task = trajectory.request.task
+        try:
+            verifier = get_verifier(task.verifier.name)
+            async with asyncio.timeout(task.verifier.timeout_s + _OVERHEAD_S):
+                verdict = await self._judge(trajectory, verifier, sandbox)
+        except Exception as error:
+            # As in `grade`.
+            return _failed(trajectory, error, started)
+        return _graded(trajectory, verifier, verdict, started)
+
+    async def _verdict(self, trajectory: Trajectory, verifier: Verifier) -> Verdict:
+        task = trajectory.request.task
+        if not trajectory.gradable:
+            raise VerifierError(f"{trajectory.rollout_id}: a rollout that ended in {trajectory.outcome} has no grade")
+        if task.verifier.in_place:
+            raise ConfigError(f"{task.task_id} is graded in place, by the rollout itself")
+        if missing := _unsubmitted(trajectory):
+            return missing
+        spec = sandbox_spec(task, wall_s=task.verifier.timeout_s + _OVERHEAD_S)
+        async with await self._sandboxes.create(spec, owner=f"grade-{trajectory.rollout_id}") as sandbox:
+            await sandbox.put(dataset_of(task).files(task), task.environment.workdir)
+            if problem := await apply_patch(sandbox, task, trajectory.patch):
+                return Verdict(0.0, {}, problem)
+            return await verifier.grade(task, dataset_of(task).tests(task), sandbox)
+
+    async def _judge(self, trajectory: Trajectory, verifier: Verifier, sandbox: Sandbox) -> Verdict:
+        task = trajectory.request.task
+        if missing := _unsubmitted(trajectory):
+            return missing
+        return await verifier.grade(task, dataset_of(task).tests(task), sandbox)
+
+
+def _unsubmitted(trajectory: Trajectory) -> Verdict | None:
+    """Score 0 without any test where the task wants the agent to say that it is done and it did not."""
+    required = trajectory.request.task.verifier.options.get("require_submit") == "1"
+    if not required or trajectory.outcome == "submitted":
+        return None
+    return Verdict(0.0, {}, f"not submitted: {trajectory.outcome}")
+
+
+def _graded(trajectory: Trajectory, verifier: Verifier, verdict: Verdict, started: float) -> Reward:
+    return Reward(
+        run=trajectory.run,
+        group_id=trajectory.group_id,
+        rollout_id=trajectory.rollout_id,
+        task_id=trajectory.request.task.task_id,
+        verifier=verifier.name,
+        verifier_version=verifier.version,
+        score=verdict.score,
+        components=verdict.components,
+        evidence=verdict.evidence,
+        purpose=trajectory.request.purpose,
+        round=trajectory.request.round,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _failed(trajectory: Trajectory, error: Exception, started: float) -> Reward:
+    _log.warning("grading %s: %s: %s", trajectory.rollout_id, type(error).__name__, error)
+    return Reward(
+        run=trajectory.run,
+        group_id=trajectory.group_id,
+        rollout_id=trajectory.rollout_id,
+        task_id=trajectory.request.task.task_id,
+        verifier=trajectory.request.task.verifier.name,
+        status="failed",
+        evidence=str(error),
+        error_class=type(error).__name__,
+        purpose=trajectory.request.purpose,
+        round=trajectory.request.round,
+        seconds=time.monotonic() - started,
+    )

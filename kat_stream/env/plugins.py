@@ -1,0 +1,36 @@
+"""Finds the variants of a protocol by name, from the entry points of every installed package.
+
+Owns the only place that loads a plug-in. Invariant: an unknown name is a ConfigError that lists the known ones, and a
+variant of somebody else's package is found the same way as ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from kat_stream.errors import ConfigError
+
+
+def names(group: str) -> list[str]:
+    """Names registered under an entry-point group such as `kat_stream.datasets`, sorted."""
+    return sorted({point.name for point in entry_points(group=group)})
+
+
+def load(group: str, name: str) -> Any:
+    """The object registered as `name`; ConfigError if there is none or it cannot be imported."""
+    for point in entry_points(group=group):
+        if point.name == name:
+            return _import(point)
+    known = names(group)
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"{group}: no {name!r}{hint} (known: {', '.join(known) or 'none'})")
+
+
+def _import(point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{point.group}: {point.name!r} cannot be imported from {point.value}: {error}") from error

@@ -1,0 +1,283 @@
+"""One rollout: a sandbox, a session, an agent, a patch, and a Trajectory whatever happens.
+
+Owns the order of those steps and the verdict on how the rollout ended. Invariant: `run` never raises (but for its own
+cancellation); what our side did wrong is `infra_error`, what the agent did is its own outcome, and every sandbox and
+every session that was opened is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kat_stream.env.datasets import Files, dataset_of
+from kat_stream.env.grading import Grader
+from kat_stream.env.sandboxes.base import Sandbox, SandboxBackend
+from kat_stream.env.scaffolds import Limits, Scaffold, ScaffoldResult, SessionEndpoint, get_scaffold
+from kat_stream.env.trajectories import lay_out, sandbox_spec, take_patch
+from kat_stream.errors import ConfigError, DataError, DeadlineExceeded, GatewayError, SandboxDied
+from topics import Reward, RolloutRequest, Sampling, Trajectory, Turn
+from topics.trajectory import Outcome
+
+_log = logging.getLogger(__name__)
+
+# Beside the agent's own time: create, lay out, take the patch, close. The sandbox ends itself after that.
+_OVERHEAD_S = 120.0
+_CREATE_TIMEOUT_S = 60.0
+_SESSION_TIMEOUT_S = 30.0
+_RELEASE_TIMEOUT_S = 30.0
+# A rollout that could not even start its agent is no rollout.
+_LEAST_AGENT_S = 0.5
+_NO_SESSION = SessionEndpoint("", "")
+
+
+class OpenedSession(Protocol):
+    """What the gateway hands out; `path` is `/s/SESSION`."""
+
+    @property
+    def session_id(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+
+
+class Sessions(Protocol):
+    """The gateway's control side, as a rollout uses it (kat_stream.gateway.GatewayControl)."""
+
+    async def open(
+        self, *, run: str, group_id: str, rollout_id: str, sampling: Sampling, purpose: str
+    ) -> OpenedSession: ...
+    async def close(self, session_id: str) -> list[Turn]: ...
+
+
+@dataclass
+class _State:
+    """What a rollout holds while it goes on, and what it has found out."""
+
+    request: RolloutRequest
+    scaffold: Scaffold
+    agent_s: float
+    cut_short: bool
+    """The request's deadline, not the task's own limit, ends the agent's time."""
+    sandbox: Sandbox | None = None
+    created: float = 0.0
+    session: OpenedSession | None = None
+    turns: tuple[Turn, ...] = ()
+    patch: bytes = b""
+    log: str = ""
+    reward: Reward | None = None
+
+
+@dataclass(frozen=True)
+class _End:
+    outcome: Outcome
+    detail: str = ""
+    error_class: str = ""
+
+
+class RolloutRunner:
+    """Runs many rollouts at once in one worker, with one instance of each scaffold.
+
+    `gateway` and `data_url` (http://host:port of the gateway's data listener, as this worker reaches it) may be left
+    out where only agents without a model run (oracle, nop).
+    """
+
+    def __init__(self, sandboxes: SandboxBackend, gateway: Sessions | None = None, data_url: str = "") -> None:
+        self._sandboxes = sandboxes
+        self._gateway = gateway
+        self._data_url = data_url.rstrip("/")
+        self._scaffolds: dict[str, Scaffold] = {}
+        self._grader = Grader(sandboxes)
+
+    async def run(
+        self, request: RolloutRequest, attempt: int = 1, cancelled: asyncio.Event | None = None
+    ) -> Trajectory:
+        """The finished rollout; see `run_graded`."""
+        trajectory, _ = await self.run_graded(request, attempt, cancelled)
+        return trajectory
+
+    async def run_graded(
+        self, request: RolloutRequest, attempt: int = 1, cancelled: asyncio.Event | None = None
+    ) -> tuple[Trajectory, Reward | None]:
+        """The finished rollout, and its Reward if the task is graded in place (it can be graded nowhere else).
+
+        Setting `cancelled` ends the rollout early with the outcome `cancelled`.
+        """
+        started = time.monotonic()
+        try:
+            state = self._prepare(request)
+        except (ConfigError, DeadlineExceeded) as error:
+            return _record(request, attempt, None, _failed(error), started), None
+        try:
+            end = await _unless(cancelled, self._guarded(state))
+        finally:
+            await asyncio.shield(self._release(state))
+        return _record(request, attempt, state, end or _End("cancelled"), started), state.reward
+
+    async def close(self) -> None:
+        """Release the scaffolds' connections."""
+        for scaffold in self._scaffolds.values():
+            await scaffold.close()
+        self._scaffolds.clear()
+
+    def _prepare(self, request: RolloutRequest) -> _State:
+        name = request.task.scaffold
+        if name not in self._scaffolds:
+            self._scaffolds[name] = get_scaffold(name)
+        # The request's deadline is the one moment that two machines must agree on: wall clock.
+        left_s = request.deadline_unix_s - time.time()
+        if left_s < _LEAST_AGENT_S:
+            raise DeadlineExceeded("the rollout was requested too late: start", max(left_s, 0.0))
+        own_s = request.task.agent_timeout_s
+        return _State(request, self._scaffolds[name], min(own_s, left_s), cut_short=left_s < own_s)
+
+    async def _guarded(self, state: _State) -> _End:
+        try:
+            return await self._work(state)
+        except Exception as error:
+            # A rollout is a record: an error of any kind, also from a plug-in's code, ends this rollout and no other.
+            _log.warning("rollout %s: %s: %s", state.request.rollout_id, type(error).__name__, error)
+            return _failed(error)
+
+    async def _work(self, state: _State) -> _End:
+        task = state.request.task
+        files = dataset_of(task).files(task)
+        endpoint = await self._open_session(state)
+        state.sandbox = sandbox = await self._create(state)
+        base = await lay_out(sandbox, task, files)
+        end = await self._let_work(state, endpoint)
+        end = await self._harvest(state, files, base, end)
+        await self._close_session(state)
+        return _with_turns(end, state.turns)
+
+    async def _open_session(self, state: _State) -> SessionEndpoint:
+        if not state.scaffold.needs().session:
+            return _NO_SESSION
+        if self._gateway is None:
+            raise ConfigError(f"the agent {state.scaffold.name!r} needs a gateway")
+        request = state.request
+        async with asyncio.timeout(_SESSION_TIMEOUT_S):
+            state.session = await self._gateway.open(
+                run=request.run,
+                group_id=request.group_id,
+                rollout_id=request.rollout_id,
+                sampling=request.sampling,
+                purpose=request.purpose,
+            )
+        return SessionEndpoint(self._data_url + state.session.path, state.session.key)
+
+    async def _create(self, state: _State) -> Sandbox:
+        needs = state.scaffold.needs()
+        spec = sandbox_spec(
+            state.request.task,
+            wall_s=state.agent_s + _OVERHEAD_S,
+            network="gateway" if needs.network else "none",
+            mounts=needs.mounts,
+            memory_mb=needs.memory_mb,
+            pids=needs.pids,
+        )
+        async with asyncio.timeout(_CREATE_TIMEOUT_S):
+            sandbox = await self._sandboxes.create(spec, owner=state.request.rollout_id)
+        state.created = time.monotonic()
+        return sandbox
+
+    async def _let_work(self, state: _State, endpoint: SessionEndpoint) -> _End:
+        """The agent's own part: from here on a sandbox that dies is the agent's doing."""
+        assert state.sandbox is not None
+        sampling = state.request.sampling
+        limits = Limits(sampling.max_turns, sampling.max_new_tokens, sampling.max_context, state.agent_s)
+        try:
+            async with asyncio.timeout(state.agent_s) as clock:
+                result = await state.scaffold.run(state.request.task, endpoint, state.sandbox, limits)
+        except SandboxDied as error:
+            return _End("sandbox_died", str(error))
+        except TimeoutError:
+            if not clock.expired():
+                raise
+            result = ScaffoldResult("time_limit", f"not done after {state.agent_s:.0f} s")
+        if result.outcome == "time_limit" and state.cut_short:
+            raise DeadlineExceeded("the rollout's deadline: the agent's end", state.agent_s)
+        state.log = result.log
+        return _End(result.outcome, result.detail)
+
+    async def _harvest(self, state: _State, files: Files, base: str, end: _End) -> _End:
+        """Take the patch; where that fails it is because of what the agent left behind."""
+        if end.outcome in ("sandbox_died", "infra_error"):
+            return end
+        assert state.sandbox is not None
+        try:
+            state.patch = await take_patch(state.sandbox, state.request.task, files, base)
+            if state.request.task.verifier.in_place:
+                graded = _record(state.request, 1, state, end, time.monotonic())
+                state.reward = await self._grader.grade_in_place(graded, state.sandbox)
+        except SandboxDied as error:
+            return _End("sandbox_died", str(error))
+        except DataError as error:
+            return _End("agent_error", str(error))
+        return end
+
+    async def _close_session(self, state: _State) -> None:
+        session, state.session = state.session, None
+        if session is not None and self._gateway is not None:
+            async with asyncio.timeout(_SESSION_TIMEOUT_S):
+                state.turns = tuple(await self._gateway.close(session.session_id))
+
+    async def _release(self, state: _State) -> None:
+        """Close what is still open. Its failure is logged only: the record of the rollout matters more."""
+        try:
+            async with asyncio.timeout(_RELEASE_TIMEOUT_S):
+                if state.sandbox is not None:
+                    await state.sandbox.destroy()
+                await self._close_session(state)
+        except (TimeoutError, GatewayError, OSError) as error:
+            _log.warning("rollout %s: release: %s: %s", state.request.rollout_id, type(error).__name__, error)
+
+
+def _failed(error: Exception) -> _End:
+    return _End("infra_error", str(error) or type(error).__name__, type(error).__name__)
+
+
+def _with_turns(end: _End, turns: tuple[Turn, ...]) -> _End:
+    """A black box that gives up because its last reply was cut ran out of tokens, whatever it says itself."""
+    if end.outcome == "agent_error" and turns and turns[-1].finish_reason == "length":
+        return _End("token_limit", end.detail)
+    return end
+
+
+def _record(request: RolloutRequest, attempt: int, state: _State | None, end: _End, started: float) -> Trajectory:
+    now = time.monotonic()
+    return Trajectory(
+        run=request.run,
+        group_id=request.group_id,
+        rollout_id=request.rollout_id,
+        attempt=attempt,
+        request=request,
+        turns=state.turns if state else (),
+        outcome=end.outcome,
+        detail=end.detail,
+        error_class=end.error_class,
+        patch=state.patch if state else b"",
+        log=state.log if state else "",
+        seconds=now - started,
+        sandbox_s=now - state.created if state and state.created else 0.0,
+    )
+
+
+async def _unless[T](cancelled: asyncio.Event | None, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`; None if the event came first, with `work` cancelled and ended."""
+    if cancelled is None:
+        return await work
+    task, event = asyncio.ensure_future(work), asyncio.ensure_future(cancelled.wait())
+    try:
+        await asyncio.wait({task, event}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        event.cancel()
+        if not task.done():
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    return None if task.cancelled() else task.result()

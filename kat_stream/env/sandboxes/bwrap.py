@@ -1,0 +1,270 @@
+"""The bubblewrap back end: namespaces, seccomp, cgroups and rlimits around one shell, without a daemon.
+
+Owns the start and the end of a sandbox. Invariants: bwrap runs as an unprivileged user from the first instruction;
+a sandbox sees only what stage.py shows; when this process dies in any way, everything inside dies (PDEATHSIG), and
+what is left in the file system is removed by the next process that starts (`reap`). Everything is started from the
+event loop's thread, because PDEATHSIG belongs to the thread that forks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+from kat_stream.env.sandboxes.base import SandboxSpec
+from kat_stream.env.sandboxes.bwrap_sandbox import INSIDE, BwrapSandbox, Parts
+from kat_stream.env.sandboxes.cgroups import Cgroup, Hierarchy
+from kat_stream.env.sandboxes.owners import is_orphan, new_name
+from kat_stream.env.sandboxes.seccomp import filter_program
+from kat_stream.env.sandboxes.shell import ShellServer
+from kat_stream.env.sandboxes.stage import (
+    SANDBOX_UID,
+    SHELL,
+    PrivateStages,
+    Stage,
+    host_stage,
+    system_directory,
+    system_links,
+)
+from kat_stream.errors import DeadlineExceeded, SandboxDied, SandboxError, SandboxUnavailable
+
+_log = logging.getLogger(__name__)
+
+_CREATE_DEADLINE_S = 10.0
+_CONCURRENT_STARTS = 4  # more only queue for the CPU: research/sandboxes.md 5
+_OPEN_FILES = 1024
+_BLOCK = 512  # bytes; the unit of `ulimit -f`
+_HIDDEN_SIZE = 4096
+_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/home/agent", "LANG": "C.UTF-8"}
+_ISOLATION = (
+    "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session", "--as-pid-1",
+    "--hostname", "sandbox", "--clearenv", "--cap-drop", "ALL",
+)  # fmt: skip
+
+
+class BwrapBackend:
+    """Sandboxes by bubblewrap >= 0.8; as root with cgroups, as an ordinary user with what `describe` says."""
+
+    name = "bwrap"
+    isolated = True
+
+    def __init__(self) -> None:
+        self._root = os.geteuid() == 0
+        self._uid = SANDBOX_UID if self._root else os.getuid()
+        self._gid = SANDBOX_UID if self._root else os.getgid()
+        self._runs = _run_directory(self._root)
+        self._etc = system_directory(_cache_directory(), self._uid, self._gid)
+        self._filter = filter_program()
+        self._hierarchy = Hierarchy.detect() if self._root else None
+        self._stages = PrivateStages(self._etc, self._runs)
+        self._slots = asyncio.Semaphore(_CONCURRENT_STARTS)
+        self._alive: set[BwrapSandbox] = set()
+        self._swept = False
+
+    @classmethod
+    def probe(cls) -> str:
+        """Starts one sandbox of nothing but /usr (some 10 ms)."""
+        root = os.geteuid() == 0
+        missing = [tool for tool in ("bwrap", *(("nsenter", "unshare") if root else ())) if shutil.which(tool) is None]
+        if missing:
+            return f"not installed: {', '.join(missing)}"
+        links = [word for path, target in system_links().items() for word in ("--symlink", target, path)]
+        command = ["bwrap", *_ISOLATION, "--ro-bind", "/usr", "/usr", *links, "--proc", "/proc", "/usr/bin/true"]
+        user = {"user": SANDBOX_UID, "group": SANDBOX_UID, "extra_groups": []} if root else {}
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=_CREATE_DEADLINE_S, cwd="/", **user)  # type: ignore[call-overload]
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+        return "" if done.returncode == 0 else done.stderr.decode(errors="replace").strip()
+
+    def describe(self) -> dict[str, str]:
+        version = None if self._hierarchy is None else self._hierarchy.version
+        group = f"cgroup v{version}" if version else ""
+        return {
+            "memory_mb": group or "RLIMIT_DATA of each process; their sum is not enforced",
+            "pids": group or "RLIMIT_NPROC in the sandbox's user namespace (Linux >= 5.14)",
+            "cpus": group or "not enforced",
+            "disk_mb": "tmpfs size of each writable directory; the number of files is not enforced",
+            "wall_s": "timer of the controller",
+            "network": "own network namespace with loopback only",
+            "user": f"uid {self._uid}, no capabilities, no further user namespaces, seccomp",
+        }
+
+    async def create(self, spec: SandboxSpec, *, owner: str = "") -> BwrapSandbox:
+        async with self._slots:
+            if not self._swept:
+                self._swept = True
+                await self.reap()
+            name = new_name()
+            directory = self._make_directory(name)
+            try:
+                return await self._start(name, directory, spec, owner)
+            except BaseException:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
+
+    async def reap(self) -> int:
+        groups = self._hierarchy.find() if self._hierarchy is not None else []
+        orphans = {name for name in (*groups, *(p.name for p in self._runs.iterdir())) if is_orphan(name)}
+        for name in orphans:
+            if self._hierarchy is not None:
+                await self._hierarchy.open(name).empty_and_remove()
+            shutil.rmtree(self._runs / name, ignore_errors=True)
+        if orphans:
+            _log.warning("removed %d sandboxes of dead owners", len(orphans))
+        return len(orphans)
+
+    async def close(self) -> None:
+        results = await asyncio.gather(*(s.destroy() for s in tuple(self._alive)), return_exceptions=True)
+        self._stages.close()
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    def _make_directory(self, name: str) -> Path:
+        directory = self._runs / name
+        directory.mkdir(mode=0o700)
+        if self._root:
+            os.chown(directory, self._uid, self._gid)
+        return directory
+
+    async def _start(self, name: str, directory: Path, spec: SandboxSpec, owner: str) -> BwrapSandbox:
+        group = self._make_group(name, spec)
+        try:
+            process, info = self._spawn(name, spec, group)
+        except BaseException:
+            if group is not None:
+                await group.empty_and_remove()
+            raise
+        server = ShellServer(process, directory, INSIDE)
+        parts = Parts(process, server, directory, group, self._root, self._alive.discard)
+        sandbox = BwrapSandbox(name, spec, owner, parts)
+        self._alive.add(sandbox)
+        try:
+            await self._greet(server, spec)
+            sandbox.adopt(_child_of(info))
+        except BaseException:
+            await sandbox.destroy()
+            raise
+        finally:
+            os.close(info)
+        return sandbox
+
+    async def _greet(self, server: ShellServer, spec: SandboxSpec) -> None:
+        """Wait until the shell answers; without cgroups it first limits its own processes."""
+        # -u in bash, -p in dash.
+        processes = f"ulimit -u {spec.pids + 1} 2>/dev/null || ulimit -p {spec.pids + 1}"
+        limits = ":" if self._hierarchy is not None else processes
+        answer = server.ask(limits)
+        await asyncio.wait({answer}, timeout=_CREATE_DEADLINE_S)
+        if not answer.done():
+            raise DeadlineExceeded(f"start of a sandbox {server.noise}".strip(), _CREATE_DEADLINE_S)
+        try:
+            code = answer.result()
+        except SandboxDied as error:
+            raise SandboxUnavailable(f"bwrap: {server.noise or error}") from None
+        if code != 0:
+            raise SandboxUnavailable(f"cannot limit the sandbox: {server.noise}")
+
+    def _make_group(self, name: str, spec: SandboxSpec) -> Cgroup | None:
+        if self._hierarchy is None:
+            return None
+        try:
+            # Two more for bwrap itself and the command server.
+            return self._hierarchy.create(name, memory_mb=spec.memory_mb, pids=spec.pids + 2, cpus=spec.cpus)
+        except OSError as error:
+            raise SandboxUnavailable(f"cgroup: {error}") from error
+
+    def _spawn(self, name: str, spec: SandboxSpec, group: Cgroup | None) -> tuple[subprocess.Popen[bytes], int]:
+        stage = self._stages.get(spec.mounts) if self._root else host_stage(self._etc, self._runs, spec.mounts)
+        info, info_inside = os.pipe()
+        arguments = _memory_file(b"")
+        filters = _memory_file(self._filter)
+        passed = (arguments, filters, info_inside)
+        options = [*bwrap_options(stage, name, spec), "--seccomp", str(filters), "--info-fd", str(info_inside)]
+        os.write(arguments, "\0".join(options).encode(errors="surrogateescape"))
+        os.lseek(arguments, 0, os.SEEK_SET)
+        command = ["/bin/sh", "-c", self._launch_script(stage, spec, group, arguments)]
+        pipe = subprocess.PIPE
+        try:
+            process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, bufsize=0, pass_fds=passed, cwd="/", env={}
+            )
+        except OSError as error:
+            os.close(info)
+            raise SandboxUnavailable(f"cannot start bwrap: {error}") from error
+        finally:
+            for descriptor in passed:
+                os.close(descriptor)
+        return process, info
+
+    def _launch_script(self, stage: Stage, spec: SandboxSpec, group: Cgroup | None, arguments: int) -> str:
+        """Join the cgroups, set the rlimits, enter the stage, drop to the sandbox's user, become bwrap."""
+        joins = [] if group is None else [f"echo 0 >{shlex.quote(str(file))} || exit 70" for file in group.join_files]
+        limits = [f"ulimit -n {_OPEN_FILES}", "ulimit -c 0", f"ulimit -f {(spec.disk_mb << 20) // _BLOCK}"]
+        if group is None:
+            limits.append(f"ulimit -d {spec.memory_mb << 10}")
+        enter = ""
+        if stage.namespace is not None:
+            enter = f"nsenter --mount={stage.namespace} --setuid {self._uid} --setgid {self._gid} "
+        path = "PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin; export PATH"
+        return "\n".join([*joins, *limits, path, f"exec {enter}bwrap --args {arguments} -- {SHELL}"])
+
+
+def bwrap_options(stage: Stage, name: str, spec: SandboxSpec) -> list[str]:
+    """The arguments of bwrap that make the new root; later ones lie over earlier ones."""
+    size = str(spec.disk_mb << 20)
+    options = [*_ISOLATION, "--ro-bind", "/usr", "/usr"]
+    # What the host's administrator put into /usr/local is no part of the system (docker clients, project tools with
+    # secrets in them); a toolchain that lives there is shown by naming it in `mounts`.
+    options += ["--size", str(_HIDDEN_SIZE), "--tmpfs", "/usr/local", "--remount-ro", "/usr/local"]
+    for path, target in system_links().items():
+        options += ["--symlink", target, path]
+    options += ["--ro-bind", stage.etc, "/etc", "--proc", "/proc", "--dev", "/dev"]
+    # bwrap's /dev is a tmpfs without a limit.
+    options += ["--size", size, "--perms", "1777", "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
+    options += ["--size", size, "--perms", "1777", "--tmpfs", "/tmp"]
+    for directory in dict.fromkeys(("/home/agent", spec.workdir, *spec.writable)):
+        options += ["--size", size, "--tmpfs", directory]
+    options += ["--ro-bind", f"{stage.runs}/{name}", INSIDE]
+    for mount in stage.mounts:
+        options += ["--ro-bind", mount.source, mount.target]
+    for variable, value in {**_ENVIRONMENT, **spec.env}.items():
+        options += ["--setenv", variable, value]
+    return [*options, "--remount-ro", "/", "--chdir", spec.workdir]
+
+
+def _memory_file(content: bytes) -> int:
+    """Anonymous file at offset 0; every sandbox gets its own, since processes share the offset of an inherited one."""
+    descriptor = os.memfd_create("kat-stream", os.MFD_CLOEXEC)
+    os.write(descriptor, content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def _child_of(info: int) -> int:
+    """Host process id of the sandbox's process 1, from bwrap's --info-fd."""
+    return int(json.loads(os.read(info, 1 << 16))["child-pid"])
+
+
+def _run_directory(root: bool) -> Path:
+    """Where sandboxes keep their pipes: entered by name, not listed, by others."""
+    base = "/run" if root else os.environ.get("XDG_RUNTIME_DIR", "")
+    path = Path(base) / "kat-stream" if base else Path(f"/tmp/kat-stream-{os.getuid()}")
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o711)
+    if path.is_symlink() or path.stat().st_uid != os.geteuid():
+        raise SandboxError(f"{path} belongs to somebody else")
+    path.chmod(0o711)
+    return path
+
+
+def _cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kat-stream" / "sandboxes"

@@ -1,0 +1,214 @@
+"""One running bubblewrap sandbox.
+
+Owns its processes, pipes, group and directory from start to end. Invariants: one command at a time; every call
+returns or raises in bounded time whatever happens inside; a timeout kills what was born since the command began and
+nothing else; `destroy` gives back everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from kat_stream.env.sandboxes.base import (
+    GATEWAY_PORT,
+    OUTPUT_LIMIT,
+    TIMED_OUT,
+    ExecResult,
+    SandboxSpec,
+    check_variables,
+)
+from kat_stream.env.sandboxes.cgroups import Cgroup
+from kat_stream.env.sandboxes.files import FileTransfer
+from kat_stream.env.sandboxes.netns import listen_as_root, listen_as_user
+from kat_stream.env.sandboxes.processes import descendants, ended, first_of, kill_all
+from kat_stream.env.sandboxes.shell import Exchange, ShellServer
+from kat_stream.errors import DeadlineExceeded, SandboxError
+
+INSIDE = "/run/kat-stream"
+"""Where a sandbox sees its own directory of pipes."""
+
+_STOP_DEADLINE_S = 3.0
+_ROUND_S = 0.002
+_END_DEADLINE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a sandbox is made of on the host's side."""
+
+    process: subprocess.Popen[bytes]
+    server: ShellServer
+    directory: Path
+    group: Cgroup | None
+    root: bool
+    forget: Callable[[BwrapSandbox], None]
+
+
+class BwrapSandbox(FileTransfer):
+    """See base.Sandbox."""
+
+    root = ""
+
+    def __init__(self, name: str, spec: SandboxSpec, owner: str, parts: Parts) -> None:
+        self.id, self.spec, self.owner = name, spec, owner
+        self._parts, self._server = parts, parts.server
+        self._child = 0
+        self._child_handle = -1
+        self._listeners: list[socket.socket] = []
+        self._turn = asyncio.Lock()
+        self._names = itertools.count()
+        self._ending: asyncio.Task[None] | None = None
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(spec.wall_s, self._kill, f"its wall time of {spec.wall_s:g} s is over")
+
+    def adopt(self, pid: int) -> None:
+        """Take hold of process 1, by a handle that no other process can get the number of."""
+        self._child, self._child_handle = pid, os.pidfd_open(pid)
+
+    async def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout_s: float,
+        stdin: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        merge_stderr: bool = False,
+        output_limit: int = OUTPUT_LIMIT,
+    ) -> ExecResult:
+        check_variables(env or {})
+        name = str(next(self._names))
+        async with self._in_turn(timeout_s):
+            script = self._server.program(name, command, env or {})
+            exchange = Exchange(name, script, stdin, merge_stderr, output_limit)
+            return await self._run(exchange, timeout_s, asyncio.Event())
+
+    async def listen(self, port: int = GATEWAY_PORT) -> socket.socket:
+        if self.spec.network != "gateway":
+            raise SandboxError("this sandbox was made without a network (network='none')")
+        self._server.check_alive()
+        if self._parts.root:
+            listener = listen_as_root(self._child, port)
+        else:
+            listener = await listen_as_user(self._child, port)
+        self._listeners.append(listener)
+        return listener
+
+    def base_url(self, port: int = GATEWAY_PORT) -> str:
+        return f"http://127.0.0.1:{port}"
+
+    async def destroy(self) -> None:
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+        # A caller that is cancelled must not leave half a sandbox behind.
+        await asyncio.shield(self._ending)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.destroy()
+
+    async def _transfer(self, command: Sequence[str], *, timeout_s: float, stdin: bytes, limit: int) -> ExecResult:
+        name = str(next(self._names))
+        async with self._in_turn(timeout_s):
+            full = asyncio.Event()
+            script = self._server.program(name, command, {})
+            return await self._run(Exchange(name, script, stdin, False, limit, full.set), timeout_s, full)
+
+    @asynccontextmanager
+    async def _in_turn(self, timeout_s: float) -> AsyncIterator[None]:
+        try:
+            await asyncio.wait_for(self._turn.acquire(), timeout_s)
+        except TimeoutError:
+            raise DeadlineExceeded(f"sandbox {self.id} is busy with another command", timeout_s) from None
+        try:
+            self._server.check_alive()
+            yield
+        finally:
+            self._turn.release()
+
+    async def _run(self, exchange: Exchange, timeout_s: float, full: asyncio.Event) -> ExecResult:
+        before = self._members()
+        began = time.monotonic()
+        answer, collect = self._server.start(exchange)
+        try:
+            await first_of(answer, full, timeout_s)
+            timed_out = not answer.done() and not full.is_set()
+        finally:
+            # Also when the caller is cancelled: the next command must find the shell idle.
+            if not answer.done():
+                await self._stop(answer, before)
+            output = collect()
+        code = TIMED_OUT if timed_out else answer.result()
+        seconds = time.monotonic() - began
+        return ExecResult(code, output.stdout, output.stderr, timed_out, output.truncated, seconds)
+
+    def _members(self) -> set[int]:
+        """Host process ids of what runs inside now."""
+        group = self._parts.group
+        return (group.processes() if group is not None else descendants(self._child)) | {self._child}
+
+    async def _stop(self, answer: asyncio.Future[int], spared: set[int]) -> None:
+        """Kill what was born since `spared` was taken; the whole sandbox if that does not end the command."""
+        end = time.monotonic() + _STOP_DEADLINE_S
+        spared = spared | {self._parts.process.pid}
+        while await self._kill_newer(spared) or not answer.done():
+            if time.monotonic() > end:
+                self._kill("a command could not be stopped")
+                return
+            await asyncio.sleep(_ROUND_S)
+
+    async def _kill_newer(self, spared: set[int]) -> bool:
+        """Whether there was anything to kill; frozen meanwhile, where that is possible, so that nothing is missed."""
+        group = self._parts.group
+        if group is not None and self._members() - spared:
+            await group.freeze()
+        try:
+            newer = self._members() - spared
+            kill_all(newer)
+        finally:
+            if group is not None:
+                group.thaw()
+        return bool(newer)
+
+    def _kill(self, reason: str) -> None:
+        """End everything inside at once; process 1 takes all others with it."""
+        self._server.close(reason)
+        handle = self._child_handle
+        with suppress(ProcessLookupError):
+            if handle >= 0:
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            else:
+                self._parts.process.kill()
+
+    async def _end(self) -> None:
+        parts = self._parts
+        self._timer.cancel()
+        self._kill("it was destroyed")
+        for listener in self._listeners:
+            listener.close()
+        gone = await ended(parts.process, _END_DEADLINE_S)
+        if gone and parts.group is not None:
+            gone = await parts.group.empty_and_remove()
+        shutil.rmtree(parts.directory, ignore_errors=True)
+        assert parts.process.stdin is not None and parts.process.stdout is not None
+        parts.process.stdin.close()
+        parts.process.stdout.close()
+        if self._child_handle >= 0:
+            os.close(self._child_handle)
+            self._child_handle = -1
+        parts.forget(self)
+        if not gone:
+            raise DeadlineExceeded(f"end of sandbox {self.id}", _END_DEADLINE_S)

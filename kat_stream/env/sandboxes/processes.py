@@ -1,0 +1,89 @@
+"""Processes on the host's side: who descends from whom, killing, and waiting without blocking the loop.
+
+Owns no process. Invariant: nothing here blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def descendants(pid: int) -> set[int]:
+    """Living children of all generations, as far as they stand still. Source: proc(5), task/[tid]/children."""
+    found: set[int] = set()
+    waiting = [pid]
+    while waiting:
+        children = {child for child in _children(waiting.pop()) if child not in found and _lives(child)}
+        found |= children
+        waiting += children
+    return found
+
+
+def _children(pid: int) -> set[int]:
+    found: set[int] = set()
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found.update(map(int, (task / "children").read_text().split()))
+    return found
+
+
+def _lives(pid: int) -> bool:
+    """False for a zombie too: it only waits for its parent to ask."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def marked(variable: str) -> set[int]:
+    """Processes of this user whose environment at start held `NAME=value`, wherever they have moved since."""
+    mark = b"\0" + variable.encode() + b"\0"
+    found: set[int] = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        # Gone in the meantime, or somebody else's.
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if mark in b"\0" + (entry / "environ").read_bytes():
+                found.add(int(entry.name))
+    return found
+
+
+def kill_all(pids: Iterable[int]) -> None:
+    """SIGKILL to each that is still there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+async def ended(process: subprocess.Popen[bytes], deadline_s: float) -> bool:
+    """Whether our own child ended (and was reaped) before the deadline."""
+    if process.poll() is not None:
+        return True
+    loop = asyncio.get_running_loop()
+    handle = os.pidfd_open(process.pid)
+    end = asyncio.Event()
+    loop.add_reader(handle, end.set)
+    try:
+        await asyncio.wait_for(end.wait(), deadline_s)
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(handle)
+        os.close(handle)
+    return process.poll() is not None
+
+
+async def first_of(answer: asyncio.Future[Any], full: asyncio.Event, timeout_s: float) -> None:
+    """Wait for the answer, for too much output, or for the time to run out; cancels neither."""
+    too_much = asyncio.ensure_future(full.wait())
+    try:
+        await asyncio.wait({answer, too_much}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        too_much.cancel()

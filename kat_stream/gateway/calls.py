@@ -1,0 +1,268 @@
+"""The life of a model call, apart from the connections that watch it: coalesced, sampled, recorded, abandoned.
+
+Invariants: a call's result is set after the log acknowledged its turn, never before. A call that nobody watches is
+aborted after a grace time, unless its client comes back for it. Every call ends: its waits have deadlines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Coroutine
+from typing import Any
+
+from kat_stream.engines.client import SamplingParams
+from kat_stream.errors import DeadlineExceeded, EngineError, KatError, RequestRefused
+from kat_stream.gateway.limits import Limits
+from kat_stream.gateway.messages import ModelCall, Reply
+from kat_stream.gateway.metrics import CALL_SECONDS, COALESCED, IN_FLIGHT
+from kat_stream.gateway.prompts import Conversation, Prompt
+from kat_stream.gateway.recording import Publisher, count, make_turn, record
+from kat_stream.gateway.render import Renderer, unpack
+from kat_stream.gateway.sampling import Draft, Sampler
+from kat_stream.gateway.sessions import Session
+from kat_stream.gateway.tools import ToolParser, get_parser, read_reply
+from kat_stream.routing.router import Router
+
+log = logging.getLogger(__name__)
+
+
+class Call:
+    """One model call. Watch it with `async with`; `result` is the reply, `next_ids` tells a stream what is new."""
+
+    def __init__(self, session: Session, asked: ModelCall, prompt: Prompt, service: CallService) -> None:
+        self.session, self.asked, self.prompt = session, asked, prompt
+        self.turn_id = uuid.uuid4().hex
+        self.watchers = 0
+        self.began = time.monotonic()
+        self.result: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self.task: asyncio.Task[None] | None = None
+        self._service = service
+        self._news = asyncio.Event()
+        self.sampler = service.sampler(self)
+
+    async def __aenter__(self) -> Call:
+        self.watchers += 1
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.watchers -= 1
+        if self.watchers == 0 and not self.result.done():
+            self._service.unwatched(self)
+
+    def grown(self) -> None:
+        """More was sampled, or the call ended."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def wait_for_news(self, known: int, timeout_s: float) -> bool:
+        """Wait until more than `known` ids were sampled or the call ended; False if neither happens in time."""
+        news = self._news
+        if self.result.done() or len(self.sampler.draft.ids) > known:
+            return True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await news.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class CallService:
+    """Starts calls and brings them to their end."""
+
+    def __init__(self, renderer: Renderer, publisher: Publisher, router: Router, tools: str, limits: Limits) -> None:
+        self.renderer, self.limits = renderer, limits
+        self.parser: ToolParser = get_parser(tools)
+        self._publisher, self._router = publisher, router
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, session: Session, asked: ModelCall, digest: bytes, *, retry: bool) -> Call:
+        """The call that answers this request: an earlier one if this is its retry, else a new one. RequestRefused."""
+        if (known := _retried(session, digest, retry)) is not None:
+            COALESCED.inc()
+            return known
+        self._check(session)
+        prompt = session.conversation.prompt(self.renderer, asked)
+        _check_context(session, prompt)
+        call = Call(session, asked, prompt, self)
+        session.running.add(call)
+        session.remember(digest, call, self.limits.remembered_calls)
+        call.task = self._spawn(self._run(call))
+        return call
+
+    def sampler(self, call: Call) -> Sampler:
+        """How a call samples: the session's parameters, whatever was asked for; only fewer tokens may be had."""
+        forced = call.session.about.sampling
+        budget = min(forced.max_new_tokens, forced.max_context - call.prompt.tokens)
+        if call.asked.max_tokens is not None:
+            budget = min(budget, call.asked.max_tokens)
+        params = SamplingParams(
+            max_new_tokens=budget,
+            temperature=forced.temperature,
+            top_p=forced.top_p,
+            stop=call.asked.stop,
+            stop_token_ids=tuple(self.renderer.stop_ids),
+        )
+        return Sampler(
+            router=self._router,
+            limits=self.limits,
+            session=call.session.session_id,
+            call_id=call.turn_id,
+            prompt=unpack(call.prompt.ids),
+            sampling=params,
+            budget=budget,
+            stream=call.asked.stream,
+            grown=call.grown,
+        )
+
+    def unwatched(self, call: Call) -> None:
+        """The last connection that waited for this call went away."""
+        loop = asyncio.get_running_loop()
+        loop.call_later(self.limits.disconnect_grace_s, self._abandon_if_unwatched, call)
+
+    def abandon(self, call: Call) -> None:
+        """Abort a call on its engine; it is recorded with what it has."""
+        if not call.sampler.aborted:
+            call.sampler.aborted = True
+            self._spawn(self._abort(call))
+
+    async def finish_session(self, session: Session, deadline_s: float) -> None:
+        """Abort what is in flight and wait until it is recorded; cancelled at the deadline."""
+        session.closed = True
+        for call in list(session.running):
+            self.abandon(call)
+        tasks = {call.task for call in session.running if call.task is not None}
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=deadline_s)
+            await _cancel(late)
+        session.recent.clear()
+        session.conversation = Conversation()
+        self._router.forget(session.session_id)
+
+    async def close(self) -> None:
+        """Cancel all that runs."""
+        await _cancel(set(self._tasks))
+
+    def _check(self, session: Session) -> None:
+        if len(session.running) >= self.limits.calls_per_session:
+            raise RequestRefused("too many calls of this session at once", status=429, code="rate_limit_exceeded")
+        limit = session.about.sampling.max_turns
+        if session.answered() >= limit:
+            raise RequestRefused(f"this session has used its {limit} turns", code="turn_limit_reached")
+
+    def _abandon_if_unwatched(self, call: Call) -> None:
+        if call.watchers == 0 and not call.result.done():
+            self.abandon(call)
+
+    async def _abort(self, call: Call) -> None:
+        try:
+            async with asyncio.timeout(self.limits.abort_s):
+                await call.sampler.abort()
+        except (EngineError, DeadlineExceeded, TimeoutError) as error:
+            log.warning("turn %s could not be aborted on its engine: %s", call.turn_id, error)
+        if call.task is not None:
+            await asyncio.wait({call.task}, timeout=self.limits.abort_s if call.sampler.dispatched else 0)
+            if not call.sampler.draft.finish_reason:
+                call.task.cancel()
+
+    async def _run(self, call: Call) -> None:
+        IN_FLIGHT.inc()
+        try:
+            call.result.set_result(await self._answer(call))
+        except KatError as error:
+            _fail(call, error)
+        except asyncio.CancelledError:
+            _fail(call, RequestRefused("the call was given up", status=503, code="cancelled"))
+            raise
+        except Exception as error:  # a defect of ours: the client that waits must get an answer, not silence
+            log.exception("turn %s failed", call.turn_id)
+            _fail(call, error)
+        finally:
+            IN_FLIGHT.dec()
+            call.session.running.discard(call)
+            call.sampler.prompt = []  # the call may be remembered for a while; its prompt is in the record
+            call.grown()
+
+    async def _answer(self, call: Call) -> Reply:
+        """Sample, record, remember; the reply may be seen once this returns."""
+        draft = await self._sample(call)
+        raw = self.renderer.visible(draft.ids, draft.finish_reason)
+        content, calls = read_reply(self._parser_for(call.asked), without_stop(raw, draft), call.turn_id)
+        turn = make_turn(call.session, call.turn_id, call.asked, call.prompt, draft, content, calls)
+        await record(self._publisher, turn, self.limits.publish_s)
+        reply = Reply(
+            turn_id=call.turn_id,
+            content=content,
+            tool_calls=calls,
+            finish_reason=draft.finish_reason,
+            prompt_tokens=call.prompt.tokens,
+            completion_tokens=len(draft.ids),
+            cached_tokens=draft.cached_tokens,
+        )
+        call.session.turns.append(turn)
+        call.session.conversation.add(self.renderer, call.prompt, reply, raw, draft.ids)
+        count(turn, call.prompt.tokens)
+        CALL_SECONDS.observe(time.monotonic() - call.began)
+        return reply
+
+    async def _sample(self, call: Call) -> Draft:
+        """The draft; an abandoned call that reached an engine has one whatever became of the engine."""
+        try:
+            return await call.sampler.run()
+        except (KatError, asyncio.CancelledError):
+            if not (call.sampler.aborted and call.sampler.dispatched):
+                raise
+            call.sampler.draft.finish_reason = "abort"
+            return call.sampler.draft
+
+    def _parser_for(self, asked: ModelCall) -> ToolParser:
+        return self.parser if asked.tools_allowed else get_parser("none")
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _retried(session: Session, digest: bytes, retry: bool) -> Call | None:
+    """The call that this request repeats: it is marked as a retry, or the connection of the first one died."""
+    for call in reversed(session.recent.get(digest, ())):
+        failed = call.result.done() and (call.result.cancelled() or call.result.exception() is not None)
+        orphan = not call.result.done() and call.watchers == 0
+        if not failed and not call.sampler.aborted and (retry or orphan):
+            return call
+    return None
+
+
+def _check_context(session: Session, prompt: Prompt) -> None:
+    limit = session.about.sampling.max_context
+    if prompt.tokens >= limit:
+        raise RequestRefused(
+            f"This model's maximum context length is {limit} tokens. However, your messages resulted in "
+            f"{prompt.tokens} tokens. Please reduce the length of the messages.",
+            "messages",
+            code="context_length_exceeded",
+        )
+
+
+def without_stop(text: str, draft: Draft) -> str:
+    """The text before the stop string that ended it: engines keep it in the ids."""
+    at = text.rfind(draft.matched_stop) if draft.matched_stop else -1
+    return text if at < 0 else text[:at]
+
+
+def _fail(call: Call, error: Exception) -> None:
+    call.result.set_exception(error)
+    # Whether anybody still watches is not known; an unread failure is not worth a warning of the event loop.
+    call.result.exception()
+
+
+async def _cancel(tasks: set[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=1.0)

@@ -1,0 +1,91 @@
+"""The listener for workers: open and close sessions, look at them, health and metrics. Never reachable from a sandbox.
+
+Invariant: closing is idempotent; the turns it hands over are all that the log acknowledged for the session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from kat_stream.errors import GatewayError, RequestRefused
+from kat_stream.gateway.calls import CallService
+from kat_stream.gateway.limits import Limits
+from kat_stream.gateway.sessions import Session, SessionHandle, SessionRequest, Sessions
+
+MSGPACK = "application/msgpack"
+CLOSE_S = 10.0
+MAX_CLOSE_S = 600.0
+SWEEP_S = 30.0
+
+
+class ControlListener:
+    """Serves what workers and people ask for."""
+
+    def __init__(self, sessions: Sessions, calls: CallService, limits: Limits) -> None:
+        self._sessions, self._calls, self._limits = sessions, calls, limits
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=self._limits.body_bytes)
+        app.router.add_post("/sessions", self._open)
+        app.router.add_get("/sessions", self._list)
+        app.router.add_post("/sessions/{id}/close", self._close)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
+        return app
+
+    async def sweep(self) -> None:
+        """Close sessions whose worker forgot them, for ever."""
+        while True:
+            await asyncio.sleep(min(SWEEP_S, self._limits.idle_s))
+            for session in self._sessions.idle():
+                await self._end(session, CLOSE_S)
+
+    async def _open(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        decode = msgspec.msgpack.decode if request.content_type == MSGPACK else msgspec.json.decode
+        try:
+            session = self._sessions.open(decode(body, type=SessionRequest))
+        except msgspec.DecodeError as error:
+            return _error(400, f"POST /sessions: {error}")
+        except RequestRefused as error:
+            return _error(error.status, str(error))
+        return _answer(SessionHandle(session_id=session.session_id, key=session.key, path=f"/s/{session.session_id}"))
+
+    async def _close(self, request: web.Request) -> web.Response:
+        try:
+            deadline_s = float(request.query.get("deadline_s", CLOSE_S))
+            session = self._sessions.find(request.match_info["id"])
+        except ValueError:
+            return _error(400, f"deadline_s: not a number: {request.query['deadline_s']!r}")
+        except GatewayError as error:
+            return _error(404, str(error))
+        await self._end(session, min(max(deadline_s, 0.0), MAX_CLOSE_S))
+        turns = sorted(session.turns, key=lambda turn: turn.index)
+        return web.Response(body=msgspec.msgpack.encode(turns), content_type=MSGPACK)
+
+    async def _end(self, session: Session, deadline_s: float) -> None:
+        await self._calls.finish_session(session, deadline_s)
+        self._sessions.retire(session)
+
+    async def _list(self, _request: web.Request) -> web.Response:
+        return _answer([session.status() for session in self._sessions.open_ones()])
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return _answer({"status": "ok", "sessions": len(self._sessions.open_ones())})
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _answer(value: Any) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+
+
+def _error(status: int, message: str) -> web.Response:
+    body = msgspec.json.encode({"error": {"message": message}})
+    return web.Response(body=body, status=status, content_type="application/json")

@@ -1,0 +1,39 @@
+"""Bounds of the gateway: sizes, numbers and waits. Nothing here is a user's option; tests make them small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Times in seconds."""
+
+    body_bytes: int = 16 * MIB
+    body_s: float = 30.0
+    """To send a whole request body."""
+    write_s: float = 60.0
+    """To take a piece of a stream."""
+    keepalive_s: float = 1.0
+    """Between two signs of life in a silent stream."""
+    call_s: float = 600.0
+    """For one model call, waits for engines and their pauses included."""
+    engine_attempts: int = 4
+    """Engines that may break off in one call."""
+    publish_s: float = 30.0
+    """For the log to acknowledge a turn."""
+    abort_s: float = 5.0
+    """For an engine to hand over what it has of an aborted call."""
+    disconnect_grace_s: float = 2.0
+    """How long a call whose client went away waits for the client's retry; agents retry within 0.2 to 2.3 s."""
+    calls_per_session: int = 32
+    """At once."""
+    sessions: int = 4096
+    idle_s: float = 3600.0
+    """A session without a call for so long was forgotten by its worker."""
+    remembered_calls: int = 8
+    """Newest calls of a session that a retry can join."""
+    remembered_sessions: int = 256
+    """Closed sessions whose turns can be asked for again."""

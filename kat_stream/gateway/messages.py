@@ -1,0 +1,104 @@
+"""The one internal form of a model call: what every dialect is read into and every reply is written from.
+
+Owns canonical comparison. Invariant: two messages have the same `canonical()` bytes exactly if an agent that echoes one
+for the other changed nothing that the policy said: string content equals a list of text parts, null equals "", tool
+arguments are compared as JSON values, ids of tool calls and reasoning are left out.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+
+_json = msgspec.json.Encoder(order="deterministic")
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """One call of a tool; `arguments` is the JSON text as it was written."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def value(self) -> Any:
+        """The arguments as a JSON value, or the text itself if it is no JSON."""
+        try:
+            return msgspec.json.decode(self.arguments)
+        except msgspec.DecodeError:
+            return self.arguments
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """One message of a conversation, whatever dialect it came in."""
+
+    role: str
+    content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
+    reasoning: str = ""
+
+    def canonical(self) -> bytes:
+        """Bytes that are equal for messages that say the same."""
+        calls = [(call.name, call.value()) for call in self.tool_calls]
+        return _json.encode((self.role, self.content, calls))
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates of Hugging Face expect it; tool arguments are values, not text."""
+        out: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            out["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.value()}}
+                for call in self.tool_calls
+            ]
+        rest = {"tool_call_id": self.tool_call_id, "name": self.name, "reasoning_content": self.reasoning}
+        return out | {key: value for key, value in rest.items() if value}
+
+
+class ModelCall(msgspec.Struct, frozen=True, kw_only=True):
+    """What an agent asks for."""
+
+    dialect: str
+    messages: tuple[Message, ...]
+    tools: list[dict[str, Any]] | None = None
+    tools_allowed: bool = False
+    """The reply may hold tool calls."""
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stream: bool = False
+    include_usage: bool = False
+    model: str = ""
+    asked: str = ""
+    """Sampling parameters as asked for, as JSON: recorded, never obeyed."""
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """What the policy answered, after its turn was acknowledged by the log. Counts are tokens."""
+
+    turn_id: str
+    content: str
+    tool_calls: tuple[ToolCall, ...]
+    finish_reason: str
+    """stop | length | abort"""
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    def message(self) -> Message:
+        """The reply as an echo of it comes back in the next request."""
+        return Message(role="assistant", content=self.content, tool_calls=self.tool_calls)
+
+
+def chain(call: ModelCall) -> list[bytes]:
+    """Digest of tools + messages[:n] for n = 0..len(messages): equal digests are equal conversations."""
+    digests = [blake2b(_json.encode(call.tools or []), digest_size=16).digest()]
+    for message in call.messages:
+        digests.append(extend(digests[-1], message))
+    return digests
+
+
+def extend(digest: bytes, message: Message) -> bytes:
+    """The digest of a conversation that goes on with `message`."""
+    return blake2b(digest + message.canonical(), digest_size=16).digest()

@@ -1,0 +1,99 @@
+"""A finished call as a Turn record, and its way to the log.
+
+Invariant (promise 1): `record` returns only when the log has acknowledged the turn; a caller that ends a reply before
+that breaks the promise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Protocol
+
+import msgspec
+
+from kat_stream.errors import LogUnavailable
+from kat_stream.gateway.messages import ModelCall, ToolCall
+from kat_stream.gateway.metrics import CALLS, FORKS, PUBLISH_SECONDS, TOKENS
+from kat_stream.gateway.paths import WIDTH
+from kat_stream.gateway.prompts import Prompt
+from kat_stream.gateway.sampling import Draft
+from kat_stream.gateway.sessions import Session
+from topics.record import Record, pack_floats, pack_ints
+from topics.turn import Turn
+
+RETRY_S = 0.2
+
+
+class Publisher(Protocol):
+    """The part of a log that the gateway needs."""
+
+    async def publish(self, *records: Record, deadline_s: float = ...) -> None:
+        """Returns when all are acknowledged; LogUnavailable if that takes longer than `deadline_s`."""
+
+
+def make_turn(
+    session: Session,
+    turn_id: str,
+    call: ModelCall,
+    prompt: Prompt,
+    draft: Draft,
+    content: str,
+    calls: tuple[ToolCall, ...],
+) -> Turn:
+    """The record of a finished call; it takes the session's next index."""
+    versions_known = draft.cover()
+    about = session.about
+    return Turn(
+        run=about.run,
+        group_id=about.group_id,
+        rollout_id=about.rollout_id,
+        session_id=session.session_id,
+        turn_id=turn_id,
+        index=session.next_index(),
+        parent=prompt.parent.turn_id if prompt.parent else "",
+        prefix_len=prompt.prefix_len,
+        prompt_ids=prompt.ids[prompt.prefix_len * WIDTH :],
+        sampled_ids=pack_ints(draft.ids),
+        logprobs=pack_floats(draft.logprobs),
+        spans=tuple(draft.spans),
+        finish_reason=draft.finish_reason,
+        content=content,
+        tool_calls=msgspec.json.encode(calls).decode() if calls else "",
+        trainable=about.purpose == "train" and draft.finish_reason != "abort" and bool(draft.ids) and versions_known,
+        fork=prompt.fork,
+        dialect=call.dialect,
+        engine=draft.engine,
+        cached_tokens=draft.cached_tokens,
+        queued_s=draft.queued_s,
+        seconds=draft.seconds,
+        asked=call.asked,
+    )
+
+
+async def record(log: Publisher, turn: Turn, deadline_s: float) -> None:
+    """Publish a turn and wait for the acknowledgement; LogUnavailable when the log stays away until the deadline."""
+    began = time.monotonic()
+    while True:
+        left = began + deadline_s - time.monotonic()
+        try:
+            async with asyncio.timeout(left):
+                await log.publish(turn, deadline_s=max(left, 0.001))
+            break
+        except TimeoutError as error:
+            raise LogUnavailable(f"turn {turn.turn_id} was not acknowledged within {deadline_s:g} s") from error
+        except LogUnavailable:
+            if time.monotonic() - began + RETRY_S > deadline_s:
+                raise
+            await asyncio.sleep(RETRY_S)
+    PUBLISH_SECONDS.observe(time.monotonic() - began)
+
+
+def count(turn: Turn, prompt_tokens: int) -> None:
+    """Metrics of an acknowledged turn."""
+    CALLS.labels(turn.dialect, turn.finish_reason).inc()
+    TOKENS.labels("prompt").inc(prompt_tokens)
+    TOKENS.labels("cached").inc(turn.cached_tokens)
+    TOKENS.labels("sampled").inc(len(turn.sampled_ids) // WIDTH)
+    if turn.fork:
+        FORKS.labels(turn.fork).inc()

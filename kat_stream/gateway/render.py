@@ -1,0 +1,146 @@
+"""Messages to prompt ids: the chat template, with the ids that were sampled spliced in.
+
+Owns every use of the tokenizer in the gateway. Invariant (promise 6): a sampled reply is never encoded again. What
+follows it in the next prompt is encoded on its own and put behind the sampled ids, and only if the template is seen to
+append: its text for the earlier messages begins its text for all of them, and the reply still stands there.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from kat_stream.errors import ConfigError, RequestRefused
+from kat_stream.gateway.messages import Message
+from kat_stream.gateway.paths import Node
+from topics.record import pack_ints
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_MARK = "KatStreamMark"
+"""Stands for a reply when the template is asked what it puts behind one."""
+_CACHED_PROMPTS = 512
+Tools = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A reply of this session, as needed to go on behind it."""
+
+    node: Node
+    content: str
+    raw: str
+    """All that was sampled, as text, without the token that ended it."""
+    ended: tuple[int, ...]
+    """The sampled ids that already belong to the template's end of turn; empty if the reply was cut."""
+    prompt_chars: int
+    prompt_hash: int
+    messages: int
+    """Messages in the prompt."""
+
+
+class Renderer:
+    """A tokenizer and its chat template. ConfigError if the template does not show what assistants say."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self.closing = self._probe()
+        self._closing_ids = tuple(self._encode(self.closing))
+        self.stop_ids = self._stop_ids()
+        # The first prompt of a task is the same for its whole group.
+        self.encode_prompt = lru_cache(_CACHED_PROMPTS)(self.encode)
+
+    def text(self, messages: Sequence[dict[str, Any]], tools: Tools | None, *, ask: bool = True) -> str:
+        """The template's text; `ask` ends it where the assistant is to speak. RequestRefused if there is none."""
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=ask
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise RequestRefused(f"the policy's chat template refuses these messages: {error}", "messages") from error
+        return str(text)
+
+    def encode(self, text: str) -> bytes:
+        """int32[n]: ids of a text in which special tokens are recognised; none is added."""
+        return pack_ints(self._encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+
+    def visible(self, ids: Sequence[int], finish_reason: str) -> str:
+        """The text of a reply without the token that ended it."""
+        if finish_reason == "stop" and ids and ids[-1] in self.stop_ids:
+            ids = ids[:-1]
+        return self.decode(ids)
+
+    def ended(self, ids: Sequence[int], finish_reason: str) -> tuple[int, ...]:
+        """The longest end of a finished reply that begins the template's end of turn."""
+        if finish_reason != "stop":
+            return ()
+        for size in range(min(len(ids), len(self._closing_ids)), 0, -1):
+            if tuple(ids[-size:]) == self._closing_ids[:size]:
+                return self._closing_ids[:size]
+        return ()
+
+    def after(self, said: Said, full: str, messages: Sequence[Message], tools: Tools | None) -> bytes | None:
+        """int32[n]: what stands behind the sampled ids of `said` in the prompt whose text is `full`.
+
+        The reply is `messages[said.messages]`. None if the template does not append for these messages.
+        """
+        tail = self._tail(said, full, messages, tools)
+        if tail is None:
+            return None
+        ids = self._encode(tail)
+        known = len(said.ended)
+        return pack_ints(ids[known:]) if tuple(ids[:known]) == said.ended else None
+
+    def _tail(self, said: Said, full: str, messages: Sequence[Message], tools: Tools | None) -> str | None:
+        at = said.prompt_chars
+        if hash(full[:at]) != said.prompt_hash:
+            return None
+        if full.startswith(said.raw + self.closing, at):
+            return full[at + len(said.raw) :]
+        # The template writes the reply in its own way (tool calls, white space): ask it with a mark in its place.
+        marked = [message.for_template() for message in messages]
+        marked[said.messages] = {"role": "assistant", "content": _MARK}
+        other = self.text(marked, tools)
+        if not other.startswith(full[:at] + _MARK):
+            return None
+        tail = other[at + len(_MARK) :]
+        kept = full[at : len(full) - len(tail)]
+        # A template that drops part of what was said (reasoning) shows another history: then it does not append.
+        return tail if full.endswith(tail) and said.content.strip() in kept else None
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def _probe(self) -> str:
+        """What the template puts behind an assistant's message."""
+        try:
+            asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+            text = self.text(asked, None, ask=False)
+        except RequestRefused as error:
+            raise ConfigError(f"policy.model: {error}") from error
+        _, mark, closing = text.partition(_MARK)
+        if not mark:
+            raise ConfigError("policy.model: the chat template does not show what an assistant says")
+        return closing
+
+    def _stop_ids(self) -> frozenset[int]:
+        """Tokens that end a reply: the special token that closes a turn, and the end of text."""
+        special = set(self._backend.get_added_tokens_decoder())
+        stops = {self._tokenizer.eos_token_id, *self._closing_ids[:1]}
+        return frozenset(token for token in stops if token in special)
+
+
+def unpack(ids: bytes) -> list[int]:
+    """int32[n] as a list."""
+    return array("i", ids).tolist()

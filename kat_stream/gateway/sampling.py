@@ -1,0 +1,166 @@
+"""One model call on the engines: dispatch, another engine when one breaks off, going on after an engine's own abort.
+
+Invariant: a draft's ids, log-probs and spans always agree and only grow; what was sampled before an engine broke off or
+a weight update aborted is the beginning of what is sampled after, and the client sees one reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kat_stream.engines.client import EngineClient, Generation, SamplingParams, Span
+from kat_stream.errors import DeadlineExceeded, EngineUnavailable
+from kat_stream.gateway.limits import Limits
+from kat_stream.gateway.metrics import RESUMED
+from kat_stream.routing.router import Router
+from topics.turn import VersionSpan
+
+ABORT_PAUSE_S = 0.02
+"""Before a call that an engine aborted is sent again: an engine that keeps aborting is not to be hammered."""
+
+
+@dataclass(slots=True)
+class Draft:
+    """What was sampled so far: `ids` int[T], `logprobs` float[T], `spans` over [0, T) without gaps."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    spans: list[VersionSpan] = field(default_factory=list)
+    finish_reason: str = ""
+    matched_stop: str = ""
+    """The stop string that ended it."""
+    engine: str = ""
+    cached_tokens: int = 0
+    queued_s: float = 0.0
+    seconds: float = 0.0
+
+    def cover(self) -> bool:
+        """Give ids without a known version a span of their own, named ""; whether there was none."""
+        known = self.spans[-1].end if self.spans else 0
+        if known < len(self.ids):
+            self.spans.append(VersionSpan("", known, len(self.ids)))
+        return all(span.version for span in self.spans)
+
+    def close_part(self, start: int, generation: Generation) -> None:
+        """One engine's part, from `start` on, is complete."""
+        del self.ids[start:], self.logprobs[start:]
+        self.ids += generation.output_ids
+        self.logprobs += generation.logprobs
+        for span in generation.spans:
+            self._cover(start, span)
+        if isinstance(generation.matched, str):
+            self.matched_stop = generation.matched
+        self.seconds += generation.seconds
+        if start == 0:
+            self.cached_tokens = generation.cached_tokens
+
+    def _cover(self, start: int, span: Span) -> None:
+        last = self.spans[-1] if self.spans else None
+        if last is not None and last.version == span.version and last.end == start + span.start:
+            self.spans[-1] = VersionSpan(span.version, last.start, start + span.end)
+        elif span.end > span.start:
+            self.spans.append(VersionSpan(span.version, start + span.start, start + span.end))
+
+
+@dataclass(slots=True)
+class Sampler:
+    """Samples one call. `abort()` ends it from outside; `grown` is called when ids were added."""
+
+    router: Router
+    limits: Limits
+    session: str
+    call_id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    budget: int
+    """Tokens that may be sampled."""
+    stream: bool
+    grown: Callable[[], None]
+    draft: Draft = field(default_factory=Draft)
+    aborted: bool = False
+    _at: tuple[EngineClient, str] | None = None
+
+    @property
+    def dispatched(self) -> bool:
+        """Whether an engine has seen the call."""
+        return self._at is not None
+
+    async def run(self) -> Draft:
+        """The finished draft. EngineUnavailable after too many engines, EngineRejected, DeadlineExceeded."""
+        began = time.monotonic()
+        give_up = began + self.limits.call_s
+        failures = attempt = 0
+        while not self._finished():
+            left = give_up - time.monotonic()
+            if left <= 0:
+                raise DeadlineExceeded("an engine to finish the call", self.limits.call_s)
+            attempt += 1
+            try:
+                await self._part(f"{self.call_id}n{attempt:03d}", left, began)
+            except EngineUnavailable:
+                failures += 1
+                if self.aborted or failures >= self.limits.engine_attempts:
+                    raise
+                RESUMED.labels("engine").inc()
+        return self.draft
+
+    async def abort(self) -> None:
+        """End the call where it runs; it then finishes with what it has. EngineError, DeadlineExceeded."""
+        self.aborted = True
+        if self._at is not None:
+            engine, rid = self._at
+            await engine.abort(rid)
+
+    def _finished(self) -> bool:
+        draft = self.draft
+        if self.aborted and self._at is not None:
+            draft.finish_reason = "abort"
+        elif not draft.finish_reason and len(draft.ids) >= self.budget:
+            draft.finish_reason = "length"
+        return bool(draft.finish_reason)
+
+    async def _part(self, rid: str, left: float, began: float) -> None:
+        """Sample on one engine until it finishes, aborts or breaks off."""
+        self.draft.cover()
+        start = len(self.draft.ids)
+        tokens = len(self.prompt) + self.budget
+        async with self.router.lease(self.session, tokens, deadline_s=left) as state:
+            if self._at is None:
+                self.draft.queued_s = time.monotonic() - began
+            self._at, self.draft.engine = (state.engine, rid), state.url
+            generation = await self._generate(state.engine, rid, left, start)
+        self.draft.close_part(start, generation)
+        self.grown()
+        if generation.finish_reason != "abort":
+            self.draft.finish_reason = generation.finish_reason
+        elif not self.aborted:
+            RESUMED.labels("abort").inc()
+            await asyncio.sleep(ABORT_PAUSE_S)
+
+    async def _generate(self, engine: EngineClient, rid: str, left: float, start: int) -> Generation:
+        ids = self.prompt + self.draft.ids
+        sampling = self.sampling
+        if start:
+            sampling = _with_budget(sampling, self.budget - start)
+        if not self.stream:
+            return await engine.generate(ids, sampling, rid=rid, deadline_s=left)
+        async for part in engine.generate_stream(ids, sampling, rid=rid, deadline_s=left):
+            if part.final is not None:
+                return part.final
+            self.draft.ids += part.output_ids
+            self.draft.logprobs += part.logprobs
+            self.grown()
+        raise EngineUnavailable(f"{engine.base_url}: the stream ended before its answer")
+
+
+def _with_budget(sampling: SamplingParams, tokens: int) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        stop=sampling.stop,
+        stop_token_ids=sampling.stop_token_ids,
+    )

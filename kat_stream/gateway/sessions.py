@@ -1,0 +1,154 @@
+"""Sessions: one rollout's right to call the model, and all it has said.
+
+Owns who may call and what was called. Invariants: a session's turns are those that the log acknowledged, in the order
+of their completion; nothing is added after it closed. Its key opens it alone, and stands in no record or log line.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from hmac import compare_digest
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from kat_stream.errors import GatewayError, RequestRefused
+from kat_stream.gateway.limits import Limits
+from kat_stream.gateway.metrics import SESSIONS
+from kat_stream.gateway.prompts import Conversation
+from topics.request import Sampling
+from topics.turn import Turn
+
+if TYPE_CHECKING:
+    from kat_stream.gateway.calls import Call
+
+Purpose = Literal["train", "eval"]
+
+
+class SessionRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of POST /sessions."""
+
+    run: str
+    group_id: str
+    rollout_id: str
+    sampling: Sampling = Sampling()
+    purpose: Purpose = "train"
+
+
+class SessionHandle(msgspec.Struct, frozen=True, kw_only=True):
+    """What opens a session: `path` goes behind the data listener's address, `key` is the API key."""
+
+    session_id: str
+    key: str
+    path: str
+
+
+class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One open session, for people: no key."""
+
+    session_id: str
+    rollout_id: str
+    group_id: str
+    turns: int
+    in_flight: int
+    age_s: float
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    session_id: str
+    key: str
+    about: SessionRequest
+    conversation: Conversation = field(default_factory=Conversation)
+    turns: list[Turn] = field(default_factory=list)
+    running: set[Call] = field(default_factory=set)
+    recent: OrderedDict[bytes, list[Call]] = field(default_factory=OrderedDict)
+    """Calls by the digest of their body, the newest last."""
+    closed: bool = False
+    completed: int = 0
+    """Turns that were given an index."""
+    opened: float = field(default_factory=time.monotonic)
+    used: float = field(default_factory=time.monotonic)
+
+    def next_index(self) -> int:
+        """The place of a completed turn. A turn that the log refuses leaves a gap, never a double."""
+        self.completed += 1
+        return self.completed - 1
+
+    def answered(self) -> int:
+        """Turns that came to an end of their own."""
+        return sum(turn.finish_reason != "abort" for turn in self.turns)
+
+    def remember(self, digest: bytes, call: Call, limit: int) -> None:
+        """Keep a call for retries of it."""
+        self.recent.setdefault(digest, []).append(call)
+        self.recent.move_to_end(digest)
+        while len(self.recent) > limit and not any(old in self.running for old in next(iter(self.recent.values()))):
+            self.recent.popitem(last=False)
+
+    def status(self) -> SessionStatus:
+        return SessionStatus(
+            session_id=self.session_id,
+            rollout_id=self.about.rollout_id,
+            group_id=self.about.group_id,
+            turns=len(self.turns),
+            in_flight=len(self.running),
+            age_s=time.monotonic() - self.opened,
+        )
+
+
+class Sessions:
+    """All sessions of a gateway, the closed ones for a while."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._open: dict[str, Session] = {}
+        self._closed: OrderedDict[str, Session] = OrderedDict()
+
+    def open(self, about: SessionRequest) -> Session:
+        """A new session; RequestRefused (503) when there are too many."""
+        if len(self._open) >= self._limits.sessions:
+            raise RequestRefused(f"{len(self._open)} sessions are open", status=503, code="too_many_sessions")
+        session = Session(secrets.token_hex(12), secrets.token_hex(24), about)
+        self._open[session.session_id] = session
+        SESSIONS.set(len(self._open))
+        return session
+
+    def admit(self, session_id: str, key: str) -> Session:
+        """The session that this key opens. RequestRefused: 404 unknown, 401 wrong key, 409 ended."""
+        session = self._open.get(session_id) or self._closed.get(session_id)
+        if session is None:
+            raise RequestRefused("there is no such session", status=404, code="session_not_found")
+        if not compare_digest(session.key.encode(), key.encode()):
+            raise RequestRefused("Incorrect API key provided.", status=401, code="invalid_api_key")
+        if session.closed:
+            raise RequestRefused("this session has ended", status=409, code="session_ended")
+        session.used = time.monotonic()
+        return session
+
+    def find(self, session_id: str) -> Session:
+        """A session, open or closed not long ago; GatewayError if there is none."""
+        session = self._open.get(session_id) or self._closed.get(session_id)
+        if session is None:
+            raise GatewayError(f"there is no session {session_id}")
+        return session
+
+    def retire(self, session: Session) -> None:
+        """The session takes no more calls; its turns can be asked for again for a while."""
+        session.closed = True
+        if self._open.pop(session.session_id, None) is not None:
+            self._closed[session.session_id] = session
+        while len(self._closed) > self._limits.remembered_sessions:
+            self._closed.popitem(last=False)
+        SESSIONS.set(len(self._open))
+
+    def idle(self) -> list[Session]:
+        """Open sessions that nobody has used for too long."""
+        now = time.monotonic()
+        return [s for s in self._open.values() if not s.running and now - s.used > self._limits.idle_s]
+
+    def open_ones(self) -> list[Session]:
+        return list(self._open.values())

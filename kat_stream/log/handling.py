@@ -1,0 +1,108 @@
+"""One message through a handler, to the end: retries in place, then a dead letter.
+
+Invariant: `settle` returns what can be written as it is, or Hold; what a handler cannot use leaves as a DeadLetter with
+the raw bytes, and an error that nobody classified leaves as itself, because it is a bug and the stage must stop.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import anyio
+
+from kat_stream.errors import DataError, DecodeError, KatError
+from kat_stream.log import trace
+from kat_stream.log.base import Delivered, Message, Position
+from kat_stream.log.message import seal
+from kat_stream.log.outcome import Emit, Hold, Reject, Retry, WorkHandler
+from topics.dead_letter import DeadLetter
+
+logger = logging.getLogger(__name__)
+
+FIRST_RETRY_S = 0.2
+LONGEST_RETRY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A finished message: what follows from it, and which held messages are finished with it."""
+
+    messages: tuple[Message, ...]
+    done: tuple[Position, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Handling:
+    """A stage's way of handling one message."""
+
+    stage: str
+    handle: WorkHandler
+    max_attempts: int
+
+    async def settle(self, delivered: Delivered) -> Settled | Hold:
+        """Handle until there is a final outcome; dead letters are messages to write like any other."""
+        token = trace.current.set(delivered.headers.get("traceparent"))
+        try:
+            return await self._attempts(delivered)
+        finally:
+            trace.current.reset(token)
+
+    async def _attempts(self, delivered: Delivered) -> Settled | Hold:
+        attempt = 1
+        while True:
+            outcome = await self._once(delivered, attempt)
+            if isinstance(outcome, Retry) and attempt >= self.max_attempts:
+                outcome = Reject(f"{outcome.reason} ({attempt} attempts)", "Retry")
+            if isinstance(outcome, Reject):
+                return self._bury(delivered, outcome)
+            if not isinstance(outcome, Retry):
+                return outcome
+            again = (self.stage, delivered.position, outcome.after_s, outcome.reason)
+            logger.warning("%s: %s again in %.1f s: %s", *again)
+            await anyio.sleep(outcome.after_s)
+            attempt += 1
+
+    async def _once(self, delivered: Delivered, attempt: int) -> Settled | Hold | Retry | Reject:
+        try:
+            outcome = await self.handle(delivered)
+            return _sealed(outcome) if isinstance(outcome, Emit) else outcome
+        except DataError as error:
+            return Reject(str(error), type(error).__name__)
+        except KatError as error:
+            if not error.retriable:
+                raise
+            pause = min(FIRST_RETRY_S * 2 ** (attempt - 1), LONGEST_RETRY_S)
+            return Retry(pause, f"{type(error).__name__}: {error}")
+
+    def _bury(self, delivered: Delivered, reject: Reject) -> Settled:
+        logger.error("%s: dead letter %s: %s: %s", self.stage, delivered.position, reject.error_type, reject.reason)
+        return Settled((seal(dead_letter(delivered, self.stage, reject)),))
+
+
+def _sealed(emit: Emit) -> Settled:
+    return Settled(tuple(seal(record) for record in emit.records), emit.done)
+
+
+def dead_letter(delivered: Delivered, stage: str, reject: Reject) -> DeadLetter:
+    """The message byte for byte, with where it came from and why it could not be used."""
+    topic, partition, offset = delivered.position
+    return DeadLetter(
+        run=_run_of(delivered),
+        stage=stage,
+        topic=topic,
+        partition=partition,
+        offset=offset,
+        error_type=reject.error_type,
+        message=reject.reason,
+        value=delivered.value,
+        key=delivered.key or b"",
+        headers=tuple(delivered.headers.items()),
+    )
+
+
+def _run_of(delivered: Delivered) -> str:
+    try:
+        return delivered.record().run
+    except DecodeError:
+        return ""

@@ -1,0 +1,32 @@
+"""The `traceparent` header (W3C trace context): one trace a rollout, without a tracing server.
+
+Invariant: records of one rollout share a trace id, whichever process writes them, because it is a hash of `rollout_id`.
+Records without a rollout inherit the trace of the message that is being handled.
+"""
+
+from __future__ import annotations
+
+import os
+from contextvars import ContextVar
+from hashlib import blake2b
+
+from topics.record import Record
+
+current: ContextVar[bytes | None] = ContextVar("traceparent", default=None)
+"""The traceparent of the message being handled in this task."""
+
+
+def trace_id_of(rollout_id: str) -> str:
+    """32 hex digits."""
+    return blake2b(rollout_id.encode(), digest_size=16).hexdigest()
+
+
+def traceparent_of(record: Record) -> bytes:
+    """`00-<trace>-<span>-01` with a new span."""
+    rollout_id = getattr(record, "rollout_id", "")
+    return f"00-{trace_id_of(rollout_id) if rollout_id else _inherited()}-{os.urandom(8).hex()}-01".encode()
+
+
+def _inherited() -> str:
+    parent = (current.get() or b"").split(b"-")
+    return parent[1].decode() if len(parent) == 4 else os.urandom(16).hex()

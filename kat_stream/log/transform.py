@@ -1,0 +1,224 @@
+"""`run_transform`: consume-transform-produce, one transaction a batch and partition number (packer, results, archiver).
+
+Invariant: what follows from a message and the fact that it is finished become visible together or not at all. Each
+partition number has one writer with the stable id `{group}.{first topic}.{partition}`; it is opened before the
+committed place is read, so an owner that lost the partition can neither write nor move the place back (its writer is
+fenced), and nothing that it did write is overlooked.
+Messages finish out of order: the committed offset is the low-watermark of held ones, and what is finished beyond it is
+in the commit's metadata. Lanes of partitions that come back after a rebalance go on with their state.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import AsyncExitStack
+
+import anyio
+
+from kat_stream.errors import FencedError, LogUnavailable
+from kat_stream.log.base import Committed, Delivered, Log, Member, Message, Position, TopicPartition, Writer
+from kat_stream.log.handling import Handling, Settled
+from kat_stream.log.outcome import TransformHandler
+from kat_stream.log.tracker import Tracker
+from kat_stream.log.work import LEAVE_S, MOVING_S, POLL_S, RETRY_S, REVOKE_DRAIN_S, readable_from
+
+logger = logging.getLogger(__name__)
+
+FENCED_PAUSE_S = 2.0
+"""Longer than a heartbeat: a member that was fenced learns first whether it still owns the partition."""
+
+
+async def run_transform(
+    log: Log,
+    topics: Sequence[str],
+    *,
+    group: str,
+    member: str,
+    handler: TransformHandler,
+    stopping: anyio.Event,
+    remember: str | None = None,
+    batch: int = 100,
+    max_attempts: int = 5,
+) -> None:
+    """Handle messages until `stopping`. Topics are joined by partition number, so a handler sees whole groups.
+
+    `remember`: a topic of the stage's own, of the same partition count; its messages in a partition are given to
+    `handler.assigned` so that it knows what it wrote. `batch`: messages a transaction, at most.
+    Raises what the handler raised if it is neither a DataError nor retriable; nothing of that batch is visible.
+    """
+    stage = _Transform(log, topics, Handling(group, handler.handle, max_attempts), handler, remember)
+    stage.member = await log.join(topics, group=group, member=member, on_revoked=stage.on_revoked, together=True)
+    try:
+        while not stopping.is_set():
+            try:
+                await stage.step(batch)
+            except LogUnavailable as error:
+                logger.warning("%s: waiting for the log: %s", group, error)
+                await anyio.sleep(RETRY_S)
+    except Exception:  # whatever it is, the stage stops with it
+        logger.exception("%s: stops", group)
+        raise
+    finally:
+        with anyio.move_on_after(LEAVE_S, shield=True):
+            await stage.leave()
+
+
+class _Lane:
+    """One partition number: its writer and what is open in each topic."""
+
+    def __init__(self, partition: int, writer: Writer, trackers: dict[TopicPartition, Tracker]) -> None:
+        self.partition = partition
+        self.trackers = trackers
+        self._writer = writer
+        self._committed = {p: tracker.commit() for p, tracker in trackers.items()}
+
+    async def process(self, batch: Iterable[Delivered], handling: Handling) -> None:
+        """Handle a batch in order, then make it visible. FencedError and LogUnavailable end the lane."""
+        messages: list[Message] = []
+        for delivered in batch:
+            position = delivered.position
+            if self.trackers[position.topic_partition].take(position.offset):
+                settled = await handling.settle(delivered)
+                if isinstance(settled, Settled):
+                    messages += settled.messages
+                    self._finish({position, *settled.done})
+        await self._commit(messages)
+
+    async def close(self) -> None:
+        await self._writer.close()
+
+    def _finish(self, positions: set[Position]) -> None:
+        for position in positions:
+            self.trackers[position.topic_partition].finish(position.offset)
+
+    async def _commit(self, messages: Sequence[Message]) -> None:
+        places = {p: tracker.commit() for p, tracker in self.trackers.items()}
+        new = {p: place for p, place in places.items() if place != self._committed[p]}
+        if messages or new:
+            await self._writer.commit(messages, new)
+            self._committed.update(new)
+
+
+class _Transform:
+    member: Member
+
+    def __init__(
+        self, log: Log, topics: Sequence[str], handling: Handling, handler: TransformHandler, remember: str | None
+    ) -> None:
+        self._log = log
+        self._topics = topics
+        self._handling = handling
+        self._handler = handler
+        self._remember = remember
+        self._lanes: dict[int, _Lane] = {}
+        self._epoch = -1
+        self._busy = anyio.Lock()
+        """Held while a batch is handled: partitions do not move under it."""
+
+    async def step(self, limit: int) -> None:
+        """One turn of the loop: take over partitions, poll, process."""
+        if self._epoch != self.member.epoch:
+            await self._reassign()
+            return
+        batch = await self.member.poll(limit=limit, timeout_s=POLL_S)
+        lanes: dict[int, list[Delivered]] = {}
+        for delivered in batch:
+            lanes.setdefault(delivered.position.partition, []).append(delivered)
+        if not batch:
+            lanes = {partition: [] for partition in await self._skip_markers()}
+        if lanes:
+            await self._process(lanes)
+
+    async def on_revoked(self, partitions: frozenset[TopicPartition]) -> None:
+        """Partitions are about to move: let the running batch end. If it takes too long its writer will be fenced."""
+        with anyio.move_on_after(REVOKE_DRAIN_S):
+            async with self._busy:
+                logger.debug("%s: hands over %d partitions", self._handling.stage, len(partitions))
+
+    async def leave(self) -> None:
+        for partition in list(self._lanes):
+            await self._drop(partition)
+        await self.member.leave()
+
+    async def _process(self, batches: dict[int, list[Delivered]]) -> None:
+        async with self._busy:
+            for partition, batch in batches.items():
+                if partition in self._lanes:
+                    await self._process_one(self._lanes[partition], batch)
+
+    async def _process_one(self, lane: _Lane, batch: list[Delivered]) -> None:
+        try:
+            await lane.process(batch, self._handling)
+        except (FencedError, LogUnavailable) as error:
+            logger.warning("%s: partition %d is opened anew: %s", self._handling.stage, lane.partition, error)
+            await self._drop(lane.partition)
+            self._epoch = -1
+            await anyio.sleep(FENCED_PAUSE_S if isinstance(error, FencedError) else RETRY_S)
+
+    async def _drop(self, partition: int) -> None:
+        lane = self._lanes.pop(partition)
+        self._handler.revoked(partition)
+        await lane.close()
+
+    async def _reassign(self) -> None:
+        epoch, mine = self.member.epoch, self.member.assigned
+        if mine is None:
+            await anyio.sleep(MOVING_S)
+            return
+        numbers = {partition.partition for partition in mine}
+        for lost in self._lanes.keys() - numbers:
+            await self._drop(lost)
+        await self._open(mine, sorted(numbers - self._lanes.keys()))
+        if self.member.epoch != epoch:
+            return
+        for lane in self._lanes.values():
+            for partition, tracker in lane.trackers.items():
+                self.member.seek(partition, tracker.position)
+        self._epoch = epoch
+
+    async def _open(self, mine: frozenset[TopicPartition], numbers: Sequence[int]) -> None:
+        """Fence earlier owners, then read the place, then what was written: in this order nothing is overlooked."""
+        async with AsyncExitStack() as opened:
+            writers = {number: await self._open_writer(number, opened) for number in numbers}
+            stored = await self._log.commits(self._handling.stage)
+            remembered = await self._replay(numbers)
+            trackers = {p: await self._tracker(p, stored) for p in mine if p.partition in writers}
+            for number, writer in writers.items():
+                self._handler.assigned(number, remembered[number])
+                of_number = {p: tracker for p, tracker in trackers.items() if p.partition == number}
+                self._lanes[number] = _Lane(number, writer, of_number)
+            opened.pop_all()
+
+    async def _open_writer(self, number: int, opened: AsyncExitStack) -> Writer:
+        group = self._handling.stage
+        writer = await self._log.writer(f"{group}.{self._topics[0]}.{number}", group=group)
+        opened.push_async_callback(writer.close)
+        return writer
+
+    async def _tracker(self, partition: TopicPartition, stored: dict[TopicPartition, Committed]) -> Tracker:
+        return Tracker(await readable_from(self._log, partition, stored.get(partition)))
+
+    async def _replay(self, numbers: Sequence[int]) -> dict[int, list[Delivered]]:
+        remembered: dict[int, list[Delivered]] = {number: [] for number in numbers}
+        if self._remember is not None and numbers:
+            async with self._log.follow([self._remember], partitions=numbers) as follower:
+                async for delivered in follower.catch_up():
+                    remembered[delivered.position.partition].append(delivered)
+        return remembered
+
+    async def _skip_markers(self) -> list[int]:
+        """Partition numbers where the reader stands beyond what is recorded: transaction markers are not lag.
+
+        Not once partitions move: the reader then stands beyond messages that the poll threw away.
+        """
+        moved: list[int] = []
+        for number, lane in self._lanes.items():
+            for partition, tracker in lane.trackers.items():
+                position = await self.member.position(partition)
+                if self._epoch != self.member.epoch:
+                    return moved
+                if position is not None and position > tracker.position:
+                    tracker.advance(position)
+                    moved += [] if tracker.open else [number]
+        return moved

@@ -1,0 +1,34 @@
+"""Which optimizer steps count: those of the surviving branch of trainer lineages. Pure.
+
+Invariant: the answer depends on the set of `train.steps` records, never on their order or repetition.
+A trainer that restarts from a checkpoint opens a new lineage and makes the steps after the checkpoint again; what the
+abandoned lineage did from there on is on no surviving branch (topics/policy_version.py).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from topics import TrainStep
+
+
+def surviving(steps: Iterable[TrainStep]) -> list[TrainStep]:
+    """The steps of the surviving branch in order: each number once, from the lineage that made it last."""
+    lineages: dict[str, list[TrainStep]] = defaultdict(list)
+    for step in steps:
+        lineages[step.lineage].append(step)
+    newest_first = sorted(lineages.values(), key=_opened, reverse=True)
+    kept: dict[int, TrainStep] = {}
+    fork: float = float("inf")
+    for made in newest_first:
+        for step in made:
+            if step.step < fork:
+                kept[step.step] = step
+        fork = min(fork, min(step.step for step in made))
+    return [kept[number] for number in sorted(kept)]
+
+
+def _opened(made: list[TrainStep]) -> tuple[float, str]:
+    """When the lineage made its first step; the name breaks ties."""
+    return min(step.unix_s for step in made), made[0].lineage

@@ -1,0 +1,198 @@
+"""The torch learner: packed trees in, one optimizer step, weights out.
+
+Invariant: a step either happens whole or not at all: gradients are summed over micro-batches with weights normalised
+over the step; a stop or an error leaves everything as it was, and a gradient that is not finite counts the step but
+leaves weights and optimizer alone.
+Dropout is off (a shared prefix would get one mask for all its paths); the step is not thread-safe, its caller is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from kat_stream.errors import BatchError, CheckpointError, StepCancelled
+from kat_stream.rl.losses import LOSSES
+from kat_stream.rl.registry import find
+from kat_stream.rl.turn_ratio import RatioConfig
+from kat_stream.rl.units import Units
+from kat_stream.training.attention import NAME, Backend
+from kat_stream.training.metrics import StepMetrics, Tally
+from kat_stream.training.publication import Publication, atomic_directory, copy_companions, weights_checksum
+from kat_stream.training.rows import loss_inputs, make_micro_batch, plan_micro_batches, turn_logprobs
+from kat_stream.trees.batch import TrainBatch
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnerConfig:
+    loss: str = "turn_ratio"
+    """A name in `rl.losses.LOSSES`."""
+    ratio: RatioConfig = field(default_factory=RatioConfig)
+    learning_rate: float = 1e-3
+    warmup_steps: int = 5
+    """Linear from learning_rate / warmup_steps in the first step."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    """Largest gradient norm (2-norm over all parameters)."""
+    micro_batch_tokens: int = 4096
+    """Unique tokens run at once; a larger tree runs alone."""
+    attention: Backend = "segments"
+    dtype: Literal["float32", "float64"] = "float32"
+
+
+class TorchLearner:
+    """A causal model of `transformers` and its AdamW. A bad directory raises OSError or ValueError of transformers."""
+
+    def __init__(self, model_dir: Path, config: LearnerConfig) -> None:
+        self.model_dir = model_dir
+        self.config = config
+        self.step_count = 0
+        """Optimizer steps since the start of the run: also the number of the policy version."""
+        self._loss = find(LOSSES, config.loss)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=DTYPES[config.dtype], attn_implementation=NAME, local_files_only=True
+        )
+        self.model.train(False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+
+    @property
+    def max_positions(self) -> int:
+        """Longest path that the model can take, in tokens."""
+        return int(self.model.config.max_position_embeddings)
+
+    def step(self, batch: TrainBatch, should_stop: Callable[[], bool] = lambda: False) -> StepMetrics:
+        """One optimizer step on the batch.
+
+        Raises `BatchError` for a batch with no turns, with weights that are all zero, with a path longer than the
+        model's positions or an id outside its vocabulary; `StepCancelled` if `should_stop()` is true between
+        micro-batches.
+        """
+        self._check(batch)
+        began = time.perf_counter()
+        units = self._loss.units(batch, self.config.ratio)
+        tally = Tally()
+        self.optimizer.zero_grad()
+        for rows in plan_micro_batches(batch, units, self.config.micro_batch_tokens):
+            if should_stop():
+                self.optimizer.zero_grad()
+                raise StepCancelled(f"step {self.step_count + 1} was stopped; nothing was changed")
+            self._backward(batch, units, rows, tally)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
+        applied = bool(np.isfinite(norm))
+        self.step_count += 1
+        rate = self._update() if applied else 0.0
+        self.optimizer.zero_grad()
+        return tally.finish(
+            batch,
+            step=self.step_count,
+            applied=applied,
+            grad_norm=norm,
+            learning_rate=rate,
+            seconds=time.perf_counter() - began,
+        )
+
+    def skip_step(self) -> None:
+        """Count a step whose groups teach nothing: the weights stay, the next policy version equals this one."""
+        self.step_count += 1
+
+    def logprobs(self, batch: TrainBatch) -> NDArray[np.float64]:
+        """float64[sum of turn lengths]: log-probs of all sampled tokens under the present weights, in nats."""
+        self._check(batch)
+        with torch.no_grad():
+            parts = [
+                turn_logprobs(self.model, make_micro_batch(batch, [row], self.config.attention))
+                for row in range(len(batch.rows))
+            ]
+        return torch.cat(parts).double().numpy()
+
+    def skip_step(self) -> None:
+        """Count a step in which there was nothing to learn: the weights stay, the version number goes on."""
+        self.step_count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, as tensors and plain values."""
+        return {
+            "step": self.step_count,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`. `CheckpointError` if it is of another model."""
+        mine, theirs = _shapes(self.model.state_dict()), _shapes(state["model"])
+        if mine != theirs:
+            name = min(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+            raise CheckpointError(f"of another model: {name} is {theirs.get(name)}, expected {mine.get(name)}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        self.step_count = state["step"]
+
+    def write_weights(self, directory: Path) -> None:
+        """Weights, configuration and tokenizer into an existing directory, as transformers and engines load them."""
+        copy_companions(self.model_dir, directory)
+        self.model.config.save_pretrained(directory)
+        save_file(_untied(self.model.state_dict()), directory / "model.safetensors", {"format": "pt"})
+
+    def publish(self, directory: Path) -> Publication:
+        """The weights as a new Hugging Face directory under exactly this name, with tokenizer and configuration.
+
+        `CheckpointError` if the directory exists.
+        """
+        with atomic_directory(directory) as work:
+            self.write_weights(work)
+            checksum = weights_checksum(work)
+        return Publication(directory, checksum)
+
+    def _check(self, batch: TrainBatch) -> None:
+        if not len(batch.advantage):
+            raise BatchError("the batch has no turns")
+        depth = max(row.depth for row in batch.rows)
+        if depth > self.max_positions:
+            raise BatchError(f"a path has {depth} tokens, the model has {self.max_positions} positions")
+        largest = max(int(row.ids.max()) for row in batch.rows)
+        if largest >= self.model.config.vocab_size:
+            raise BatchError(f"id {largest} is outside the vocabulary of {self.model.config.vocab_size}")
+
+    def _backward(self, batch: TrainBatch, units: Units, rows: list[int], tally: Tally) -> None:
+        micro = make_micro_batch(batch, rows, self.config.attention)
+        inputs = loss_inputs(batch, units, micro, turn_logprobs(self.model, micro))
+        output = self._loss.value(inputs, self.config.ratio)
+        torch.autograd.backward(output.loss)
+        tally.add(inputs, output)
+
+    def _update(self) -> float:
+        """Apply the gradient; returns the learning rate that was used."""
+        rate = self.config.learning_rate * min(1.0, self.step_count / max(self.config.warmup_steps, 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return rate
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (value.shape, value.dtype) for name, value in state.items()}
+
+
+def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each storage once, under its first name: loading ties the others again."""
+    seen: dict[int, str] = {}
+    for name, value in state.items():
+        seen.setdefault(value.data_ptr(), name)
+    return {name: state[name].contiguous() for name in seen.values()}

@@ -1,0 +1,107 @@
+"""What one optimizer step reports.
+
+Invariant: sums are kept per micro-batch and divided once at the end, so numbers do not depend on how rows were grouped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from kat_stream.rl.turn_ratio import LossInputs, LossOutput
+from kat_stream.trees.batch import TrainBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMetrics:
+    step: int
+    """Optimizer steps done, this one included."""
+    applied: bool
+    """False: the gradient was not finite and the weights were left as they were."""
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    mean_ratio: float
+    """Over units, before clipping."""
+    clip_fraction: float
+    """Clipped units over all units."""
+    log_ratio_abs: float
+    """Mean |logp - behaviour logp| per sampled token, in nats: how far training and sampling are apart."""
+    entropy: float
+    """Mean -logp per sampled token, in nats: an estimate of the policy's entropy while on-policy."""
+    masked_fraction: float
+    """Tokens left out by IcePop over all sampled tokens."""
+    units: int
+    turns: int
+    trained_tokens: int
+    """Sampled tokens, each turn's own."""
+    tree_tokens: int
+    """Unique tokens computed."""
+    flat_tokens: int
+    """Tokens that separate paths would have computed."""
+    tree_ratio: float
+    """flat_tokens / tree_tokens."""
+    tokens_per_second: float
+    """Unique tokens a second."""
+    seconds: float
+    staleness_mean: float
+    """Versions, over rollouts; 0 if ages are unknown."""
+    staleness_max: int
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain numbers for a record."""
+        return {name: float(value) for name, value in asdict(self).items()}
+
+
+class Tally:
+    """Running sums over the micro-batches of one step."""
+
+    def __init__(self) -> None:
+        self.loss = self.ratio = self.clipped = self.gap = self.entropy = self.masked = 0.0
+        self.units = 0
+
+    def add(self, inputs: LossInputs, output: LossOutput) -> None:
+        """Units without weight (stale ones) count for nothing but the tokens they hold."""
+        logp = inputs.logp.detach()
+        weighty = inputs.weight > 0
+        self.loss += output.loss.item()
+        self.ratio += _sum(output.ratio[weighty])
+        self.clipped += _sum(output.clipped[weighty])
+        self.gap += _sum((logp - inputs.rollout_logp).abs())
+        self.entropy -= _sum(logp)
+        self.masked += _sum(output.masked)
+        self.units += int(weighty.sum())
+
+    def finish(
+        self, batch: TrainBatch, *, step: int, applied: bool, grad_norm: float, learning_rate: float, seconds: float
+    ) -> StepMetrics:
+        sampled = batch.trained_tokens
+        return StepMetrics(
+            step=step,
+            applied=applied,
+            loss=self.loss,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            mean_ratio=self.ratio / self.units,
+            clip_fraction=self.clipped / self.units,
+            log_ratio_abs=self.gap / sampled,
+            entropy=self.entropy / sampled,
+            masked_fraction=self.masked / sampled,
+            units=self.units,
+            turns=len(batch.advantage),
+            trained_tokens=sampled,
+            tree_tokens=batch.tree_tokens,
+            flat_tokens=batch.flat_tokens,
+            tree_ratio=batch.flat_tokens / batch.tree_tokens,
+            tokens_per_second=batch.tree_tokens / max(seconds, 1e-9),
+            seconds=seconds,
+            staleness_mean=sum(batch.ages) / max(len(batch.ages), 1),
+            staleness_max=max(batch.ages, default=0),
+        )
+
+
+def _sum(values: Tensor) -> float:
+    return float(values.sum(dtype=torch.float64))

@@ -1,0 +1,77 @@
+"""Weights as a Hugging Face directory that an engine can load: written aside, checked, renamed into place.
+
+Invariant: a directory under its final name is complete, and its checksum is a function of its weights alone.
+No torch here: weight sync verifies what it is about to load with the same function.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from kat_stream.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    path: Path
+    checksum: str
+    """`weights_checksum(path)`."""
+
+
+def weights_checksum(directory: Path) -> str:
+    """sha256 over the *.safetensors files in name order; `CheckpointError` if there is none."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{directory}: no *.safetensors file")
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `target`, contents synced first, when the block ends without an error.
+
+    `CheckpointError` if `target` is there already: what was published is never overwritten.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        raise CheckpointError(f"{target} exists already")
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield work
+        work.chmod(0o755)
+        for path in work.iterdir():
+            _sync(path)
+        _sync(work)
+        work.rename(target)
+        _sync(target.parent)
+    finally:
+        if work.exists():
+            shutil.rmtree(work)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Everything beside the weights that an engine needs: configuration, tokenizer, chat template."""
+    for path in source.iterdir():
+        wanted = path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json")
+        if wanted and path.is_file():
+            shutil.copyfile(path, target / path.name)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

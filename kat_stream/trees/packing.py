@@ -1,0 +1,46 @@
+"""Trees to rows of at most a budget of tokens, and rows to micro-batches.
+
+Invariant: a tree is never cut here and is in exactly one row; rows hold whole trees side by side, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kat_stream.errors import BatchError
+from kat_stream.trees.layout import TreeLayout, concat
+
+
+def pack(layouts: Sequence[TreeLayout], budget_tokens: int, max_positions: int | None = None) -> list[TreeLayout]:
+    """First-fit decreasing. A tree larger than the budget becomes a row of its own.
+
+    Raises `BatchError` for a path longer than `max_positions`, the model's number of positions.
+    """
+    for layout in layouts:
+        if max_positions is not None and layout.depth > max_positions:
+            raise BatchError(f"a path has {layout.depth} tokens, the model has {max_positions} positions")
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(layouts)), key=lambda i: -len(layouts[i])):
+        size = len(layouts[number])
+        row = next((k for k, free in enumerate(room) if free >= size), None)
+        if row is None:
+            rows.append([number])
+            room.append(budget_tokens - size)
+        else:
+            rows[row].append(number)
+            room[row] -= size
+    return [concat([layouts[i] for i in sorted(row)]) for row in rows]
+
+
+def micro_batches(sizes: Sequence[int], budget_tokens: int) -> list[list[int]]:
+    """Consecutive items grouped up to the budget; an item larger than it stands alone."""
+    groups: list[list[int]] = []
+    used = 0
+    for number, size in enumerate(sizes):
+        if not groups or used + size > budget_tokens:
+            groups.append([])
+            used = 0
+        groups[-1].append(number)
+        used += size
+    return groups

@@ -1,0 +1,101 @@
+"""Turns as the learner sees them: full prompt path, sampled ids, behaviour log-probabilities.
+
+Invariant: a `TurnTokens` that exists can be trained on: it has a prompt, sampled tokens, and one finite log-probability
+(<= 0) for each of them. Ids are those that were sampled; nothing is ever re-encoded from text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kat_stream.errors import TurnError
+from topics.turn import Turn, VersionSpan
+
+LOGPROB_SLACK = 1e-3
+"""Engines round: a log-probability may exceed 0 by this much before it counts as nonsense."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TurnTokens:
+    """One model call. Raises `TurnError` naming turn and field if it cannot be trained on."""
+
+    turn_id: str
+    prompt_ids: NDArray[np.int32]
+    """int32[P]: the whole path from the root, P >= 1."""
+    sampled_ids: NDArray[np.int32]
+    """int32[T], T >= 1, the stop token included."""
+    logprobs: NDArray[np.float32]
+    """float32[T]: behaviour log-probabilities in nats, one per sampled id."""
+    versions: tuple[VersionSpan, ...] = ()
+    """Which policy version sampled which tokens."""
+    trainable: bool = True
+    """False: recorded for people, left out of the tree."""
+
+    def __post_init__(self) -> None:
+        if self.trainable:
+            _check_ids(self.turn_id, "prompt_ids", self.prompt_ids)
+            _check_ids(self.turn_id, "sampled_ids", self.sampled_ids)
+            _check_logprobs(self)
+
+
+def turns_of(records: Iterable[Turn]) -> list[TurnTokens]:
+    """Deltas back to full paths, in the given order; parents come before their children.
+
+    Raises `TurnError` for an unknown parent, for a prefix longer than the parent's path and for all that
+    `TurnTokens` refuses.
+    """
+    paths: dict[str, NDArray[np.int32]] = {}
+    turns: list[TurnTokens] = []
+    for record in records:
+        prompt = np.concatenate([_prefix(record, paths), _array(record, "prompt_ids", "<i4")]).astype(np.int32)
+        sampled = _array(record, "sampled_ids", "<i4").astype(np.int32)
+        paths[record.turn_id] = np.concatenate([prompt, sampled])
+        logprobs = _array(record, "logprobs", "<f4").astype(np.float32)
+        turns.append(TurnTokens(record.turn_id, prompt, sampled, logprobs, record.spans, record.trainable))
+    return turns
+
+
+def _prefix(record: Turn, paths: dict[str, NDArray[np.int32]]) -> NDArray[np.int32]:
+    if not record.parent:
+        if record.prefix_len:
+            raise TurnError(f"turn {record.turn_id}: prefix_len is {record.prefix_len}, but it has no parent")
+        return np.empty(0, np.int32)
+    path = paths.get(record.parent)
+    if path is None:
+        raise TurnError(f"turn {record.turn_id}: parent {record.parent!r} is not among the turns before it")
+    if not 0 <= record.prefix_len <= len(path):
+        raise TurnError(
+            f"turn {record.turn_id}: prefix_len {record.prefix_len} is no prefix of its parent's {len(path)} tokens"
+        )
+    return path[: record.prefix_len]
+
+
+def _array(record: Turn, name: str, dtype: str) -> NDArray[Any]:
+    data: bytes = getattr(record, name)
+    if len(data) % 4:
+        raise TurnError(f"turn {record.turn_id}: {name} has {len(data)} bytes, not a multiple of 4")
+    return np.frombuffer(data, dtype)
+
+
+def _check_ids(turn_id: str, name: str, ids: NDArray[np.int32]) -> None:
+    if ids.dtype != np.int32 or ids.ndim != 1:
+        raise TurnError(f"turn {turn_id}: {name} is {ids.dtype}{list(ids.shape)}, expected int32[n]")
+    if not len(ids):
+        raise TurnError(f"turn {turn_id}: {name} is empty")
+    if ids.min() < 0:
+        raise TurnError(f"turn {turn_id}: {name} holds the negative id {ids.min()}")
+
+
+def _check_logprobs(turn: TurnTokens) -> None:
+    if turn.logprobs.dtype != np.float32 or turn.logprobs.shape != turn.sampled_ids.shape:
+        shape = f"{turn.logprobs.dtype}{list(turn.logprobs.shape)}"
+        raise TurnError(f"turn {turn.turn_id}: logprobs is {shape} for {len(turn.sampled_ids)} sampled ids")
+    bad = ~(np.isfinite(turn.logprobs) & (turn.logprobs <= LOGPROB_SLACK))
+    if bad.any():
+        at = int(bad.argmax())
+        raise TurnError(f"turn {turn.turn_id}: logprobs[{at}] is {turn.logprobs[at]}, no log-probability")

@@ -1,0 +1,96 @@
+"""A batch to and from plain arrays: one dict of little-endian arrays a row, named like the fields of `PackedRow`.
+
+Invariant: `from_arrays(to_arrays(b), b.rollout_ids)` equals b, and nothing that breaks the tree invariant gets in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kat_stream.errors import BatchError
+from kat_stream.trees.batch import TrainBatch, check_batch, number_turns
+from kat_stream.trees.layout import TreeLayout
+
+INTS = ("ids", "pos", "parent", "end", "turn_len", "index", "member")
+FLOATS = ("logprobs", "advantage", "weight")
+ROW_FIELDS = {**dict.fromkeys(INTS, np.dtype("<i4")), **dict.fromkeys(FLOATS, np.dtype("<f4"))}
+"""As in `topics.batch.PackedRow`, where each is described."""
+
+Row = Mapping[str, NDArray[Any]]
+
+
+def to_arrays(batch: TrainBatch) -> list[dict[str, NDArray[Any]]]:
+    """One dict a row; `array.tobytes()` of each value is what the wire record holds."""
+    rows: list[dict[str, NDArray[Any]]] = []
+    token = 0
+    for row in batch.rows:
+        turns = slice(row.turns[0], row.turns[-1] + 1) if len(row.turns) else slice(0)
+        values: dict[str, NDArray[Any]] = {
+            "ids": row.ids,
+            "pos": row.pos,
+            "parent": row.parent,
+            "end": row.end,
+            "turn_len": row.lengths,
+            "index": row.index,
+            "member": batch.rollout[turns],
+            "logprobs": batch.logprobs[token : token + len(row.index)],
+            "advantage": batch.advantage[turns],
+            "weight": batch.weight[turns],
+        }
+        rows.append({name: np.ascontiguousarray(value, ROW_FIELDS[name]) for name, value in values.items()})
+        token += len(row.index)
+    return rows
+
+
+def from_arrays(rows: Sequence[Row], rollout_ids: Sequence[str]) -> TrainBatch:
+    """Arrays back to a batch; raises `BatchError` naming row and field for anything inconsistent."""
+    layouts, _ = number_turns([_layout(number, row) for number, row in enumerate(rows)])
+    batch = TrainBatch(
+        rows=layouts,
+        logprobs=_column(rows, "logprobs"),
+        advantage=_column(rows, "advantage"),
+        weight=_column(rows, "weight"),
+        rollout=_column(rows, "member"),
+        rollout_ids=tuple(rollout_ids),
+    )
+    check_batch(batch)
+    return batch
+
+
+def arrays_of(row: Any) -> dict[str, NDArray[Any]]:
+    """The arrays inside a wire row: any object with bytes under the names of `ROW_FIELDS`."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, dtype in ROW_FIELDS.items():
+        data = getattr(row, name)
+        if len(data) % dtype.itemsize:
+            raise BatchError(f"{name} has {len(data)} bytes, not a multiple of {dtype.itemsize}")
+        arrays[name] = np.frombuffer(data, dtype)
+    return arrays
+
+
+def _layout(number: int, row: Row) -> TreeLayout:
+    for name, dtype in ROW_FIELDS.items():
+        if name not in row:
+            raise BatchError(f"row {number}: {name} is missing")
+        if row[name].dtype != dtype or row[name].ndim != 1:
+            raise BatchError(f"row {number}: {name} is {row[name].dtype}{list(row[name].shape)}, expected {dtype}[n]")
+    ids, pos, parent, end, lengths, index = (row[name].astype(np.int32) for name in INTS[:-1])
+    for name, size in _sizes(row):
+        if len(row[name]) != size:
+            raise BatchError(f"row {number}: {name} has {len(row[name])} entries, expected {size}")
+    return TreeLayout(ids, pos, parent, end, np.zeros(len(lengths), np.int32), lengths, index)
+
+
+def _sizes(row: Row) -> list[tuple[str, int]]:
+    turns, tokens, sampled = len(row["turn_len"]), len(row["ids"]), len(row["index"])
+    per_token = [(name, tokens) for name in ("pos", "parent", "end")]
+    return [*per_token, ("logprobs", sampled), *((name, turns) for name in ("member", "advantage", "weight"))]
+
+
+def _column(rows: Sequence[Row], name: str) -> NDArray[Any]:
+    native = ROW_FIELDS[name].newbyteorder("=")
+    return np.concatenate([np.empty(0, native), *(row[name] for row in rows)]).astype(native)

@@ -1,0 +1,191 @@
+"""Every dataset kind: tasks resolve from their record alone, broken ones are named, oracle and no-op are told apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kat_stream.env.datasets import dataset_of, open_dataset
+from kat_stream.env.datasets.base import Spec
+from kat_stream.env.datasets.mend import MendDataset
+from kat_stream.env.evaluation import check, evaluate
+from kat_stream.errors import ConfigError, TaskError
+from tests.contract.env_kit import backend, exercise, harbor_task, needs_bwrap, write
+
+pytestmark = pytest.mark.anyio
+
+BROKEN = {
+    "no tests": ({"tests/test.sh": None}, "tests/test.sh: missing"),
+    "broken toml": ({"task.toml": "version = "}, "task.toml:"),
+    "no toml": ({"task.toml": None}, "task.toml: missing"),
+    "no instruction": ({"instruction.md": None}, "instruction.md: missing"),
+    "bad number": ({"task.toml": "[agent]\ntimeout_sec = 'soon'\n"}, "agent.timeout_sec = 'soon'"),
+    "bad size": ({"task.toml": "[environment]\nmemory = 'lots'\n"}, "environment.memory = 'lots'"),
+    "not a table": ({"task.toml": "agent = 3\n"}, "[agent] is not a table"),
+    "run": ({"environment/Dockerfile": "FROM a\nRUN apt-get install \\\n  gcc\n"}, "Dockerfile:2: RUN needs an image"),
+    "stages": ({"environment/Dockerfile": "FROM a\nFROM b\n"}, "Dockerfile:2: FROM: a second stage"),
+    "from image": ({"environment/Dockerfile": "FROM a\nCOPY --from=b x /app/\n"}, "--from=b needs an image"),
+    "leaves": ({"environment/Dockerfile": "FROM a\nWORKDIR /app\nCOPY ../tests /app/\n"}, "leaves"),
+    "absent": ({"environment/Dockerfile": "FROM a\nWORKDIR /app\nCOPY gone /app/\n"}, "gone is not in"),
+    "elsewhere": ({"environment/Dockerfile": "FROM a\nWORKDIR /app\nCOPY repo /srv/\n"}, "outside the work directory"),
+    "url": ({"environment/Dockerfile": "FROM a\nADD ftp://host/x /app/\n"}, "only plain files"),
+    "image only": (
+        {"environment/Dockerfile": None, "task.toml": "[environment]\ndocker_image = 'x/y'\n"},
+        "docker_image = 'x/y'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_task_directory_is_named_and_the_others_stay(tmp_path: Path, case: str) -> None:
+    files, reason = BROKEN[case]
+    broken = harbor_task(tmp_path, "a-broken", files)
+    harbor_task(tmp_path, "b-sound")
+    dataset = open_dataset(f"harbor:{tmp_path}")
+    error, task = dataset.scan()
+    assert isinstance(error, TaskError)
+    assert str(broken) in str(error)
+    assert reason in str(error)
+    assert [task.task_id for task in dataset.tasks()] == ["b-sound"]
+
+
+def test_a_link_in_the_environment_is_refused(tmp_path: Path) -> None:
+    path = harbor_task(tmp_path)
+    (path / "environment" / "repo" / "shadow").symlink_to("/etc/shadow")
+    with pytest.raises(TaskError, match="shadow: not a regular file"):
+        raise next(iter(open_dataset(f"harbor:{tmp_path}").scan()))  # type: ignore[misc]
+
+
+def test_a_dockerfile_without_a_build_gives_the_work_tree(tmp_path: Path) -> None:
+    dockerfile = """# comment
+FROM debian:bookworm-slim AS only
+ARG place=/srv/work
+ENV HOME_OF="${place}" MODE=fast
+ENV OLD style value
+WORKDIR $place
+COPY --chown=1:1 --chmod=755 ["repo/run.sh", "./bin/"]
+COPY repo/a.txt repo/b.txt docs/
+COPY \\
+  repo \\
+  tree
+USER agent
+CMD ["sleep", "1"]
+"""
+    path = harbor_task(tmp_path, files={"environment/Dockerfile": dockerfile})
+    write(path / "environment" / "repo", {"run.sh": "#!/bin/sh\n", "a.txt": "a", "b.txt": "b"})
+    dataset = open_dataset(f"harbor:{path}")
+    task = dataset.tasks()[0]
+    assert task.environment.workdir == "/srv/work"
+    assert task.environment.env == {"HOME_OF": "/srv/work", "MODE": "fast", "OLD": "style value"}
+    files = dataset.files(task)
+    assert files["bin/run.sh"] == (b"#!/bin/sh\n", 0o755)
+    assert {"docs/a.txt", "docs/b.txt", "tree/state.txt", "tree/run.sh"} < set(files)
+
+
+def test_limits_and_timeouts_come_from_task_toml(tmp_path: Path) -> None:
+    toml = "[agent]\ntimeout_sec = 7\n[environment]\nmemory = '2G'\nstorage_mb = 33\ncpus = 2\n"
+    harbor_task(tmp_path, files={"task.toml": toml})
+    task = open_dataset(f"harbor:{tmp_path}").tasks()[0]
+    assert task.agent_timeout_s == 7.0
+    assert (task.environment.memory_mb, task.environment.disk_mb, task.environment.cpus) == (2048, 33, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("mend", "expected scheme"),
+        ("mnd:train", "did you mean 'mend'"),
+        ("mend:test", "'test' is not one of train, held-out"),
+        ("mend:train?cuont=3", "unknown option 'cuont'"),
+        ("mend:train?count=many", "count='many' is not a number"),
+        ("mend:train?count", "options"),
+        ("harbor:/nowhere/at/all", "not a directory"),
+        ("polyglot:/?language=cobol", "'cobol' is not one of"),
+        ("polyglot:/?language=python", "not a directory"),
+    ],
+)
+def test_a_wrong_spec_says_what_is_wrong(spec: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        open_dataset(spec)
+
+
+def test_a_mend_task_is_resolved_from_its_record_alone() -> None:
+    spec = "mend:train?count=20&seed=3"
+    task = open_dataset(spec).tasks()[7]
+    elsewhere = MendDataset(Spec.parse(spec))
+    assert dataset_of(task).files(task) == elsewhere.files(task)
+    assert elsewhere.tests(task)["check.sh"][0] not in [content for content, _ in elsewhere.files(task).values()]
+    with pytest.raises(TaskError, match="no task 'gone'"):
+        elsewhere.files(msgspec.structs.replace(task, task_id="gone"))
+
+
+def test_an_exercise_hides_what_holds_its_solution(tmp_path: Path) -> None:
+    exercise(tmp_path)
+    dataset = open_dataset(f"polyglot:{tmp_path}?language=python")
+    task = dataset.tasks()[0]
+    assert task.task_id == "python/add-two"
+    assert set(dataset.files(task)) == {".docs/instructions.md", ".gitignore", "add_two.py", "add_two_test.py"}
+    assert "Add two numbers." in task.instruction
+    assert "add_two.py" in task.instruction
+
+
+def test_a_broken_exercise_is_named(tmp_path: Path) -> None:
+    exercise(tmp_path, "a-testless", test=[])
+    write(exercise(tmp_path, "b-garbled"), {".meta/config.json": "{"})
+    exercise(tmp_path, "c-outside", solution=["../../../../../etc/passwd"])
+    exercise(tmp_path, "d-sound")
+    entries = list(open_dataset(f"polyglot:{tmp_path}").scan())
+    reasons = ["files.test is empty", "config.json: ", "lies outside the exercise"]
+    for entry, reason in zip(entries, reasons, strict=False):
+        assert isinstance(entry, TaskError)
+        assert reason in str(entry)
+    assert len(entries) == 4
+    assert not isinstance(entries[3], TaskError)
+
+
+@needs_bwrap
+@pytest.mark.parametrize("kind", ["mend", "mend on disk", "harbor", "polyglot"])
+async def test_the_oracle_gets_1_and_doing_nothing_0(tmp_path: Path, kind: str) -> None:
+    spec = _dataset(tmp_path, kind)
+    async with backend() as sandboxes:
+        for agent, reward in (("oracle", 1.0), ("nop", 0.0)):
+            results = await evaluate(spec, agent, sandboxes, concurrency=4)
+            assert [(result.task, result.reward, result.outcome) for result in results] == [
+                (task.task_id, reward, "submitted") for task in open_dataset(spec).tasks()
+            ]
+
+
+def _dataset(tmp_path: Path, kind: str) -> str:
+    if kind == "mend":
+        return "mend:held-out?count=15&seed=1"
+    if kind == "mend on disk":
+        MendDataset(Spec.parse("mend:train?count=4&seed=1")).write(tmp_path)
+        return f"harbor:{tmp_path}"
+    if kind == "harbor":
+        harbor_task(tmp_path, "one")
+        plain = {
+            "environment/Dockerfile": None,
+            "environment/repo/state.txt": None,
+            "environment/state.txt": "broken\n",
+        }
+        harbor_task(tmp_path, "two", plain)
+        return f"harbor:{tmp_path}"
+    exercise(tmp_path)
+    exercise(tmp_path, "sum-up")
+    return f"polyglot:{tmp_path}?language=python"
+
+
+@needs_bwrap
+async def test_the_audit_finds_what_makes_a_task_useless(tmp_path: Path) -> None:
+    harbor_task(tmp_path, "a-sound")
+    harbor_task(tmp_path, "b-generous", {"tests/test.sh": "#!/bin/sh\necho 1 > /logs/verifier/reward.txt\n"})
+    harbor_task(tmp_path, "c-wrong-solution", {"solution/solve.sh": "#!/bin/sh\nexit 3\n"})
+    harbor_task(tmp_path, "d-no-tests", {"tests/test.sh": None})
+    async with backend() as sandboxes:
+        sound, generous, wrong, testless = await check(f"harbor:{tmp_path}", sandboxes, concurrency=4)
+    assert sound.problems == ()
+    assert generous.problems == ("doing nothing gets 1.0 (submitted: )",)
+    assert "exit code 3" in wrong.problems[0]
+    assert "tests/test.sh: missing" in testless.problems[0]

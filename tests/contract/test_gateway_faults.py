@@ -1,0 +1,187 @@
+"""Trouble: clients that go away, engines that die or pause, a log that is away. One reply, or a clear error."""
+
+from __future__ import annotations
+
+import json
+
+import anyio
+import openai
+import pytest
+
+from kat_stream.errors import LogUnavailable
+from kat_stream.gateway.app import SessionHandle
+from kat_stream.gateway.limits import Limits
+from tests.contract.gateway_kit import World, by_bytes, going_on, paths, saying, until, user, world
+from topics.record import Record
+
+pytestmark = pytest.mark.anyio
+
+QUICK = Limits(disconnect_grace_s=0.05, publish_s=0.3, keepalive_s=0.05)
+
+
+class Away:
+    """A log that never acknowledges."""
+
+    async def publish(self, *records: Record, deadline_s: float = 30.0) -> None:
+        raise LogUnavailable("no broker")
+
+
+async def _post(w: World, handle: SessionHandle, *, stream: bool = False, retry: int = 0) -> bytes:
+    body = {"model": "m", "messages": [user("go")], "stream": stream}
+    headers = {"Authorization": f"Bearer {handle.key}", "x-stainless-retry-count": str(retry)}
+    url = f"{w.server.data_url}{handle.path}/v1/chat/completions"
+    async with w.http.post(url, json=body, headers=headers) as answer:
+        raw = await answer.read()
+        assert answer.status == 200, raw
+        return raw
+
+
+async def _leave(w: World, handle: SessionHandle, *, stream: bool) -> None:
+    """Ask, wait until the engine runs it, and close the connection."""
+    async with anyio.create_task_group() as group:
+        group.start_soon(lambda: _post(w, handle, stream=stream))
+        await until(lambda: w.engines[0].in_flight == 1)
+        group.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_goes_away_aborts_its_call_and_the_part_is_recorded(stream: bool) -> None:
+    async with world(saying("ls -la " * 100), token_s=0.005, limits=QUICK) as w:
+        handle = await w.session()
+        await _leave(w, handle, stream=stream)
+        await until(lambda: w.engines[0].in_flight == 0)
+        turns = await w.control.close(handle.session_id)
+        assert [(turn.finish_reason, turn.trainable) for turn in turns] == [("abort", False)]
+        sampled = paths(turns)[turns[0].turn_id][1]
+        assert sampled == by_bytes("ls -la " * 100)[: len(sampled)] and 0 < len(sampled) < 600
+        assert len(w.engines[0].aborted) == 1 and await w.published() == turns
+
+
+async def test_a_retry_after_a_lost_connection_joins_the_call() -> None:
+    async with world(saying("ls -la"), token_s=0.02, limits=Limits(disconnect_grace_s=5.0)) as w:
+        handle = await w.session()
+        await _leave(w, handle, stream=False)
+        assert b"ls -la" in await _post(w, handle)
+        turns = await w.control.close(handle.session_id)
+        assert len(turns) == 1 and len(w.engines[0].requests) == 1 and turns[0].trainable
+
+
+async def test_marked_retries_get_the_same_turn_and_unmarked_repeats_a_new_one() -> None:
+    async with world(saying("ls")) as w:
+        handle = await w.session()
+        first, again = json.loads(await _post(w, handle)), json.loads(await _post(w, handle, retry=1))
+        assert (first["id"], first["choices"]) == (again["id"], again["choices"])
+        assert len(w.engines[0].requests) == 1
+        await _post(w, handle)
+        turns = await w.control.close(handle.session_id)
+        assert len(turns) == 2 and len(w.engines[0].requests) == 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_engine_killed_in_mid_turn_is_replaced_unseen(stream: bool) -> None:
+    async with world(going_on("ls -la and so on"), engines=2, token_s=0.02) as w:
+        handle = await w.session()
+        answers: list[bytes] = []
+
+        async def agent() -> None:
+            answers.append(await _post(w, handle, stream=stream))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(agent)
+            await until(lambda: any(engine.in_flight for engine in w.engines))
+            busy = next(engine for engine in w.engines if engine.in_flight)
+            await until(lambda: max(busy.progress(), default=0) > 3)
+            await busy.close()
+        assert len(answers) == 1 and (stream or b'"ls -la and so on"' in answers[0])
+        (turn,) = await w.control.close(handle.session_id)
+        assert list(paths([turn]).values())[0][1] == by_bytes("ls -la and so on")
+        assert turn.finish_reason == "stop" and turn.engine != busy.url
+        # A stream that broke did not say which weights its last tokens came from: recorded, not trained.
+        assert [span.version for span in turn.spans] == (["", "scripted.0"] if stream else ["scripted.0"])
+        assert turn.trainable is not stream
+
+
+async def test_an_abort_by_a_weight_update_is_resumed() -> None:
+    async with world(going_on("ls -la and so on"), token_s=0.01) as w:
+        handle = await w.session()
+        engine, plan = w.engines[0], by_bytes("ls -la and so on")
+        answers: list[bytes] = []
+
+        async def agent() -> None:
+            answers.append(await _post(w, handle))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(agent)
+            await until(lambda: max(engine.progress(), default=0) > 3)
+            client = w.router.list()[0].engine
+            await client.pause("abort")
+            engine.version = "scripted.1"
+            await until(lambda: len(engine.requests) == 2)
+            await client.resume()
+        (turn,) = await w.control.close(handle.session_id)
+        assert b'"ls -la and so on"' in answers[0]
+        assert list(paths([turn]).values())[0][1] == plan and turn.trainable
+        assert [span.version for span in turn.spans] == ["scripted.0", "scripted.1"]
+        assert engine.requests[1].input_ids == [*engine.requests[0].input_ids, *plan[: turn.spans[0].end]]
+        assert engine.requests[1].sampling_params.max_new_tokens == 4096 - turn.spans[0].end
+
+
+async def test_a_paused_engine_makes_the_agent_wait_with_signs_of_life() -> None:
+    async with world(saying("ls"), limits=QUICK) as w:
+        handle = await w.session()
+        client = w.router.list()[0].engine
+        await client.pause("retract")
+        answers: list[bytes] = []
+
+        async def agent() -> None:
+            answers.append(await _post(w, handle, stream=True))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(agent)
+            await until(lambda: w.engines[0].in_flight == 1)
+            assert not await _done_within(answers, 0.2)
+            await client.resume()
+        assert answers[0].count(b": keepalive") >= 2 and answers[0].endswith(b"data: [DONE]\n\n")
+
+
+async def _done_within(answers: list[bytes], seconds: float) -> bool:
+    with anyio.move_on_after(seconds):
+        await until(lambda: bool(answers), seconds * 2)
+    return bool(answers)
+
+
+async def test_no_reply_without_a_record() -> None:
+    async with world(saying("ls"), limits=QUICK, wrap=lambda _log: Away()) as w:
+        handle = await w.session()
+        with pytest.raises(openai.InternalServerError) as refused:
+            await w.client(handle).chat.completions.create(model="m", messages=[user("go")])
+        assert refused.value.status_code == 503 and "ls" not in str(refused.value.body)
+        assert await w.control.close(handle.session_id) == []
+
+
+async def test_no_engine_is_a_503_in_time() -> None:
+    async with world(saying("ls"), limits=Limits(call_s=0.3)) as w:
+        handle = await w.session()
+        await w.engines[0].close()
+        with pytest.raises(openai.InternalServerError) as refused:
+            await w.client(handle).chat.completions.create(model="m", messages=[user("go")])
+        assert refused.value.status_code == 503
+
+
+async def test_closing_a_session_ends_its_calls() -> None:
+    async with world(saying("ls -la " * 100), token_s=0.005) as w:
+        handle = await w.session()
+        refused: list[int] = []
+
+        async def agent() -> None:
+            with pytest.raises(openai.APIStatusError) as error:
+                await w.client(handle).chat.completions.create(model="m", messages=[user("go")])
+            refused.append(error.value.status_code)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(agent)
+            await until(lambda: w.engines[0].in_flight == 1)
+            turns = await w.control.close(handle.session_id, deadline_s=5.0)
+        assert refused == [409]
+        assert [turn.finish_reason for turn in turns] == ["abort"] and w.engines[0].in_flight == 0
+        assert await w.control.close(handle.session_id) == turns

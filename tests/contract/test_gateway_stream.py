@@ -1,0 +1,125 @@
+"""Streams: what agents see while a reply grows, and that its end waits for the record (promise 1)."""
+
+from __future__ import annotations
+
+import json
+
+import anyio
+import pytest
+
+from kat_stream.gateway.limits import Limits
+from tests.contract.gateway_kit import Gate, World, by_bytes, paths, saying, until, user, world
+from topics import Sampling
+
+pytestmark = pytest.mark.anyio
+
+TOOLS = [{"type": "function", "function": {"name": "bash", "parameters": {"type": "object", "properties": {}}}}]
+
+
+async def test_a_stream_says_what_a_whole_reply_says() -> None:
+    async with world(saying("ls -la grüße 😀", "ca"), token_s=0.001) as w:
+        handle = await w.session()
+        client = w.client(handle)
+        stream = await client.chat.completions.create(
+            model="m", messages=[user("go")], stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+        deltas = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+        assert "".join(deltas) == "ls -la grüße 😀" and len([delta for delta in deltas if delta]) > 3
+        assert not any("\ufffd" in delta for delta in deltas)
+        assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+        assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == len(by_bytes("ls -la grüße 😀"))
+        history = [user("go"), {"role": "assistant", "content": "".join(deltas)}, user("on")]
+        await client.chat.completions.create(model="m", messages=history)
+        turns = await w.control.close(handle.session_id)
+        assert (turns[1].parent, turns[1].fork) == (turns[0].turn_id, "")
+        assert paths(turns)[turns[0].turn_id][1] == by_bytes("ls -la grüße 😀")
+
+
+async def test_tool_calls_are_held_back_and_come_whole() -> None:
+    said = 'Look. \n\n<tool_call>\n{"name": "bash", "arguments": {"command": "ls"}}\n</tool_call>'
+    async with world(saying(said), tools="hermes", token_s=0.0005) as w:
+        handle = await w.session()
+        stream = await w.client(handle).chat.completions.create(
+            model="m", messages=[user("go")], tools=TOOLS, stream=True
+        )
+        choices = [chunk.choices[0] async for chunk in stream]
+        assert "".join(choice.delta.content or "" for choice in choices) == "Look."
+        calls = [call for choice in choices for call in choice.delta.tool_calls or ()]
+        assert [(call.index, call.function and call.function.name) for call in calls] == [(0, "bash")]
+        assert calls[0].function is not None and json.loads(calls[0].function.arguments or "") == {"command": "ls"}
+        assert choices[-1].finish_reason == "tool_calls"
+
+
+async def test_text_that_only_looked_like_a_tool_call_is_shown_in_the_end() -> None:
+    said = "a <tool_cal b <tool_call> c"
+    async with world(saying(said), tools="hermes", token_s=0.0005) as w:
+        handle = await w.session()
+        stream = await w.client(handle).chat.completions.create(
+            model="m", messages=[user("go")], tools=TOOLS, stream=True
+        )
+        assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == said
+
+
+async def _lines(w: World, path: str, key: str, into: list[str]) -> None:
+    body = {"model": "m", "messages": [user("go")], "stream": True}
+    url = f"{w.server.data_url}{path}/v1/chat/completions"
+    async with w.http.post(url, json=body, headers={"Authorization": f"Bearer {key}"}) as answer:
+        while line := await answer.content.readline():
+            into.append(line.decode().strip())
+
+
+async def test_the_end_of_a_stream_waits_for_the_acknowledgement() -> None:
+    gate: list[Gate] = []
+
+    def hold(log: object) -> Gate:
+        gate.append(Gate(log))
+        return gate[0]
+
+    async with world(saying("ls"), limits=Limits(keepalive_s=0.02), wrap=hold) as w:
+        handle = await w.session()
+        lines: list[str] = []
+        async with anyio.create_task_group() as group:
+            group.start_soon(_lines, w, handle.path, handle.key, lines)
+            await until(lambda: lines.count(": keepalive") >= 3)
+            assert gate[0].waiting == 1 and await w.published() == []
+            assert any('"content":"ls"' in line for line in lines)
+            assert not any("[DONE]" in line or '"finish_reason":"stop"' in line for line in lines)
+            gate[0].open.set()
+        assert lines[-2] == "data: [DONE]"
+        assert len(await w.published()) == 1
+
+
+async def test_a_whole_reply_waits_for_the_acknowledgement() -> None:
+    gate: list[Gate] = []
+
+    def hold(log: object) -> Gate:
+        gate.append(Gate(log))
+        return gate[0]
+
+    async with world(saying("ls"), wrap=hold) as w:
+        handle = await w.session()
+        answered: list[str] = []
+
+        async def agent() -> None:
+            answer = await w.client(handle).chat.completions.create(model="m", messages=[user("go")])
+            assert len(await w.published()) == 1
+            answered.append(answer.choices[0].message.content or "")
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(agent)
+            await until(lambda: gate[0].waiting == 1)
+            assert answered == []
+            gate[0].open.set()
+        assert answered == ["ls"]
+
+
+async def test_a_stream_cut_by_length_says_so() -> None:
+    async with world(saying("ls -la")) as w:
+        handle = await w.session(Sampling(max_new_tokens=2))
+        stream = await w.client(handle).chat.completions.create(model="m", messages=[user("go")], stream=True)
+        choices = [chunk.choices[0] async for chunk in stream]
+        assert ("".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason) == (
+            "ls",
+            "length",
+        )

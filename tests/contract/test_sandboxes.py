@@ -1,0 +1,431 @@
+"""The contract of every sandbox back end: the same tests over bubblewrap and local.
+
+Owns the promises of kat_stream/env/sandboxes/base.py. bubblewrap is skipped only where it is not installed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import shutil
+import socket
+import tarfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from kat_stream.env.sandboxes import Mount, Sandbox, SandboxBackend, SandboxSpec, available, get_sandbox
+from kat_stream.env.sandboxes.bwrap import BwrapBackend
+from kat_stream.env.sandboxes.local import LocalBackend
+from kat_stream.errors import ConfigError, DeadlineExceeded, SandboxDied, SandboxError
+
+needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+BACKENDS = [pytest.param("bwrap", marks=needs_bwrap), "local"]
+Scenario = Callable[[Sandbox], Awaitable[None]]
+
+
+@asynccontextmanager
+async def backend(name: str) -> AsyncIterator[SandboxBackend]:
+    made: SandboxBackend = BwrapBackend() if name == "bwrap" else LocalBackend(allow_unsafe=True)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+@pytest.fixture(params=BACKENDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def play(kind: str, scenario: Scenario, spec: SandboxSpec | None = None) -> None:
+    async def main() -> None:
+        async with backend(kind) as made, await made.create(spec or SandboxSpec()) as sandbox:
+            await scenario(sandbox)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+async def until(probe: Callable[[], Awaitable[bool]], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not await probe():
+        assert time.monotonic() < end, "did not come true in time"
+        await asyncio.sleep(0.02)
+
+
+def test_a_command_gives_output_errors_and_exit_code(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        result = await sandbox.exec("echo out; echo err >&2; exit 7", timeout_s=10)
+        assert (result.exit_code, result.stdout, result.stderr) == (7, b"out\n", b"err\n")
+        assert not result.timed_out and not result.truncated and 0 < result.seconds < 10
+
+    play(kind, scenario)
+
+
+def test_a_list_is_run_without_a_shell(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        words = ["printf", "%s|", "a b", "$HOME", "'", "", "ä\n"]
+        result = await sandbox.exec(words, timeout_s=10)
+        assert result.stdout.decode() == "a b|$HOME|'||ä\n|"
+
+    play(kind, scenario)
+
+
+def test_a_command_starts_in_the_workdir(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        result = await sandbox.exec("pwd; cd /; pwd", timeout_s=10)
+        assert result.stdout.decode() == f"{sandbox.root}/srv/code\n/\n"
+        assert (await sandbox.exec("pwd", timeout_s=10)).stdout.decode() == f"{sandbox.root}/srv/code\n"
+
+    play(kind, scenario, SandboxSpec(workdir="/srv/code"))
+
+
+def test_the_environment_holds_what_was_given_and_nothing_of_ours(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_OF_THE_WORKER", "s3cret")
+
+    async def scenario(sandbox: Sandbox) -> None:
+        result = await sandbox.exec("env; echo \"$A-$B\"", timeout_s=10, env={"B": "it's\nhere"})
+        assert b"s3cret" not in result.stdout
+        assert result.stdout.endswith(b"of the spec-it's\nhere\n")
+        assert (await sandbox.exec("echo $B", timeout_s=10)).stdout == b"\n"
+
+    play(kind, scenario, SandboxSpec(env={"A": "of the spec"}))
+
+
+@pytest.mark.parametrize("size", [0, 5, 70_000, 3_000_000])
+def test_standard_input_is_given_whole_and_ends(kind: str, size: int) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        result = await sandbox.exec("wc -c", timeout_s=10, stdin=b"\0" * size)
+        assert int(result.stdout) == size
+
+    play(kind, scenario)
+
+
+def test_standard_input_that_nobody_reads_is_no_problem(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        assert (await sandbox.exec("true", timeout_s=10, stdin=b"x" * 1_000_000)).exit_code == 0
+
+    play(kind, scenario)
+
+
+def test_merged_errors_keep_their_order(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        result = await sandbox.exec("echo 1; echo 2 >&2; echo 3", timeout_s=10, merge_stderr=True)
+        assert (result.stdout, result.stderr) == (b"1\n2\n3\n", b"")
+
+    play(kind, scenario)
+
+
+def test_output_is_bytes(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        result = await sandbox.exec(["printf", r"\377\000\n\001"], timeout_s=10)
+        assert result.stdout == b"\xff\x00\n\x01"
+
+    play(kind, scenario)
+
+
+def test_large_output_arrives_whole(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        result = await sandbox.exec("head -c 8000000 /dev/zero", timeout_s=30, output_limit=8_000_000)
+        assert (len(result.stdout), result.truncated) == (8_000_000, False)
+
+    play(kind, scenario)
+
+
+def test_output_above_the_limit_is_cut_and_the_command_goes_on(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        result = await sandbox.exec("head -c 8000000 /dev/zero; echo end >&2", timeout_s=30, output_limit=1000)
+        assert (result.exit_code, len(result.stdout), result.truncated) == (0, 1000, True)
+        assert result.stderr == b"end\n"
+
+    play(kind, scenario)
+
+
+def test_endless_output_ends_at_the_timeout(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        result = await sandbox.exec("yes", timeout_s=0.5, output_limit=1000)
+        assert (result.timed_out, result.truncated, len(result.stdout)) == (True, True, 1000)
+        assert (await sandbox.exec("echo on", timeout_s=10)).stdout == b"on\n"
+
+    play(kind, scenario)
+
+
+@pytest.mark.parametrize("length", [10_000, 60_000, 200_000, 1_500_000])
+def test_a_command_may_be_long(kind: str, length: int) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        script = f"cat > f <<'EOF'\n{'x' * length}\nEOF\nwc -c < f"
+        assert int((await sandbox.exec(script, timeout_s=10)).stdout) == length + 1
+
+    play(kind, scenario)
+
+
+def test_many_arguments(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        words = ["/bin/sh", "-c", "echo $#", "sh", *(["word"] * 20_000)]
+        assert (await sandbox.exec(words, timeout_s=10)).stdout == b"20000\n"
+
+    play(kind, scenario)
+
+
+def test_a_missing_program_and_a_signal_are_exit_codes(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        missing = await sandbox.exec(["no-such-program"], timeout_s=10)
+        assert missing.exit_code == 127 and b"not found" in missing.stderr
+        assert (await sandbox.exec("kill -9 $$", timeout_s=10)).exit_code == 137
+
+    play(kind, scenario)
+
+
+def test_a_timeout_kills_the_whole_tree_and_nothing_else(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        await sandbox.exec("sleep 987 >/dev/null 2>&1 &", timeout_s=10)
+        began = time.monotonic()
+        hang = "setsid sh -c 'sleep 986 & sleep 986' & (sleep 986 & sleep 986) & echo begun; wait"
+        result = await sandbox.exec(hang, timeout_s=0.5)
+        assert (result.timed_out, result.exit_code, result.stdout) == (True, 124, b"begun\n")
+        assert time.monotonic() - began < 5
+        listing = "grep -azl . /proc/[0-9]*/cmdline >/dev/null; cat /proc/[0-9]*/cmdline | tr '\\0' ' '"
+        alive = (await sandbox.exec(listing, timeout_s=10)).stdout
+        assert b"sleep 987" in alive and b"sleep 986" not in alive
+
+    play(kind, scenario)
+
+
+def test_a_daemon_lives_on_and_does_not_disturb_later_output(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        noisy = "sh -c 'n=0; while sleep 0.01; do n=$((n+1)); echo noise; echo $n > beat; done' & echo started"
+        began = time.monotonic()
+        first = await sandbox.exec(noisy, timeout_s=10)
+        assert time.monotonic() - began < 5 and first.stdout.startswith(b"started\n")
+        for n in range(20):
+            assert (await sandbox.exec(f"echo {n}", timeout_s=10)).stdout == f"{n}\n".encode()
+
+        async def beats() -> bool:
+            return int((await sandbox.exec("cat beat || echo 0", timeout_s=10)).stdout or b"0") > 30
+
+        await until(beats)
+
+    play(kind, scenario)
+
+
+def test_a_cancelled_command_is_stopped_and_the_sandbox_usable(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await sandbox.exec("touch begun; sleep 985; touch ended", timeout_s=60)
+        result = await sandbox.exec("ls; cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '", timeout_s=10)
+        assert result.stdout.startswith(b"begun\n") and b"sleep 985" not in result.stdout
+
+    play(kind, scenario)
+
+
+def test_commands_wait_for_each_other_with_a_deadline(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        first = asyncio.ensure_future(sandbox.exec("sleep 0.5; echo 1", timeout_s=10))
+        await asyncio.sleep(0)
+        with pytest.raises(DeadlineExceeded, match="busy"):
+            await sandbox.exec("echo 2", timeout_s=0.1)
+        assert (await sandbox.exec("echo 3", timeout_s=10)).stdout == b"3\n"
+        assert (await first).stdout == b"1\n"
+
+    play(kind, scenario)
+
+
+def test_files_go_in_and_come_out(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        files = {"a.sh": (b"#!/bin/sh\necho ran\n", 0o755), "deep/er/ä b.bin": (bytes(range(256)) * 999, 0o640)}
+        await sandbox.put(files, "/work/in")
+        result = await sandbox.exec("in/a.sh; stat -c %a in/a.sh in/deep/er/*", timeout_s=10)
+        assert result.stdout == b"ran\n755\n640\n"
+        assert await sandbox.read_file("/work/in/deep/er/ä b.bin", 1 << 20) == bytes(range(256)) * 999
+        with tarfile.open(fileobj=io.BytesIO(await sandbox.get("/work/in", limit_bytes=1 << 20))) as archive:
+            assert {m.name for m in archive if m.isfile()} == {"work/in/a.sh", "work/in/deep/er/ä b.bin"}
+        relative = await sandbox.get(["in/a.sh"], limit_bytes=1 << 20)
+        with tarfile.open(fileobj=io.BytesIO(relative)) as archive:
+            assert archive.getnames() == ["work/in/a.sh"]
+        await sandbox.put_tar(relative, "/tmp/copy")
+        assert await sandbox.read_file("/tmp/copy/work/in/a.sh", 100) == files["a.sh"][0]
+
+    play(kind, scenario)
+
+
+def test_files_go_into_the_further_writable_directories(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        await sandbox.put({"test.sh": (b"exit 3", 0o644)}, "/tests")
+        assert (await sandbox.exec(f"sh {sandbox.root}/tests/test.sh", timeout_s=10)).exit_code == 3
+        await sandbox.exec(f"echo 1 > {sandbox.root}/logs/verifier/reward.txt", timeout_s=10)
+        assert await sandbox.read_file("/logs/verifier/reward.txt", 10) == b"1\n"
+
+    play(kind, scenario, SandboxSpec(writable=("/tests", "/logs/verifier")))
+
+
+def test_wrong_files_are_typed_errors(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        with pytest.raises(FileNotFoundError):
+            await sandbox.read_file("/work/none", 10)
+        with pytest.raises(FileNotFoundError):
+            await sandbox.get(["/work", "/work/none"], limit_bytes=1 << 20)
+        with pytest.raises(SandboxError, match="not a regular file"):
+            await sandbox.read_file("/work", 10)
+        await sandbox.exec("head -c 5000 /dev/zero > big; mkfifo fifo", timeout_s=10)
+        with pytest.raises(SandboxError, match="larger"):
+            await sandbox.read_file("big", 4999)
+        with pytest.raises(SandboxError, match="not a regular file"):
+            await sandbox.read_file("fifo", 4999)
+        assert len(await sandbox.read_file("big", 5000)) == 5000
+        with pytest.raises(SandboxError, match="larger"):
+            await sandbox.get("big", limit_bytes=5000)
+        with pytest.raises(SandboxError, match="leads out"):
+            await sandbox.put({"../x": (b"", 0o644)}, "/work")
+        with pytest.raises(SandboxError, match="cannot unpack"):
+            await sandbox.put_tar(b"this is no tar archive" * 100, "/work")
+
+    play(kind, scenario)
+
+
+def test_links_come_out_as_links(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        await sandbox.exec("mkdir r; ln -s /etc/shadow r/soft; echo x > r/one; ln r/one r/two", timeout_s=10)
+        with tarfile.open(fileobj=io.BytesIO(await sandbox.get("r", limit_bytes=1 << 20))) as archive:
+            members = {m.name: m for m in archive}
+        assert members["work/r/soft"].issym() and members["work/r/soft"].linkname == "/etc/shadow"
+        assert members["work/r/one"].isreg() and members["work/r/two"].isreg()
+
+    play(kind, scenario)
+
+
+def test_a_mount_is_shown(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    tool = tmp_path_factory.mktemp("tool")
+    tool.chmod(0o755)  # its parent stays unreadable for the sandbox's user
+    (tool / "bin").mkdir()
+    (tool / "bin" / "greet").write_text("#!/bin/sh\necho hello\n")
+    (tool / "bin" / "greet").chmod(0o755)
+
+    async def scenario(sandbox: Sandbox) -> None:
+        assert (await sandbox.exec(f"{sandbox.root}/opt/tool/bin/greet", timeout_s=10)).stdout == b"hello\n"
+
+    play(kind, scenario, SandboxSpec(mounts=(Mount(str(tool), "/opt/tool"),)))
+
+
+def test_a_listener_is_reached_from_inside(kind: str) -> None:
+    fetch = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=5).read().decode())"
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.0 200 OK\r\n\r\nfrom the gateway")
+        await writer.drain()
+        writer.close()
+
+    async def scenario(sandbox: Sandbox) -> None:
+        listener = await sandbox.listen(8123)
+        assert isinstance(listener, socket.socket)
+        async with await asyncio.start_server(answer, sock=listener):
+            words = ["/usr/bin/python3", "-c", fetch, sandbox.base_url(8123)]
+            assert (await sandbox.exec(words, timeout_s=20)).stdout == b"from the gateway\n"
+        with pytest.raises(SandboxError, match="cannot listen"):
+            await sandbox.listen(8200)
+            await sandbox.listen(8200)
+
+    play(kind, scenario, SandboxSpec(network="gateway"))
+
+
+def test_without_a_network_there_is_no_listener(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        with pytest.raises(SandboxError, match="network"):
+            await sandbox.listen()
+
+    play(kind, scenario)
+
+
+def test_destroy_ends_everything_and_may_be_repeated(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        running = asyncio.ensure_future(sandbox.exec("sleep 984", timeout_s=60))
+        daemon = asyncio.ensure_future(sandbox.exec("sleep 984", timeout_s=60))
+        await asyncio.sleep(0)
+        began = time.monotonic()
+        await asyncio.gather(sandbox.destroy(), sandbox.destroy())
+        await sandbox.destroy()
+        assert time.monotonic() - began < 5
+        for task in (running, daemon):
+            with pytest.raises(SandboxDied):
+                await task
+        with pytest.raises(SandboxDied):
+            await sandbox.exec("true", timeout_s=10)
+        with pytest.raises(SandboxDied):
+            await sandbox.put({"x": (b"", 0o644)}, "/work")
+
+    play(kind, scenario, SandboxSpec(network="gateway"))
+
+
+def test_a_sandbox_that_never_ends_is_ended(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        began = time.monotonic()
+        with pytest.raises(SandboxDied, match="wall time"):
+            await sandbox.exec("sleep 983", timeout_s=60)
+        assert time.monotonic() - began < 10
+        with pytest.raises(SandboxDied, match="wall time"):
+            await sandbox.exec("true", timeout_s=60)
+
+    play(kind, scenario, SandboxSpec(wall_s=0.5))
+
+
+def test_many_at_once(kind: str) -> None:
+    async def one(made: SandboxBackend, n: int) -> bytes:
+        async with await made.create(SandboxSpec(), owner=f"test-{n}") as sandbox:
+            await sandbox.put({"n": (str(n).encode(), 0o644)}, "/work")
+            return (await sandbox.exec("ls | wc -l; cat n", timeout_s=30)).stdout
+
+    async def main() -> None:
+        async with backend(kind) as made:
+            results = await asyncio.gather(*(one(made, n) for n in range(12)))
+            assert results == [f"1\n{n}".encode() for n in range(12)]
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"memory_mb": 0}, "memory_mb"),
+        ({"wall_s": -1.0}, "wall_s"),
+        ({"network": "internet"}, "network"),
+        ({"workdir": "work"}, "absolute"),
+        ({"writable": ("/a/../../b",)}, "absolute"),
+        ({"env": {"A-B": "x"}}, "A-B"),
+        ({"mounts": (Mount("relative", "/x"),)}, "relative"),
+    ],
+)
+def test_a_wrong_spec_names_the_field(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SandboxSpec(**change)  # type: ignore[arg-type]
+
+
+def test_wrong_commands_are_refused(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        for wrong in ("echo \0", [], ["echo", "\0"]):
+            with pytest.raises(ConfigError):
+                await sandbox.exec(wrong, timeout_s=10)
+        with pytest.raises(ConfigError, match="1A"):
+            await sandbox.exec("true", timeout_s=10, env={"1A": ""})
+        assert (await sandbox.exec("echo on", timeout_s=10)).stdout == b"on\n"
+
+    play(kind, scenario)
+
+
+def test_every_limit_is_described(kind: str) -> None:
+    async def main() -> None:
+        async with backend(kind) as made:
+            assert {"memory_mb", "pids", "cpus", "disk_mb", "wall_s", "network"} <= set(made.describe())
+
+    asyncio.run(main())
+
+
+def test_back_ends_are_found_by_name() -> None:
+    assert {"bwrap", "local"} <= set(available())
+    with pytest.raises(ConfigError, match="allow_unsafe"):
+        get_sandbox("local")
+    assert get_sandbox("local", allow_unsafe=True).name == "local"
+    with pytest.raises(ConfigError, match=r"bwrap.*local"):
+        get_sandbox("no-such")

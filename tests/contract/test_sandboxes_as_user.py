@@ -1,0 +1,49 @@
+"""The contract of the bubblewrap back end once more, as an ordinary user of a laptop would run it: no root, no cgroups.
+
+Owns nothing: it runs test_sandboxes.py and most of test_sandbox_hostile.py in a process without privileges, to which our
+interpreter is shown in a private mount namespace (it may live in /root).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+USER = "12001"
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can become an ordinary user; who is one has run it already"),
+]
+# dropped: root's own tests, and the host's view of cgroups
+SELECTED = "not local and not memory_hog and not cpu_is_shared"
+
+
+def test_everything_holds_for_an_ordinary_user() -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+        home = Path(place)
+        home.chmod(0o755)
+        (home / "python").mkdir()
+        (home / "home").mkdir(mode=0o777)
+        (home / "home").chmod(0o777)
+        packages = f"{ROOT}:{sysconfig.get_path('purelib')}"
+        tests = "tests/contract/test_sandboxes.py tests/contract/test_sandbox_hostile.py"
+        script = (
+            f"mount --bind '{sys.base_prefix}' '{home}/python' && cd '{ROOT}' && exec setpriv --reuid {USER} "
+            f"--regid {USER} --clear-groups env -i PATH=/usr/bin:/bin:/usr/sbin HOME='{home}/home' "
+            f"PYTHONPATH='{packages}' LD_LIBRARY_PATH='{home}/python/lib' "
+            f"PYTHONDONTWRITEBYTECODE=1 '{home}/python/bin/python3.12' -m pytest -q -x -p no:cacheprovider "
+            f"--basetemp '{home}/home/t' -k '{SELECTED}' {tests}"
+        )
+        command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout

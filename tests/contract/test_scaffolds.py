@@ -1,0 +1,247 @@
+"""Agents: black boxes reach their own session through the relay and nothing else; their end is read from their record."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kat_stream.env.plugins import load
+from kat_stream.env.scaffolds import GROUP, get_scaffold
+from kat_stream.env.scaffolds.blackbox import BlackBox, read_description
+from kat_stream.env.scaffolds.install import installed
+from kat_stream.env.scaffolds.mini_swe_agent import MiniSweAgent
+from kat_stream.env.scaffolds.relay import MAX_CONNECTIONS, relay
+from kat_stream.errors import ConfigError
+from tests.contract.env_kit import backend, first_task, graded, harbor_task, needs_bwrap, request, roll, write
+from tests.contract.gateway_kit import saying, world
+from topics import Task
+
+pytestmark = pytest.mark.anyio
+
+AGENT = '''"""An agent of this test: asks once, does what the reply says, writes its record."""
+import json, os, subprocess, sys, urllib.error, urllib.request
+base, key, instruction = sys.argv[1], os.environ["KEY"], sys.argv[2]
+def ask(url, key):
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": instruction}]}).encode()
+    headers = {"Authorization": "Bearer " + key, "Content-Type": "application/json"}
+    reply = json.load(urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=10))
+    return reply["choices"][0]["message"]["content"]
+def refused(url, key):
+    try:
+        return ask(url, key) and "answered"
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError as error:
+        return type(error).__name__
+command = ask(base + "/chat/completions", key)
+subprocess.run(command, shell=True)
+print("wrong key:", refused(base + "/chat/completions", "guess"))
+print("control:", refused(open("/tmp/.agent/note").read().strip() + "/sessions", key))
+print("PYTHONPATH" in os.environ, os.getcwd())
+json.dump({"info": {"end": "Done" if instruction else "Gave up"}}, open("/tmp/.agent/record.json", "w"))
+'''
+TOML = """
+name = "probe"
+version = "1"
+[install]
+packages = []
+[run]
+command = ["/opt/python/bin/python3", "-I", "{agent}/probe.py", "{base_url}", "{instruction}"]
+[run.env]
+KEY = "{key}"
+LD_LIBRARY_PATH = "/opt/python/lib"
+[run.files]
+"/tmp/.agent/note" = "CONTROL"
+[needs]
+memory_mb = 64
+pids = 16
+[outcome]
+file = "/tmp/.agent/record.json"
+field = "info.end"
+[outcome.values]
+Done = "submitted"
+"""
+MODULE = """
+from pathlib import Path
+from kat_stream.env.scaffolds.blackbox import BlackBox, read_description
+class Probe(BlackBox):
+    def __init__(self):
+        super().__init__(read_description(Path(__file__).with_name("probe.toml")))
+"""
+
+
+@pytest.fixture
+def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A black box of somebody else's package, installed; returns its TOML file."""
+    package = write(tmp_path / "package", {"somebodys_probe.py": MODULE, "probe.toml": TOML})
+    points = "[kat_stream.scaffolds]\nprobe = somebodys_probe:Probe\n"
+    metadata = "Metadata-Version: 2.1\nName: somebodys-probe\nVersion: 1\n"
+    write(package / "somebodys_probe-1.dist-info", {"METADATA": metadata, "entry_points.txt": points})
+    monkeypatch.syspath_prepend(package)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write(tmp_path / "cache" / "kat-stream" / "agents" / "probe-1", {"probe.py": AGENT})
+    return package / "probe.toml"
+
+
+def task_for(tmp_path: Path, scaffold: str) -> Task:
+    harbor_task(tmp_path / "tasks")
+    return msgspec.structs.replace(first_task(f"harbor:{tmp_path / 'tasks'}"), scaffold=scaffold)
+
+
+@needs_bwrap
+async def test_a_black_box_knows_its_session_and_nothing_else(tmp_path: Path, probe: Path) -> None:
+    async with backend() as sandboxes, world(saying("echo fixed > state.txt")) as gateway:
+        probe.write_text(TOML.replace("CONTROL", gateway.server.control_url))
+        trajectory = await roll(sandboxes, request(task_for(tmp_path, "probe")), gateway)
+        reward = await graded(sandboxes, trajectory)
+    assert (trajectory.outcome, trajectory.detail) == ("submitted", "")
+    assert trajectory.log == "wrong key: 401\ncontrol: URLError\nFalse /app\n"
+    assert [turn.content for turn in trajectory.turns] == ["echo fixed > state.txt"]
+    assert reward.score == 1.0
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    ("says", "outcome", "detail"),
+    [
+        ("kill -9 $PPID", "agent_error", "ended with 'no record' and exit code 137"),
+        ("sleep 100", "time_limit", "not done after"),
+        ("kill -9 -1", "sandbox_died", ""),
+    ],
+)
+async def test_a_black_box_that_fails_has_an_outcome_of_its_own(
+    tmp_path: Path, probe: Path, says: str, outcome: str, detail: str
+) -> None:
+    task = msgspec.structs.replace(task_for(tmp_path, "probe"), agent_timeout_s=6.0)
+    async with backend() as sandboxes, world(saying(says)) as gateway:
+        trajectory = await roll(sandboxes, request(task), gateway)
+    assert trajectory.outcome == outcome, trajectory.detail
+    assert detail in trajectory.detail
+
+
+async def test_an_agent_that_is_not_installed_says_how(probe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nowhere")
+    with pytest.raises(ConfigError, match="run: kat-stream scaffolds install probe"):
+        get_scaffold("probe").needs()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ('version = "1"', 'versoin = "1"', "versoin"),
+        ("memory_mb = 64", 'memory_mb = "64"', "needs.memory_mb"),
+        ('Done = "submitted"', 'Done = "won"', "'won' is not one of"),
+        ("[needs]", "[needs", "probe.toml"),
+    ],
+)
+def test_a_wrong_description_names_file_and_key(tmp_path: Path, old: str, new: str, reason: str) -> None:
+    path = tmp_path / "probe.toml"
+    path.write_text(TOML.replace(old, new))
+    with pytest.raises(ConfigError, match=reason) as caught:
+        read_description(path)
+    assert str(path) in str(caught.value)
+
+
+def test_the_description_of_mini_swe_agent_is_sound() -> None:
+    scaffold = load(GROUP, "mini-swe-agent")()
+    assert isinstance(scaffold, BlackBox)
+    assert scaffold.name == "mini-swe-agent"
+
+
+def _mini_is_installed() -> bool:
+    try:
+        MiniSweAgent().needs()
+    except ConfigError:
+        return False
+    return True
+
+
+def _call(command: str) -> str:
+    return f'<tool_call>\n{{"name": "bash", "arguments": {{"command": "{command}"}}}}\n</tool_call>'
+
+
+@needs_bwrap
+@pytest.mark.skipif(not _mini_is_installed(), reason="mini-swe-agent is not installed on this machine")
+async def test_the_unmodified_mini_swe_agent_mends_a_task(tmp_path: Path) -> None:
+    said = [_call("echo fixed > state.txt"), _call("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT")]
+    task = msgspec.structs.replace(task_for(tmp_path, "mini-swe-agent"), agent_timeout_s=120.0)
+    async with backend() as sandboxes, world(saying(*said), tools="hermes") as gateway:
+        trajectory = await roll(sandboxes, request(task, seconds=200.0), gateway)
+        reward = await graded(sandboxes, trajectory)
+        limited = await roll(sandboxes, request(task, seconds=200.0, max_turns=1), gateway)
+    assert (trajectory.outcome, trajectory.detail) == ("submitted", ""), trajectory.log
+    assert [turn.prefix_len > 0 for turn in trajectory.turns] == [False, True]
+    assert reward.score == 1.0
+    assert limited.outcome == "turn_limit", limited.detail
+
+
+@asynccontextmanager
+async def echo() -> AsyncIterator[str]:
+    """A server that sends back what it gets, up to the end of the stream."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"you said " + await reader.read())
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+def listener() -> socket.socket:
+    listening = socket.create_server(("127.0.0.1", 0))
+    listening.setblocking(False)
+    return listening
+
+
+async def test_the_relay_carries_bytes_and_a_half_closed_end() -> None:
+    inside = listener()
+    async with echo() as url, relay(inside, url):
+        reader, writer = await asyncio.open_connection(*inside.getsockname())
+        writer.write(b"x" * 300_000)
+        writer.write_eof()
+        assert await asyncio.wait_for(reader.read(), 5.0) == b"you said " + b"x" * 300_000
+        writer.close()
+
+
+async def test_the_relay_bounds_its_connections_and_ends_them() -> None:
+    inside = listener()
+    async with echo() as url:
+        async with relay(inside, url):
+            held = [await asyncio.open_connection(*inside.getsockname()) for _ in range(MAX_CONNECTIONS)]
+            # Only when a connection went through is it counted.
+            held[-1][1].write(b"a")
+            await asyncio.sleep(0)
+            over, writer = await asyncio.open_connection(*inside.getsockname())
+            assert await asyncio.wait_for(over.read(), 5.0) == b""
+            writer.close()
+        for reader, writer in held:
+            assert await asyncio.wait_for(reader.read(), 5.0) in (b"", b"you said ", b"you said a")
+            writer.close()
+
+
+async def test_a_gateway_that_is_away_breaks_the_connection() -> None:
+    inside, gone = listener(), listener()
+    port = gone.getsockname()[1]
+    gone.close()
+    async with relay(inside, f"http://127.0.0.1:{port}"):
+        reader, writer = await asyncio.open_connection(*inside.getsockname())
+        assert await asyncio.wait_for(reader.read(), 5.0) == b""
+        writer.close()
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1:80", "https://host:1", "http://host"])
+async def test_a_gateway_url_that_cannot_be_carried_to_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="expected http://host:port"):
+        async with relay(listener(), url):
+            pass
+
+
+def test_installed_names_the_directory(probe: Path) -> None:
+    assert installed("probe", "1").name == "probe-1"

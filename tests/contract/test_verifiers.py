@@ -1,0 +1,188 @@
+"""Grading: a clean sandbox, tests that come last, a score only for the work, a failure only for the grader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from kat_stream.env.datasets import open_dataset
+from tests.contract.env_kit import backend, exercise, finished, first_task, graded, harbor_task, needs_bwrap
+from topics import Reward, Task
+
+pytestmark = [pytest.mark.anyio, needs_bwrap]
+
+PATCH = b"""diff --git a/state.txt b/state.txt
+--- a/state.txt
++++ b/state.txt
+@@ -1 +1 @@
+-broken
++fixed
+"""
+SCRIPT = "#!/bin/sh\nmkdir -p /logs/verifier\n"
+
+
+async def grade(task: Task, patch: bytes = PATCH, outcome: str = "submitted") -> Reward:
+    async with backend() as sandboxes:
+        return await graded(sandboxes, finished(task, patch, outcome))
+
+
+def with_test(tmp_path: Path, script: str, **verifier: Any) -> Task:
+    harbor_task(tmp_path, files={"tests/test.sh": script})
+    task = first_task(f"harbor:{tmp_path}")
+    return msgspec.structs.replace(task, verifier=msgspec.structs.replace(task.verifier, **verifier))
+
+
+def with_command(tmp_path: Path, command: str, timeout_s: float = 20.0, **options: str) -> Task:
+    return with_test(tmp_path, SCRIPT, name="command", command=command, timeout_s=timeout_s, options=options)
+
+
+@pytest.mark.parametrize(
+    ("wrote", "score", "components"),
+    [
+        ("echo 1 > $R.txt", 1.0, {"reward": 1.0}),
+        ("echo 0.25 > $R.txt; echo '{\"a\": 1}' > $R.json", 0.25, {"reward": 0.25}),
+        ('echo \'{"reward": 0.5, "style": 1}\' > $R.json', 0.5, {"reward": 0.5, "style": 1.0}),
+        ('echo \'{"builds": true, "tests": 0.5}\' > $R.json', 0.75, {"builds": 1.0, "tests": 0.5}),
+    ],
+)
+async def test_the_score_is_what_the_tests_wrote(
+    tmp_path: Path, wrote: str, score: float, components: dict[str, float]
+) -> None:
+    task = with_test(tmp_path, f"{SCRIPT}R=/logs/verifier/reward\necho seen\n{wrote}\nexit 3\n")
+    reward = await grade(task)
+    assert (reward.status, reward.score, reward.components) == ("graded", score, components)
+    assert (reward.verifier, reward.evidence) == ("harbor", "seen\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("exit 1\n", "wrote neither"),
+        ("echo much > /logs/verifier/reward.txt\n", "could not convert"),
+        ("echo nan > /logs/verifier/reward.txt\n", "not a finite number"),
+        ("echo '{}' > /logs/verifier/reward.json\n", "not a finite number"),
+        ('echo \'{"a": "b"}\' > /logs/verifier/reward.json\n', "got `str`"),
+        ("kill -9 $$\n", "wrote neither"),
+    ],
+)
+async def test_a_verifier_that_crashes_is_failed_and_never_0(tmp_path: Path, script: str, reason: str) -> None:
+    reward = await grade(with_test(tmp_path, SCRIPT + script))
+    assert (reward.status, reward.error_class) == ("failed", "VerifierError")
+    assert reason in reward.evidence
+
+
+async def test_a_verifier_that_never_ends_is_failed(tmp_path: Path) -> None:
+    reward = await grade(with_test(tmp_path, SCRIPT + "sleep 100\n", timeout_s=0.5))
+    assert (reward.status, reward.error_class) == ("failed", "VerifierError")
+    assert "longer than 0.5 s" in reward.evidence
+
+
+async def test_a_sandbox_that_dies_under_the_tests_is_failed(tmp_path: Path) -> None:
+    reward = await grade(with_test(tmp_path, SCRIPT + "kill -9 -1\n"))
+    assert reward.status == "failed"
+    assert reward.error_class in ("SandboxDied", "VerifierError")
+
+
+async def test_the_work_is_graded_in_a_clean_sandbox_with_the_tests_last(tmp_path: Path) -> None:
+    script = f"{SCRIPT}ls / /tests > /dev/null; test -e /tests/test.sh && ls -A; grep -c fixed state.txt > "
+    reward = await grade(with_test(tmp_path, f"{script}/logs/verifier/reward.txt\n"))
+    assert (reward.score, reward.evidence) == (1.0, "state.txt\n")
+
+
+async def test_a_patch_that_does_not_apply_scores_0_with_evidence(tmp_path: Path) -> None:
+    reward = await grade(with_command(tmp_path, "true"), PATCH.replace(b"broken", b"other"))
+    assert (reward.status, reward.score) == ("graded", 0.0)
+    assert "patch does not apply" in reward.evidence
+
+
+@pytest.mark.parametrize(
+    ("command", "score"),
+    [("grep -q fixed state.txt", 1.0), ("grep -q broken state.txt", 0.0), ('test -x "$TESTS/test.sh"', 0.0)],
+)
+async def test_a_command_scores_by_its_exit_code(tmp_path: Path, command: str, score: float) -> None:
+    reward = await grade(with_command(tmp_path, command))
+    assert (reward.status, reward.score, reward.components) == ("graded", score, {"passed": score})
+    assert reward.evidence == f"[exit {int(score == 0)}]"
+
+
+async def test_a_command_that_cannot_be_run_is_failed(tmp_path: Path) -> None:
+    reward = await grade(with_command(tmp_path, "no-such-program"))
+    assert (reward.status, reward.error_class) == ("failed", "VerifierError")
+
+
+async def test_a_timeout_is_the_works_own_only_where_the_task_says_so(tmp_path: Path) -> None:
+    ours = await grade(with_command(tmp_path, "sleep 100", 0.3))
+    theirs = await grade(with_command(tmp_path, "sleep 100", 0.3, timeout="fail"))
+    assert (ours.status, ours.error_class) == ("failed", "VerifierError")
+    assert (theirs.status, theirs.score) == ("graded", 0.0)
+
+
+async def test_an_unknown_verifier_or_tool_chain_is_failed(tmp_path: Path) -> None:
+    unknown = await grade(with_test(tmp_path, SCRIPT, name="harbour"))
+    assert (unknown.status, unknown.error_class) == ("failed", "ConfigError")
+    assert "did you mean 'harbor'" in unknown.evidence
+    task = with_command(tmp_path, "true")
+    mounts = {"/opt/x": "toolchain:fortran"}
+    missing = msgspec.structs.replace(task, environment=msgspec.structs.replace(task.environment, mounts=mounts))
+    assert (await grade(missing)).error_class == "TaskError"
+
+
+async def test_what_is_not_gradable_gets_no_score(tmp_path: Path) -> None:
+    reward = await grade(with_command(tmp_path, "true"), outcome="infra_error")
+    assert (reward.status, reward.error_class) == ("failed", "VerifierError")
+
+
+STUB = b"""diff --git a/add_two.py b/add_two.py
+--- a/add_two.py
++++ b/add_two.py
+@@ -1,2 +1,2 @@
+ def add(a, b):
+-    pass
++    return 4
+"""
+CHEATS = {
+    "edits the tests": b"""diff --git a/add_two_test.py b/add_two_test.py
+--- a/add_two_test.py
++++ b/add_two_test.py
+@@ -1,5 +1 @@
+-from add_two import add
+-
+-
+ def test_add():
+-    assert add(2, 3) == 5
++    pass
+""",
+    "deletes the tests": b"""diff --git a/add_two_test.py b/add_two_test.py
+deleted file mode 100644
+--- a/add_two_test.py
++++ /dev/null
+@@ -1,5 +0,0 @@
+-from add_two import add
+-
+-
+-def test_add():
+-    assert add(2, 3) == 5
+""",
+    "replaces the runner": b"""diff --git a/conftest.py b/conftest.py
+new file mode 100644
+--- /dev/null
++++ b/conftest.py
+@@ -0,0 +1,3 @@
++import os
++
++os._exit(0)
+""",
+}
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+async def test_an_exercise_is_graded_on_its_solution_files_only(tmp_path: Path, cheat: str) -> None:
+    exercise(tmp_path)
+    task = open_dataset(f"polyglot:{tmp_path}").tasks()[0]
+    reward = await grade(task, STUB + CHEATS[cheat])
+    assert (reward.status, reward.score) == ("graded", 0.0)
+    assert "assert 4 == 5" in reward.evidence
+    assert (await grade(task, STUB.replace(b"4", b"a + b") + CHEATS[cheat])).score == 1.0

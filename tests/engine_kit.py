@@ -1,0 +1,62 @@
+"""Tiny models with random weights and the plain forward that the engine is measured against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+VOCAB = 96
+CONTEXT = 256
+EOS = 1
+
+
+def save_model(directory: Path, seed: int, family: str = "qwen3") -> Path:
+    """A two-layer model of `family` with weights large enough that its distributions are far from uniform."""
+    size = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "initializer_range": 0.3,
+        "eos_token_id": EOS, "bos_token_id": 0, "pad_token_id": 2,
+    }  # fmt: skip
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    configs: dict[str, tuple[type[PreTrainedModel], PreTrainedConfig]] = {
+        "qwen3": (Qwen3ForCausalLM, Qwen3Config(**size, head_dim=16, tie_word_embeddings=True)),
+        "qwen2": (Qwen2ForCausalLM, Qwen2Config(**size)),
+        "llama": (LlamaForCausalLM, LlamaConfig(**size, tie_word_embeddings=False)),
+        "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**size, **experts, head_dim=16)),
+        "sliding": (Qwen2ForCausalLM, Qwen2Config(**size, **window)),
+    }  # fmt: skip
+    kind, config = configs[family]
+    torch.manual_seed(seed)
+    kind(config).save_pretrained(directory)
+    return directory
+
+
+def plain_model(directory: Path) -> PreTrainedModel:
+    """The reference: the same directory with eager attention in float32."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def plain_logprobs(model: PreTrainedModel, ids: list[int], temperature: float = 1.0) -> list[float]:
+    """log p(ids[i] | ids[:i]) for i >= 1 by one forward without any cache."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float() / temperature
+    chosen = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(ids[1:])[:, None])
+    values: list[float] = chosen[:, 0].tolist()
+    return values

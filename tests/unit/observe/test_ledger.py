@@ -1,0 +1,105 @@
+"""The account closes, whatever the order and the repetition of the records."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kat_stream.observe.ledger import Ledger
+from tests import observe_kit as fab
+from tests.observe_kit import FabricatedRun
+from topics import Record
+
+
+def account(records: list[Record]) -> Ledger:
+    ledger = Ledger()
+    for record in records:
+        ledger.apply(record)
+    return ledger
+
+
+def counted(ledger: Ledger) -> Counter[tuple[str, str]]:
+    return Counter((fate.state, fate.reason) for fate in ledger.fates().values())
+
+
+def draw_run(data: st.DataObject) -> FabricatedRun:
+    run = fab.FabricatedRun()
+    groups = data.draw(st.lists(st.lists(st.sampled_from(fab.TRAIN_FATES), min_size=1, max_size=4), max_size=4))
+    for number, fates in enumerate(groups, 1):
+        # In a group that is still open nobody is packed yet, so no member has a later fate.
+        early = (*fab.OPEN, "failed rollout", "failed entry", "failed grading", "cancelled")
+        still_open = [fate for fate in fates if fate in early]
+        run.train_group(number, still_open if set(fates) & set(fab.OPEN) else fates)
+    run.evaluation(0, data.draw(st.lists(st.sampled_from(("passed", "not passed", "failed grading", "requested")))))
+    return run
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_interleaving_and_repetition_gives_the_same_closed_account(data: st.DataObject) -> None:
+    run = draw_run(data)
+    records = [record for record, _ in run.records]
+    repeated = records + data.draw(st.lists(st.sampled_from(records), max_size=20) if records else st.just([]))
+    ledger = account(data.draw(st.permutations(repeated)))
+    assert counted(ledger) == run.expected
+    assert ledger.check() == []
+    summary = ledger.summary()
+    assert summary.requested == summary.accounted == run.expected.total()
+
+
+def test_each_number_names_its_rollouts(small_run: FabricatedRun) -> None:
+    ledger = account([record for record, _ in small_run.records])
+    assert ledger.rollouts("trained") == sorted(small_run.by_fate["trained"])
+    assert ledger.rollouts("failed", "VerifierError") == small_run.by_fate["failed grading"]
+    assert ledger.rollouts("in flight", "graded") == small_run.by_fate["graded"]
+    summary = ledger.summary()
+    assert summary.filtered == {"equal_rewards": 2}
+    assert summary.failed == {"SandboxUnavailable": 1, "VerifierError": 1}
+    assert summary.in_flight == {"requested": 1, "graded": 1}
+    assert (summary.trained, summary.stale, summary.cancelled, summary.evaluated) == (4, 2, 1, 7)
+
+
+def test_a_step_of_an_abandoned_lineage_does_not_count(small_run: FabricatedRun) -> None:
+    first, second = "demo-t000001", "demo-t000002"
+    resumed = fab.step(2, [second], [], [f"{second}-0", f"{second}-1"], lineage="b", unix_s=fab.START_MS / 1000 + 99)
+    ledger = account([*(record for record, _ in small_run.records), resumed])
+    fates = ledger.fates()
+    assert (fates[f"{first}-0"].state, fates[f"{first}-0"].step) == ("trained", 1)
+    assert (fates[f"{second}-0"].state, fates[f"{second}-0"].step) == ("stale", 2)
+    assert ledger.check() == []
+
+
+def test_a_rollout_of_an_undone_step_is_in_flight_until_it_is_trained_again(small_run: FabricatedRun) -> None:
+    resumed = fab.step(2, ["demo-t000003"], [], lineage="b", unix_s=fab.START_MS / 1000 + 99)
+    ledger = account([*(record for record, _ in small_run.records), resumed])
+    assert ledger.fates()["demo-t000002-0"].state == "in flight"
+    assert ledger.fates()["demo-t000002-0"].reason == "packed"
+
+
+def test_the_newest_attempt_counts() -> None:
+    asked = fab.request("demo-t000001", 0, 1)
+    first = fab.trajectory(asked, "infra_error", "SandboxUnavailable", attempt=1)
+    second = fab.trajectory(asked, attempt=2)
+    for order in ([asked, first, second], [second, first, asked]):
+        assert account(order).summary().in_flight == {"finished": 1}
+
+
+def test_a_trajectory_stands_in_for_a_request_that_retention_removed() -> None:
+    asked = fab.request("demo-t000001", 0, 1)
+    ledger = account([fab.trajectory(asked), fab.reward(asked, 1.0)])
+    assert ledger.summary().in_flight == {"graded": 1}
+    assert ledger.check() == []
+
+
+def test_what_was_never_requested_is_reported() -> None:
+    ledger = account([fab.reward(fab.request("demo-t000009", 0, 1), 1.0)])
+    assert ledger.summary().requested == 0
+    assert ledger.check() == ["demo-t000009-0: has a fate but was never requested"]
+
+
+def test_a_rollout_in_two_steps_of_one_lineage_is_reported() -> None:
+    asked = fab.request("demo-t000001", 0, 1)
+    steps = [fab.step(n, ["demo-t000001"], [asked.rollout_id]) for n in (1, 2)]
+    assert account([asked, *steps]).check() == ["demo-t000001-0: trained in steps [1, 2]"]

@@ -1,0 +1,157 @@
+"""Replies as text: tool parsers, canonical comparison, what a stream may show, stop strings."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kat_stream.engines.client import Generation, Span
+from kat_stream.errors import ConfigError, RequestRefused
+from kat_stream.gateway.calls import without_stop
+from kat_stream.gateway.dialects import ChatCompletions
+from kat_stream.gateway.messages import Message, ToolCall, chain
+from kat_stream.gateway.render import Renderer
+from kat_stream.gateway.sampling import Draft
+from kat_stream.gateway.stream_text import StreamText
+from kat_stream.gateway.tools import PARSERS, get_parser, read_reply
+from tests.contract.gateway_kit import by_bytes, tokenizer
+from topics import VersionSpan
+
+HERMES = get_parser("hermes")
+CALL = '<tool_call>\n{"name": "bash", "arguments": {"command": "ls"}}\n</tool_call>'
+
+
+def test_hermes_calls_are_taken_out_and_their_arguments_kept_as_written() -> None:
+    text = 'I look.\n<tool_call>{"name":"a","arguments":{ "x" : 1}}</tool_call>\n' + CALL
+    content, calls = read_reply(HERMES, text, "ab12" * 8)
+    assert content == "I look." and [(c.name, c.arguments) for c in calls] == [
+        ("a", '{ "x" : 1}'),
+        ("bash", '{"command": "ls"}'),
+    ]
+    assert all(call.id.isalnum() for call in calls) and calls[0].id != calls[1].id
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain",
+        CALL[:-5],
+        CALL + "<tool_call>",
+        "<tool_call>[]</tool_call>",
+        '<tool_call>{"arguments": {}}</tool_call>',
+        '<tool_call>{"name": "a", "arguments": "text"}</tool_call>',
+        CALL + "<tool_call>{broken}</tool_call>",
+    ],
+)
+def test_what_does_not_parse_stays_text(text: str) -> None:
+    assert HERMES.parse(text) == (text, [])
+
+
+def test_an_unknown_parser_is_named() -> None:
+    with pytest.raises(ConfigError, match="hermes, none"):
+        get_parser("xml")
+
+
+@given(st.text(max_size=40))
+def test_parsers_never_fail(text: str) -> None:
+    for parser in PARSERS.values():
+        content, calls = parser.parse(text)
+        assert calls or content == text
+
+
+def _message(**fields: object) -> bytes:
+    body = {"messages": [{"role": "assistant", **fields}]}
+    return ChatCompletions().read(json.dumps(body).encode()).messages[0].canonical()
+
+
+def test_an_echo_that_changes_nothing_is_equal() -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1, "b": [2]}'}}
+    same = {"id": "call1", "type": "function", "function": {"name": "f", "arguments": '{"b":[2],"a":1}'}}
+    other = {"id": "call1", "type": "function", "function": {"name": "f", "arguments": '{"b":[2],"a":2}'}}
+    assert _message(content=None, tool_calls=[call]) == _message(content="", tool_calls=[same])
+    assert _message(content="x") == _message(content=[{"type": "text", "text": "x"}])
+    assert _message(content="x") == _message(content="x", reasoning_content="hm", provider_specific_fields={"a": None})
+    assert _message(content=None, tool_calls=[call]) != _message(content=None, tool_calls=[other])
+    assert _message(content="x") != _message(content="x ")
+
+
+def test_conversations_with_other_tools_are_others() -> None:
+    read = ChatCompletions().read
+    plain = read(b'{"messages": [{"role": "user", "content": "x"}]}')
+    tools = read(b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"function": {"name": "f"}}]}')
+    assert chain(plain)[-1] != chain(tools)[-1] and len(chain(plain)) == 2
+
+
+def test_arguments_that_are_no_json_are_compared_as_text() -> None:
+    message = Message(role="assistant", tool_calls=(ToolCall("i", "f", "{broken"),))
+    assert message.for_template()["tool_calls"][0]["function"]["arguments"] == "{broken"
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(tokenizer())
+
+
+@given(st.text(st.sampled_from("ab <>/tool_calé😀\nEND"), max_size=30), st.booleans(), st.integers(1, 7))
+def test_deltas_begin_the_final_content(renderer: Renderer, text: str, tools: bool, step: int) -> None:
+    text = text.replace("END", "")
+    ids = by_bytes(text)
+    shown = StreamText(renderer, HERMES.opening if tools else "", ("END",))
+    said = "".join(shown.feed(ids[:n]) for n in [*range(0, len(ids), step), len(ids)])
+    content, _ = HERMES.parse(text) if tools else (text, [])
+    assert content.startswith(said) and len(said) == shown.shown
+
+
+def test_text_is_shown_as_soon_as_it_is_certain(renderer: Renderer) -> None:
+    shown = StreamText(renderer, "", ("END",))
+    assert [shown.feed(by_bytes(text, end=False)) for text in ("ab", "abE", "abEN", "abENc", "abENcEND")] == [
+        "ab",
+        "",
+        "",
+        "ENc",
+        "",
+    ]
+
+
+def test_a_template_without_assistants_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="does not show what an assistant says"):
+        Renderer(tokenizer("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"))
+
+
+def test_a_template_that_refuses_is_told_to_the_agent() -> None:
+    refuse = "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    strict = "{% for m in messages %}" + refuse + "{{ m.content }}{% endfor %}"
+    with pytest.raises(RequestRefused, match="no tools"):
+        Renderer(tokenizer(strict)).text([{"role": "tool", "content": "x"}], None)
+
+
+def test_a_stop_string_stays_in_the_ids_and_leaves_the_text() -> None:
+    draft = Draft()
+    draft.close_part(
+        0,
+        Generation(
+            output_ids=[1, 2], logprobs=[-1.0, -2.0], finish_reason="stop", matched="END", cached_tokens=0,
+            prompt_tokens=3, spans=[Span("v", 0, 2)], seconds=0.1,
+        ),
+    )  # fmt: skip
+    assert without_stop("ls\nEND", draft) == "ls\n" and draft.ids == [1, 2]
+    assert without_stop("ls", Draft()) == "ls"
+
+
+def test_parts_of_one_turn_are_put_together() -> None:
+    def part(version: str, ids: list[int]) -> Generation:
+        return Generation(
+            output_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="abort", matched=None, cached_tokens=1,
+            prompt_tokens=3, spans=[Span(version, 0, len(ids))] if ids else [], seconds=0.5,
+        )  # fmt: skip
+
+    draft = Draft()
+    for version, ids in (("v1", [1, 2]), ("v1", [3]), ("v2", []), ("v2", [4, 5])):
+        draft.close_part(len(draft.ids), part(version, ids))
+    assert draft.ids == [1, 2, 3, 4, 5] and len(draft.logprobs) == 5 and draft.seconds == 2.0
+    assert draft.spans == [VersionSpan("v1", 0, 3), VersionSpan("v2", 3, 5)] and draft.cover()
+    draft.ids.append(6)
+    assert not draft.cover() and draft.spans[-1] == VersionSpan("", 5, 6)

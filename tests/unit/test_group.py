@@ -1,0 +1,79 @@
+"""A group becomes one batch: each member has one fate, and only good members reach the gradient."""
+
+import numpy as np
+import pytest
+
+from kat_stream.rl.group import GroupRules, pack_group
+from kat_stream.rl.step import assemble
+from tests.unit.records import request, reward, trajectory, turn
+from topics import Reward, Trajectory
+
+RULES = GroupRules(staleness=1, normalise_std=False, budget_tokens=100, max_positions=32)
+
+
+def member(sample: int, score: float | None, size: int = 3, **fields: object) -> tuple[Trajectory, Reward | None]:
+    asked = request(sample=sample, size=size)
+    version = str(fields.pop("version", "a.0"))
+    made = trajectory(asked, turn(asked, [1, 2, 3], [10 + sample, 4], version=version), **fields)
+    return made, None if score is None else reward(asked, score)
+
+
+def fates(*members: tuple[Trajectory, Reward | None], head: str = "a.0") -> list[tuple[str, str]]:
+    return [(m.fate, m.reason.partition(":")[0]) for m in pack_group(members, head, {}, RULES).members]
+
+
+def test_advantages_are_rewards_less_their_mean_and_prompts_are_shared() -> None:
+    batch = pack_group([member(0, 1.0), member(1, 0.0), member(2, 0.5)], "a.0", {}, RULES)
+    step = assemble([batch], "a.0", {}, 1)
+    assert dict(zip(step.batch.rollout, step.batch.advantage, strict=True)) == {0: 0.5, 1: -0.5, 2: 0.0}
+    assert batch.flat_tokens == 15
+    assert batch.tree_tokens == 9
+    assert step.trained == ("r-t000000-0", "r-t000000-1", "r-t000000-2")
+    assert step.reward_mean == 0.5
+
+
+def test_failures_of_our_side_are_outside_the_baseline() -> None:
+    broken = member(2, None, outcome="infra_error", error_class="SandboxUnavailable")
+    batch = pack_group([member(0, 1.0), member(1, 0.0), broken], "a.0", {}, RULES)
+    assert [m.fate for m in batch.members] == ["packed", "packed", "failed"]
+    assert batch.members[2].reason == "SandboxUnavailable"
+    assert np.allclose(sorted(assemble([batch], "a.0", {}, 1).batch.advantage), [-0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ([member(0, 1.0), member(1, 1.0)], [("filtered", "equal_rewards")] * 2),
+        ([member(0, 1.0), member(1, 0.0, outcome="cancelled")], [("filtered", "alone"), ("cancelled", "")]),
+        ([(member(0, 1.0)[0], None), member(1, 0.0), member(2, 1.0)], [("failed", "no reward"), ("packed", ""), ("packed", "")]),
+        (
+            [member(0, 1.0, version="a.7"), member(1, 0.0, version="b.9"), member(2, 1.0, version="a.9"), member(3, 0.0, version="a.8")],
+            [("stale", "sampled by a.7, head is a.9"), ("stale", "sampled by b.9, head is a.9"), ("packed", ""), ("packed", "")],
+        ),
+    ],
+)  # fmt: skip
+def test_every_member_has_one_fate(members: list, expected: list[tuple[str, str]]) -> None:
+    head = "a.9" if len(members) == 4 else "a.0"
+    assert fates(*members, head=head) == expected
+
+
+def test_turns_that_cannot_be_trained_are_filtered_with_the_reason() -> None:
+    asked = request(sample=2, size=3)
+    long = trajectory(asked, turn(asked, list(range(1, 40)), [4]))
+    empty = trajectory(request(sample=3, size=3))
+    bad = trajectory(asked, turn(asked, [1], []))
+    cases = {
+        "too_long": (long, reward(asked, 1.0)),
+        "no_turns": (empty, reward(asked, 0.0)),
+        "bad_turn": (bad, reward(asked, 0.0)),
+    }
+    for reason, case in cases.items():
+        assert fates(member(0, 1.0), member(1, 0.0), case)[2] == ("filtered", reason)
+
+
+def test_a_rollout_that_grew_old_in_the_queue_has_no_weight() -> None:
+    batch = pack_group([member(0, 1.0, version="a.0"), member(1, 0.0, version="a.1")], "a.1", {}, RULES)
+    step = assemble([batch], "a.2", {}, 1)
+    assert step.stale == ("r-t000000-0",)
+    assert step.trained == ("r-t000000-1",)
+    assert {int(r): float(w) for r, w in zip(step.batch.rollout, step.batch.weight, strict=True)} == {0: 0.0, 1: 1.0}

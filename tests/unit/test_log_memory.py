@@ -1,0 +1,157 @@
+"""What only the in-memory log has: assignment of partitions, retention with a floor, and its speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kat_stream.errors import ConfigError, LogError
+from kat_stream.log import Emit, MemoryLog, open_log, run_work
+from kat_stream.log.assignment import assign
+from kat_stream.log.lag import lags
+from topics import CATALOGUE, LedgerEntry, Reward, partition_of
+
+names = st.sampled_from("abcde")
+
+
+@given(st.integers(0, 12), st.dictionaries(names, st.frozensets(st.integers(0, 14)), min_size=1))
+def test_every_partition_has_one_owner_and_loads_are_even(count: int, wishes: dict[str, frozenset[int]]) -> None:
+    owned, taken = {}, set[int]()
+    for name, wished in wishes.items():
+        owned[name] = wished - taken
+        taken |= wished
+    result = assign(range(count), owned)
+    assert sorted(unit for units in result.values() for unit in units) == list(range(count))
+    sizes = [len(units) for units in result.values()]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_members_keep_what_they_have() -> None:
+    two = assign(range(12), {"a": set(range(12)), "b": set()})
+    assert two["a"] < set(range(12)) and len(two["a"]) == 6
+    three = assign(range(12), {**two, "c": set()})
+    assert three["a"] < two["a"] and three["b"] < two["b"] and len(three["c"]) == 4
+    assert assign(range(12), {name: three[name] for name in "ab"})["a"] > three["a"]
+
+
+def reward(number: int, group: str = "g", evidence: str = "") -> Reward:
+    return Reward(run="r", group_id=group, rollout_id=f"{group}-{number}", task_id="t", verifier="v", evidence=evidence)
+
+
+def in_loop(scenario: Callable[[], Awaitable[None]]) -> None:
+    anyio.run(scenario)
+
+
+def test_retention_drops_the_oldest_but_nothing_that_somebody_needs() -> None:
+    async def scenario() -> None:
+        log = MemoryLog(retain_messages=12 * 100)
+        await log.apply_topics(CATALOGUE)
+        number = partition_of(reward(0))
+        reader = log.follow(["rewards"], partitions=[number])
+        await reader.open()
+        await log.publish(*[reward(i) for i in range(1000)])
+        assert (await log.beginning_offsets("rewards"))[number] == 0
+        assert len(await reader.poll(1)) == 500
+        await log.publish(reward(1000))
+        assert (await log.beginning_offsets("rewards"))[number] == 500
+        await reader.aclose()
+        await log.publish(reward(1001))
+        begin = (await log.beginning_offsets("rewards"))[number]
+        assert begin == 1002 - 100
+        with pytest.raises(LogError, match=f"no offset 3, there are {begin} to 1002"):
+            await log.follow(["rewards"], start={("rewards", number): 3}, partitions=[number]).open()
+
+    in_loop(scenario)
+
+
+def test_retention_counts_bytes_and_waits_for_the_slowest_group() -> None:
+    async def scenario() -> None:
+        log = MemoryLog(retain_bytes=12 * 10_000)
+        await log.apply_topics(CATALOGUE)
+        number, handled, stopping, release = partition_of(reward(0)), [], anyio.Event(), anyio.Event()
+
+        async def handle(delivered):  # type: ignore[no-untyped-def]
+            handled.append(delivered.position.offset)
+            if delivered.position.offset == 5:
+                await release.wait()
+            return Emit()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(
+                lambda: run_work(log, ["rewards"], group="w", member="m", handler=handle, stopping=stopping)
+            )
+            for i in range(60):
+                await log.publish(reward(i, evidence="x" * 500))
+            await wait_for(lambda: len(handled) == 60)
+            await wait_for(lambda: log.partitions("rewards")[number].begin <= 5)
+            await log.publish(reward(60, evidence="x" * 500))
+            assert (await log.beginning_offsets("rewards"))[number] <= 5
+            (lag,) = await lags(log, ages=True)
+            assert (lag.group, lag.topic) == ("w", "rewards") and 1 <= lag.messages <= 2
+            assert lag.seconds is not None and 0 <= lag.seconds < 60
+            release.set()
+            await wait_committed(log, number, 61)
+            await log.publish(reward(61, evidence="x" * 500))
+            assert (await log.beginning_offsets("rewards"))[number] > 30
+            await wait_committed(log, number, 62)
+            assert [lag.messages for lag in await lags(log)] == [0]
+            stopping.set()
+
+    in_loop(scenario)
+
+
+async def wait_for(condition: Callable[[], bool]) -> None:
+    with anyio.fail_after(20):
+        while not condition():
+            await anyio.sleep(0.005)
+
+
+async def wait_committed(log: MemoryLog, number: int, offset: int) -> None:
+    with anyio.fail_after(20):
+        while (await log.committed("w")).get(("rewards", number), 0) < offset:  # type: ignore[call-overload]
+            await anyio.sleep(0.005)
+
+
+def test_a_compacted_topic_keeps_the_newest_of_every_key() -> None:
+    async def scenario() -> None:
+        log = MemoryLog(retain_messages=12 * 10)
+        await log.apply_topics(CATALOGUE)
+        for i in range(200):
+            await log.publish(LedgerEntry(run="r", group_id="g", rollout_id=f"r{i % 20}", state="packed", step=i))
+        async with log.follow(["ledger"]) as follower:
+            entries = [delivered.record() async for delivered in follower.catch_up()]
+        newest = {entry.rollout_id: entry.step for entry in entries}  # type: ignore[attr-defined]
+        assert newest == {f"r{i}": 180 + i for i in range(20)}
+        assert len(entries) < 60
+
+    in_loop(scenario)
+
+
+def test_publishing_takes_less_than_50_microseconds() -> None:
+    async def scenario() -> None:
+        log = MemoryLog()
+        await log.apply_topics(CATALOGUE)
+        records = [reward(i, f"g{i % 40}") for i in range(2000)]
+        best = min([await timed(log, records) for _ in range(5)])
+        assert best < 50e-6
+
+    in_loop(scenario)
+
+
+async def timed(log: MemoryLog, records: list[Reward]) -> float:
+    began = time.perf_counter()
+    for record in records:
+        await log.publish(record)
+    return (time.perf_counter() - began) / len(records)
+
+
+def test_an_address_is_memory_or_kafka() -> None:
+    assert isinstance(open_log("memory:"), MemoryLog)
+    for url in ("redis:x", "kafka:", "memory:x", ""):
+        with pytest.raises(ConfigError, match="kafka:host:port"):
+            open_log(url)

@@ -1,0 +1,121 @@
+"""The router over scripted engines: sticky, least loaded, random ties, back-off, waiting with a deadline."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from contextlib import AsyncExitStack
+
+import pytest
+
+from kat_stream.engines.client import EngineClient, Load, SamplingParams
+from kat_stream.engines.scripted import ScriptedEngine, start_scripted_engine
+from kat_stream.errors import EngineUnavailable
+from kat_stream.routing import EngineState, Router, StickyLeastLoaded
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def _state(load: int = 0) -> EngineState:
+    return EngineState(EngineClient("http://127.0.0.1:1", None), in_flight=load)  # type: ignore[arg-type]
+
+
+async def test_a_session_stays_and_others_go_to_the_least_loaded() -> None:
+    policy, engines = StickyLeastLoaded(), [_state(5), _state(3), _state(9)]
+    assert policy.choose("a", 1, engines) is engines[1]
+    engines[1].in_flight = 100
+    assert policy.choose("a", 1, engines) is engines[1]
+    assert policy.choose("b", 1, engines) is engines[0]
+    assert policy.choose("a", 1, [engines[0], engines[2]]) is engines[0]
+    policy.forget("a")
+    engines[2].in_flight = 0
+    assert policy.choose("a", 1, engines) is engines[2]
+
+
+async def test_ties_are_broken_at_random() -> None:
+    engines = [_state() for _ in range(4)]
+    chosen = Counter(id(StickyLeastLoaded().choose("s", 1, engines)) for _ in range(400))
+    assert len(chosen) == 4 and min(chosen.values()) > 50
+
+
+async def test_own_calls_count_at_once_and_not_twice() -> None:
+    state = _state(100)
+    state.polled([Load(num_used_tokens=130, num_waiting_uncached_tokens=20)])
+    assert state.load == 150
+    state.in_flight += 40
+    assert state.load == 190
+    state.in_flight = 0
+    assert state.load == 50
+
+
+async def test_back_off_doubles_and_ends_with_an_answer() -> None:
+    state = _state()
+    waits = []
+    for _ in range(8):
+        state.failed(10.0)
+        waits.append(state.retry_at - 10.0)
+    assert waits[:4] == [0.25, 0.5, 1.0, 2.0] and waits[-1] == 8.0
+    assert not state.available(10.1) and state.available(18.0)
+    state.answered()
+    assert state.available(0.0)
+
+
+async def _fleet(stack: AsyncExitStack, count: int) -> list[ScriptedEngine]:
+    engines = [await start_scripted_engine(lambda ids: [1, 2, 3]) for _ in range(count)]
+    for engine in engines:
+        stack.push_async_callback(engine.close)
+    return engines
+
+
+async def test_a_lease_is_credited_and_given_back() -> None:
+    async with AsyncExitStack() as stack:
+        engines = await _fleet(stack, 2)
+        async with Router([engine.url for engine in engines]) as router:
+            async with router.lease("a", 70, deadline_s=1) as first, router.lease("b", 50, deadline_s=1) as second:
+                assert first is not second and (first.in_flight, second.in_flight) == (70, 50)
+                async with router.lease("c", 10, deadline_s=1) as third:
+                    assert third is second
+            assert [state.in_flight for state in router.list()] == [0, 0]
+
+
+async def test_an_engine_that_refuses_is_skipped_and_comes_back() -> None:
+    async with AsyncExitStack() as stack:
+        engines = await _fleet(stack, 2)
+        async with Router([engine.url for engine in engines], poll_s=60) as router:
+            async with router.lease("s", 1, deadline_s=1) as home:
+                assert home.available(time.monotonic())
+            dead = next(engine for engine in engines if engine.url == home.url)
+            await dead.close()
+            with pytest.raises(EngineUnavailable):
+                async with router.lease("s", 1, deadline_s=1) as state:
+                    await state.engine.generate([1], SamplingParams(), rid="x1", deadline_s=5)
+            async with router.lease("s", 1, deadline_s=1) as state:
+                assert state.url != dead.url
+                assert (await state.engine.generate([1], SamplingParams(), rid="x2", deadline_s=5)).output_ids == [
+                    1,
+                    2,
+                    3,
+                ]
+            assert all(state.in_flight == 0 for state in router.list())
+
+
+async def test_engines_are_added_and_removed_while_it_runs() -> None:
+    async with AsyncExitStack() as stack:
+        (engine,) = await _fleet(stack, 1)
+        async with Router([]) as router:
+            started = time.monotonic()
+            with pytest.raises(EngineUnavailable, match="none of 0 engines"):
+                async with router.lease("s", 1, deadline_s=0.1):
+                    pass
+            assert time.monotonic() - started < 5
+            router.add(engine.url + "/")
+            router.add(engine.url)
+            async with router.lease("s", 1, deadline_s=1) as state:
+                assert state.url == engine.url
+            router.remove(engine.url)
+            assert router.list() == ()
