@@ -27,7 +27,7 @@ DRAIN_S = 5.0
 
 class Archiver:
     async def run(self, ctx: Context) -> None:
-        writer = ArchiveWriter(ctx.run_dir / "archive")
+        writer = ArchiveWriter(ctx.run_dir / "archive", run=ctx.run, log_id=ctx.log_id)
         names = [topic.name for topic in CATALOGUE]
         follower = ctx.log.follow(names, start=writer.next_offsets())
         try:

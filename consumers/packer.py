@@ -44,7 +44,7 @@ class Packer:
             await run_transform(
                 ctx.log,
                 ("trajectories", "rewards"),
-                group="packer",
+                group=ctx.group("packer"),
                 member=ctx.member,
                 handler=PackerHandler(ctx.run, versions, rules),
                 stopping=ctx.stopping,

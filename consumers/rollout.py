@@ -45,7 +45,7 @@ class Rollout:
                 await run_work(
                     ctx.log,
                     ("rollout.requests",),
-                    group="rollout",
+                    group=ctx.group("rollout"),
                     member=ctx.member,
                     handler=handler,
                     stopping=ctx.stopping,

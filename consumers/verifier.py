@@ -29,7 +29,7 @@ class Verifier:
             await run_work(
                 ctx.log,
                 ("trajectories",),
-                group="verifier",
+                group=ctx.group("verifier"),
                 member=ctx.member,
                 handler=VerifierHandler(ctx.run, Grader(backend)),
                 stopping=ctx.stopping,

@@ -18,12 +18,13 @@ import anyio
 from kat_stream import telemetry
 from kat_stream.engines.client import EngineClient
 from kat_stream.errors import DeadlineExceeded, EngineUnavailable
-from kat_stream.service import Context
+from kat_stream.service import Context, wait_until
 from topics import PolicyVersion
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
+ENGINE_READY_S = 300.0
 
 
 class WeightSync:
@@ -50,6 +51,7 @@ class WeightSync:
 
     async def _keep_current(self, ctx: Context, engine: EngineClient, url: str) -> None:
         """One engine: whenever it does not run the newest version, give it that version."""
+        await wait_until(f"engine {url} to answer", engine.health, deadline_s=ENGINE_READY_S)
         while True:
             changed, newest = self.changed, self.newest
             try:

@@ -17,6 +17,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pyarrow as pa
@@ -58,11 +59,12 @@ _ids = msgspec.msgpack.Decoder(_Ids)
 class ArchiveWriter:
     """Collects delivered messages and writes them in files. `add` and `flush` may be called from two threads.
 
-    `log_id` names the log that offsets belong to: constant for a Kafka cluster, fresh for each in-memory log.
+    `run`: take only this run's records; empty: all. `log_id` names the log that offsets belong to: constant for a Kafka cluster, fresh for each in-memory log.
     """
 
-    def __init__(self, directory: Path, log_id: str = "") -> None:
+    def __init__(self, directory: Path, *, run: str = "", log_id: str = "") -> None:
         self.directory = directory
+        self.run = run
         self.log_id = log_id
         self._lock = threading.Lock()
         self._waiting: dict[str, list[Delivered]] = defaultdict(list)
@@ -74,8 +76,10 @@ class ArchiveWriter:
             return dict(self._next)
 
     def add(self, delivered: Delivered) -> bool:
-        """Take a message; False if it is archived already. Messages of a partition come in order of their offsets."""
+        """Take a message; False if it is archived already or another run's. Messages of a partition come in order of their offsets."""
         topic, partition, offset = delivered.position
+        if self.run and _read_ids(delivered.value).run not in ("", self.run):
+            return False
         with self._lock:
             if offset < self._next.get((topic, partition), 0):
                 return False
@@ -133,7 +137,7 @@ def _write(directory: Path, messages: Sequence[Delivered], log_id: str) -> Path:
     return path
 
 
-def _row(message: Delivered) -> dict[str, str | bytes | int | None]:
+def _row(message: Delivered) -> dict[str, Any]:
     ids = _read_ids(message.value)
     return {
         "run": ids.run,
@@ -200,7 +204,7 @@ def _read(paths: Sequence[Path]) -> Iterator[Delivered]:
                 yield _delivered(row)
 
 
-def _delivered(row: dict[str, str | bytes | int | None]) -> Delivered:
+def _delivered(row: dict[str, Any]) -> Delivered:
     return Delivered(
         position=Position(row["topic"], row["partition"], row["offset"]),
         key=row["key"],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,8 @@ async def execute(config: Config, run_dir: Path, *, resume: bool, progress: Prog
     one_process = config.log.url.startswith("memory:")
     the_log = open_log(config.log.url, security=config.log.security)
     await the_log.start()
-    ctx = Context(config=config, run=config.run.name, run_dir=run_dir, log=the_log, member="run")
+    log_id = uuid.uuid4().hex if one_process else "kafka"
+    ctx = Context(config=config, run=config.run.name, run_dir=run_dir, log=the_log, member="run", log_id=log_id)
     metrics = serve_metrics(config.metrics.host, config.metrics.port)
     url = f"http://{config.metrics.host}:{metrics.server_port}/metrics"
     signalled = anyio.Event()

@@ -47,7 +47,7 @@ async def run_local(ctx: Context, services: Sequence[str] = SERVICES) -> None:
 
 
 def _own_context(ctx: Context, name: str) -> Context:
-    return Context(config=ctx.config, run=ctx.run, run_dir=ctx.run_dir, log=ctx.log, member=name)
+    return Context(config=ctx.config, run=ctx.run, run_dir=ctx.run_dir, log=ctx.log, member=name, log_id=ctx.log_id)
 
 
 async def _supervise(service: _Running, all_stop: anyio.Event, failures: list[Exception]) -> None:

@@ -33,6 +33,8 @@ class Context:
     run_dir: Path
     log: Log
     member: str
+    log_id: str = "kafka"
+    """What offsets belong to: one name for a broker, a new one for each in-memory log."""
     stopping: anyio.Event = field(default_factory=anyio.Event)
 
     @property
@@ -48,6 +50,10 @@ class Context:
     @property
     def gateway_control_url(self) -> str:
         return f"http://{self.config.gateway.host}:{self.config.gateway.control_port}"
+
+    def group(self, stage: str) -> str:
+        """The consumer group of a stage: runs on one broker do not take each other's messages."""
+        return f"{self.run}.{stage}"
 
     async def stopped_within(self, seconds: float) -> bool:
         """Sleep, but wake when the service is asked to stop; True if it was."""

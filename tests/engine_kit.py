@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -28,8 +32,8 @@ def save_model(directory: Path, seed: int, family: str = "qwen3") -> Path:
     """A two-layer model of `family` with weights large enough that its distributions are far from uniform."""
     size = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "initializer_range": 0.3,
-        "eos_token_id": EOS, "bos_token_id": 0, "pad_token_id": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.3, "eos_token_id": EOS, "bos_token_id": 0, "pad_token_id": 2,
     }  # fmt: skip
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
@@ -44,6 +48,13 @@ def save_model(directory: Path, seed: int, family: str = "qwen3") -> Path:
     torch.manual_seed(seed)
     kind(config).save_pretrained(directory)
     return directory
+
+
+def save_tokenizer(directory: Path) -> None:
+    """A tokenizer of words w3, w4, ... for the ids 3, 4, ..., separated by spaces, beside a model."""
+    words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}, "<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>").save_pretrained(directory)
 
 
 def plain_model(directory: Path) -> PreTrainedModel:

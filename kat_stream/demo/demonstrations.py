@@ -50,7 +50,7 @@ def clean(task: MendTask) -> Demonstration:
 
 
 def recovered(task: MendTask, rng: random.Random) -> Demonstration:
-    """A command on a file that does not exist, then the solution: the slip is context, it is not learnt."""
+    """A command that fails, then the solution: the slip is context, it is not learnt."""
     slip = _slip(task, rng)
     rest = _demonstrate(task, (*task.solution, FINISH_COMMAND)).turns
     return Demonstration(task, (slip, *rest))
@@ -90,7 +90,7 @@ _FAULTS = (
 
 
 def _demonstrate(task: MendTask, commands: tuple[str, ...]) -> Demonstration:
-    tree = {path: content.decode() for path, (content, _) in task.files.items()}
+    tree = _tree(task)
     turns = []
     for number, command in enumerate(commands, start=1):
         last = command == FINISH_COMMAND or number == MAX_TURNS
@@ -99,9 +99,18 @@ def _demonstrate(task: MendTask, commands: tuple[str, ...]) -> Demonstration:
 
 
 def _slip(task: MendTask, rng: random.Random) -> Turn:
-    """A command on a file that is not there, and the tool's complaint."""
-    missing = rng.choice(NAMES) + ".py"
-    while missing in task.files:
-        missing = rng.choice(NAMES) + ".py"
-    command = rng.choice(("cat {}", "sed -i /x/d {}", "chmod +x {}")).format(missing)
+    """The first command with one name mistaken, if that fails and changes nothing; else a file that is not there."""
+    first = task.solution[0]
+    other = rng.choice([name for name in NAMES if name not in first])
+    names = [name for name in re.findall(r"\w+", first) if name in NAMES]
+    if names:
+        command = first.replace(rng.choice(names), other)
+        observed = predict(command, _tree(task))
+        if not observed.endswith("[exit 0]"):
+            return Turn(command, observed, learn=False)
+    command = rng.choice(("cat {}.py", "sed -i /x/d {}.py", "chmod +x {}.py")).format(other)
     return Turn(command, predict(command, {}), learn=False)
+
+
+def _tree(task: MendTask) -> dict[str, str]:
+    return {path: content.decode() for path, (content, _) in task.files.items()}

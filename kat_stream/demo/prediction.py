@@ -49,7 +49,10 @@ def _cat(tree: Tree, path: str) -> str:
 
 def _grep(tree: Tree, word: str, path: str) -> str:
     text = _read(tree, path, "grep: {}: No such file or directory\n", 2)
-    return "".join(line for line in text.splitlines(keepends=True) if word in line)
+    found = "".join(line for line in text.splitlines(keepends=True) if word in line)
+    if not found:
+        raise _Failed("", 1)
+    return found
 
 
 def _substitute(tree: Tree, in_place: str | None, _sign: str, old: str, new: str, path: str) -> str:
@@ -74,17 +77,20 @@ def _edit(tree: Tree, path: str, text: str) -> str:
 
 
 def _echo(tree: Tree, text: str, sign: str, path: str) -> str:
-    return _edit(tree, path, f"{tree[path] if sign == '>>' else ''}{text}\n")
+    return _edit(tree, path, f"{tree.get(path, '') if sign == '>>' else ''}{text}\n")
 
 
 def _move(tree: Tree, old: str, new: str) -> str:
-    _copy(tree, old, new)
-    del tree[old]
-    return ""
+    _put(tree, new, old, _read(tree, old, "mv: cannot stat '{}': No such file or directory\n", 1))
+    return _remove(tree, old)
 
 
 def _copy(tree: Tree, old: str, new: str) -> str:
-    return _edit(tree, new + old if new.endswith("/") else new, tree[old])
+    return _put(tree, new, old, _read(tree, old, "cp: cannot stat '{}': No such file or directory\n", 1))
+
+
+def _put(tree: Tree, new: str, old: str, text: str) -> str:
+    return _edit(tree, new + old if new.endswith("/") else new, text)
 
 
 def _remove(tree: Tree, path: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,12 +36,12 @@ class Recipe:
     layers: int = 3
     heads: int = 4
     inner: int = 384
-    steps: int = 1200
+    steps: int = 1300
     batch: int = 32
     # Share of the steps that sees clean demonstrations only, and what follows it.
     clean_steps: float = 0.7
-    sloppy_share: float = 0.45
-    recovered_share: float = 0.1
+    sloppy_share: float = 0.52
+    recovered_share: float = 0.12
     matrix_rate: float = 0.03
     other_rate: float = 6e-3
     # Weight of tokens that the agent did not write.
@@ -209,8 +210,13 @@ class Progress:
             mean = sum(self._losses) / len(self._losses)
             rate = self._tokens / seconds
             line = f"step {self._done}/{self._steps} loss {mean:.3f} {rate:.0f} tok/s {seconds:.0f} s"
-            print(f"warm-start: {line}", flush=True)
+            _say(line)
             self._losses.clear()
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"warm-start: {line}\n")
+    sys.stdout.flush()
 
 
 def save(policy: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -228,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     policy, tokenizer = train(Recipe(), options.seed)
     save(policy, tokenizer, options.out)
-    print(f"warm-start: wrote {options.out}", flush=True)
+    _say(f"wrote {options.out}")
 
 
 if __name__ == "__main__":

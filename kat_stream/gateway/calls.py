@@ -148,7 +148,7 @@ class CallService:
 
     def _check(self, session: Session) -> None:
         if len(session.running) >= self.limits.calls_per_session:
-            raise RequestRefused("too many calls of this session at once", status=429, code="rate_limit_exceeded")
+            raise too_many("calls")
         limit = session.about.sampling.max_turns
         if session.answered() >= limit:
             raise RequestRefused(f"this session has used its {limit} turns", code="turn_limit_reached")
@@ -226,6 +226,11 @@ class CallService:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def too_many(what: str) -> RequestRefused:
+    """The answer to a session that does more at once than it may."""
+    return RequestRefused(f"too many {what} of this session at once", status=429, code="rate_limit_exceeded")
 
 
 def _retried(session: Session, digest: bytes, retry: bool) -> Call | None:

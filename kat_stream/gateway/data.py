@@ -13,7 +13,7 @@ from hashlib import blake2b
 from aiohttp import hdrs, web
 
 from kat_stream.errors import DeadlineExceeded, EngineRejected, KatError, RequestRefused
-from kat_stream.gateway.calls import Call, CallService
+from kat_stream.gateway.calls import Call, CallService, too_many
 from kat_stream.gateway.dialects import ChatCompletions, Dialect
 from kat_stream.gateway.limits import Limits
 from kat_stream.gateway.messages import Reply
@@ -59,7 +59,14 @@ class DataListener:
         handler = self._handlers().get((request.method, path))
         if not request.path.startswith("/s/") or handler is None:
             raise RequestRefused(f"there is no {request.method} {request.path}", status=404, code="not_found")
-        return await handler(request, self._sessions.admit(session_id, _key(request)))
+        session = self._sessions.admit(session_id, _key(request))
+        if session.requests >= self._limits.requests_per_session:
+            raise too_many("requests")
+        session.requests += 1
+        try:
+            return await handler(request, session)
+        finally:
+            session.requests -= 1
 
     def _handlers(self) -> dict[tuple[str, str], Callable[[web.Request, Session], Awaitable[web.StreamResponse]]]:
         return {

@@ -30,6 +30,8 @@ class Limits:
     """How long a call whose client went away waits for the client's retry; agents retry within 0.2 to 2.3 s."""
     calls_per_session: int = 32
     """At once."""
+    requests_per_session: int = 64
+    """At once; more than calls, as retries join the call they repeat."""
     sessions: int = 4096
     idle_s: float = 3600.0
     """A session without a call for so long was forgotten by its worker."""

@@ -60,7 +60,7 @@ class PathTree:
         return (None, 0) if node is self._root else (node, matched)
 
     def add(self, turn_id: str, parent: Node | None, start: int, path: bytes) -> Node:
-        """A finished turn becomes a place where others may be mounted; `path` int32[n] is its prompt and sampled ids."""
+        """A finished turn becomes a place to mount at; `path` int32[n] is its prompt and sampled ids."""
         host, at = self._walk(path)
         node = Node(turn_id, parent, start, path[start * WIDTH :], at)
         if at < node.length:

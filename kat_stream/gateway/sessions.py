@@ -37,6 +37,10 @@ class SessionRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling = Sampling()
     purpose: Purpose = "train"
 
+    def __post_init__(self) -> None:
+        if self.sampling.max_new_tokens < 1 or self.sampling.max_context < 2:
+            raise ValueError("sampling: max_new_tokens must be at least 1, max_context at least 2")
+
 
 class SessionHandle(msgspec.Struct, frozen=True, kw_only=True):
     """What opens a session: `path` goes behind the data listener's address, `key` is the API key."""
@@ -44,6 +48,10 @@ class SessionHandle(msgspec.Struct, frozen=True, kw_only=True):
     session_id: str
     key: str
     path: str
+
+    def __repr__(self) -> str:
+        # Whatever is printed or logged, the key is not.
+        return f"SessionHandle({self.session_id})"
 
 
 class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,13 +68,15 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
 @dataclass(slots=True, eq=False)
 class Session:
     session_id: str
-    key: str
+    key: str = field(repr=False)
     about: SessionRequest
     conversation: Conversation = field(default_factory=Conversation)
     turns: list[Turn] = field(default_factory=list)
     running: set[Call] = field(default_factory=set)
     recent: OrderedDict[bytes, list[Call]] = field(default_factory=OrderedDict)
     """Calls by the digest of their body, the newest last."""
+    requests: int = 0
+    """Being read or answered."""
     closed: bool = False
     completed: int = 0
     """Turns that were given an index."""

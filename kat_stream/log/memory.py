@@ -128,11 +128,13 @@ class MemoryLog:
 
     async def publish(self, *records: Record, deadline_s: float = 30.0) -> None:
         self.store([seal(record) for record in records])
+        await asyncio.sleep(0)  # as on Kafka, a writer in a loop gives readers a turn
 
     async def append(self, *messages: Message, deadline_s: float = 30.0) -> None:
         for message in messages:
             check(message)
         self.store(messages)
+        await asyncio.sleep(0)
 
     def follow(
         self,

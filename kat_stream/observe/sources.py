@@ -27,11 +27,13 @@ CATCH_UP_S = 120.0
 class Source(Protocol):
     """The messages of one run."""
 
-    where: str
-    """For people: the log's address or the archive's folder."""
-    live: bool
-    run: str
-    """Empty: every run on the log."""
+    @property
+    def where(self) -> str:
+        """For people: the log's address or the archive's folder."""
+
+    @property
+    def run(self) -> str:
+        """Empty: every run on the log."""
 
     def messages(self, topics: Sequence[str] = ALL_TOPICS) -> AsyncIterator[Delivered]:
         """Everything that is there now, by topic, partition and offset within each partition."""
@@ -43,7 +45,6 @@ class ArchiveSource:
 
     directory: Path
     run: str
-    live: bool = False
 
     @property
     def where(self) -> str:
@@ -61,7 +62,6 @@ class LogSource:
     log: Log
     where: str
     run: str
-    live: bool = True
 
     async def messages(self, topics: Sequence[str] = ALL_TOPICS) -> AsyncIterator[Delivered]:
         async with self.log.follow(topics, start="earliest") as follower:

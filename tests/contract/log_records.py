@@ -1,16 +1,18 @@
-"""Small records for the log's tests, and waiting for a condition with a deadline."""
+"""Small records and a joining handler for the log's tests, and waiting for a condition with a deadline."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import anyio
 
-from kat_stream.log import Delivered, Log
+from kat_stream.log import Delivered, Emit, Hold, Log, Outcome, Position
 from topics import LedgerEntry, Reward, partition_of
 
 WAIT_S = 30.0
+SIZE = 3
+"""Rewards of a group in these tests."""
 
 
 def reward(number: int, group: str = "g") -> Reward:
@@ -43,3 +45,36 @@ async def eventually(condition: Callable[[], bool], what: str = "the condition")
 async def committed_up_to_end(log: Log, group: str, topic: str) -> bool:
     committed, ends = await log.committed(group), await log.end_offsets(topic)
     return all(committed.get((topic, number), 0) == end for number, end in ends.items())  # type: ignore[call-overload]
+
+
+class GroupJoin:
+    """Holds rewards until a group of SIZE is complete, then emits one ledger entry for it; knows what it emitted."""
+
+    def __init__(self, before: Callable[[Reward], None] = lambda record: None) -> None:
+        self.before = before
+        self.handled: list[float] = []
+        self.open: dict[int, dict[str, list[Position]]] = {}
+        self.emitted: dict[int, set[str]] = {}
+
+    def assigned(self, partition: int, replay: Sequence[Delivered]) -> None:
+        assert partition not in self.open
+        self.open[partition] = {}
+        self.emitted[partition] = {d.record().group_id for d in replay}  # type: ignore[attr-defined]
+
+    def revoked(self, partition: int) -> None:
+        del self.open[partition], self.emitted[partition]
+
+    async def handle(self, delivered: Delivered) -> Outcome:
+        record, partition = delivered.record(), delivered.position.partition
+        assert isinstance(record, Reward)
+        self.before(record)
+        self.handled.append(record.score)
+        if record.group_id in self.emitted[partition]:
+            return Emit()
+        held = self.open[partition].setdefault(record.group_id, [])
+        held.append(delivered.position)
+        if len(held) < SIZE:
+            return Hold()
+        del self.open[partition][record.group_id]
+        self.emitted[partition].add(record.group_id)
+        return Emit(entry(record.group_id, record.group_id), done=held[:-1])

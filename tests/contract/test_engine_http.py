@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ import pytest
 
 from kat_stream.engines.client import EngineClient, Generation, SamplingParams
 from kat_stream.engines.embedded import EngineServer, start_engine
-from kat_stream.errors import EngineRejected, EngineUnavailable
-from tests.engine_kit import VOCAB, plain_logprobs, plain_model, save_model
+from kat_stream.errors import DeadlineExceeded, EngineRejected, EngineUnavailable
+from tests.engine_kit import VOCAB, plain_logprobs, plain_model, save_model, save_tokenizer
 
 SGLANG = os.environ.get("KAT_TEST_SGLANG_URL")
 SGLANG_MODEL = os.environ.get("KAT_TEST_SGLANG_MODEL")
@@ -441,6 +442,27 @@ def test_flush_needs_an_idle_engine(directories: tuple[Path, Path]) -> None:
     run(directories, story)
 
 
+@own_limits
+def test_an_update_that_is_given_up_neither_holds_back_nor_comes_true(directories: tuple[Path, Path]) -> None:
+    async def story(world: World) -> None:
+        server = world.server
+        assert server is not None
+        # A request that outlives the update's deadline: it drains only when we let it.
+        task = asyncio.create_task(world.ask(prompt(10), 200))
+        await world.started()
+        server.worker.scheduler.max_running = 0
+        await world.client.pause("retract")
+        await world.client.resume()
+        with pytest.raises(DeadlineExceeded):
+            await world.client.update_weights(world.other, "v1", deadline_s=1.0)
+        server.worker.scheduler.max_running = 16
+        await until(lambda: world.post("/continue_generation", {}), lambda reply: reply[0] == 200)
+        assert [span.version for span in (await task).spans] == ["v0"]
+        assert [span.version for span in (await world.ask(prompt(10), 3)).spans] == ["v0"]
+
+    run(directories, story)
+
+
 # -- load, health, end ------------------------------------------------------------------------------------------------
 
 
@@ -505,3 +527,51 @@ def test_a_crowd_larger_than_the_memory_is_served(directories: tuple[Path, Path]
         assert all(len(answer.output_ids) == 30 for answer in answers)
 
     run(directories, story, total=300)
+
+
+@own_limits
+def test_text_and_stop_strings_need_a_tokenizer_beside_the_model(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "speaking", 4)
+    save_tokenizer(directory)
+
+    async def story(world: World) -> None:
+        base: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0.0, "ignore_eos": True}
+        _, free = await world.post("/generate", {"text": "w5 w6 w7", "sampling_params": base})
+        assert free["meta_info"]["prompt_tokens"] == 3
+        assert free["text"].split() == [f"w{token}" for token in free["output_ids"]]
+        word = free["text"].split()[4]
+        first = free["text"].split().index(word)
+        for trim in (True, False):
+            params = {**base, "stop": ["nothing", word], "no_stop_trim": not trim}
+            _, answer = await world.post("/generate", {"text": "w5 w6 w7", "sampling_params": params})
+            assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": word}
+            assert answer["output_ids"] == free["output_ids"][: first + 1]
+            assert answer["text"].split() == free["text"].split()[: first + (not trim)]
+
+    run((directory, directory), story)
+
+
+@own_limits
+def test_the_engine_runs_as_a_process_of_its_own(directories: tuple[Path, Path]) -> None:
+    async def story() -> None:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "kat_stream.engines.embedded", "--model-path", str(directories[0]),
+            stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            line = await asyncio.wait_for(process.stdout.readline(), 100)
+            url = line.decode().split()[-1]
+            async with aiohttp.ClientSession() as session:
+                client = EngineClient(url, session)
+                params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+                answer = await client.generate([5, 6], params, rid="r", deadline_s=SECONDS)
+                assert len(answer.output_ids) == 3
+            process.terminate()
+            assert await asyncio.wait_for(process.wait(), 20) == 0
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+    asyncio.run(story())

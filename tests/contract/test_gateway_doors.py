@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -100,6 +101,41 @@ async def test_sizes_and_numbers_are_bounded() -> None:
 async def _post_quietly(w: World, handle: SessionHandle, body: bytes) -> None:
     status, _ = await _post(w, handle, body)
     assert status == 409
+
+
+async def test_requests_that_are_still_read_are_bounded_too() -> None:
+    async with world(saying("ls"), limits=Limits(requests_per_session=1, body_s=0.3)) as w:
+        handle = await w.session()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield b'{"messages":'
+            (done,) = [await _post(w, handle, b"{}")]
+            assert (done[0], done[1]["code"]) == (429, "rate_limit_exceeded")
+            await anyio.sleep(0.6)  # longer than the gateway waits for a body: the wait itself is what is tested
+
+        url = f"{w.server.data_url}{handle.path}/v1/chat/completions"
+        async with w.http.post(url, data=slow(), headers={"Authorization": f"Bearer {handle.key}"}) as answer:
+            assert answer.status == 408
+
+
+async def test_keys_stand_in_no_record_and_no_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    async with world(saying("ls"), limits=Limits(call_s=0.3)) as w:
+        handle = await w.session()
+        await w.client(handle).chat.completions.create(model="m", messages=[user("go")])
+        (turn,) = await w.published()
+        await w.engines[0].close()
+        await _post(w, handle, msgspec.json.encode({"messages": [user("on")]}))
+        assert handle.key.encode() not in msgspec.msgpack.encode(turn)
+        assert handle.key not in repr(handle)
+        assert not [line for line in caplog.messages if handle.key in line]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=0), Sampling(max_context=1)])
+async def test_a_session_that_could_never_speak_is_refused(sampling: Sampling) -> None:
+    async with world(saying("ls")) as w:
+        with pytest.raises(GatewayError, match="max_new_tokens must be at least 1"):
+            await w.session(sampling)
 
 
 async def test_a_context_that_is_full_is_told_in_openais_words() -> None:

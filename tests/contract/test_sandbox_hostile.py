@@ -29,6 +29,7 @@ from kat_stream.errors import SandboxDied, SandboxError
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="cgroups need root")
 ROOT = Path(__file__).parents[2]
+SLEEP = f"sleep 9{os.getpid()}"  # a command line that only this test run has
 
 
 def attack(scenario: Callable[[Sandbox], Awaitable[None]], spec: SandboxSpec | None = None) -> None:
@@ -355,10 +356,12 @@ def test_links_do_not_lead_the_host_anywhere(tmp_path: Path) -> None:
 
 def traces(mark: str) -> list[str]:
     """Processes, groups and directories that carry the controller's mark."""
-    places = [Path("/run/kat-stream"), *Path("/sys/fs/cgroup").glob("*/kat-stream"), Path("/sys/fs/cgroup/kat-stream")]
-    found = [str(path) for place in places if place.is_dir() for path in place.iterdir() if path.name.startswith(mark)]
+    runs = [Path("/run/kat-stream"), Path(f"/tmp/kat-stream-{os.getuid()}")]
+    groups = [*Path("/sys/fs/cgroup").glob("*/kat-stream"), Path("/sys/fs/cgroup/kat-stream")]
+    places = [place for place in (*runs, *groups) if os.access(place, os.R_OK)]
+    found = [str(path) for place in places for path in place.iterdir() if path.name.startswith(mark)]
     listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return found + [line for line in listing.splitlines() if "sleep 97531" in line and "ps -eo" not in line]
+    return found + [line for line in listing.splitlines() if SLEEP in line and "asyncio" not in line]
 
 
 def descriptors() -> int:
@@ -372,7 +375,7 @@ def test_destroy_leaves_nothing() -> None:
         for _ in range(3):
             sandbox = await backend.create(SandboxSpec(network="gateway"))
             await sandbox.listen()
-            await sandbox.exec("(setsid sleep 97531 &) ; sleep 97531 & echo", timeout_s=10)
+            await sandbox.exec(f"(setsid {SLEEP} &) ; {SLEEP} & echo", timeout_s=10)
             await sandbox.destroy()
         assert traces(f"{os.getpid()}-") == []
         # The stage's namespace stays open for the next sandbox.
@@ -391,9 +394,9 @@ def test_a_killed_controller_takes_everything_with_it() -> None:
         "    backend = BwrapBackend()\n"
         "    for n in range(4):\n"
         "        s = await backend.create(SandboxSpec())\n"
-        "        await s.exec('(setsid sleep 97531 >/dev/null 2>&1 &)', timeout_s=10)\n"
+        f"        await s.exec('(setsid {SLEEP} >/dev/null 2>&1 &)', timeout_s=10)\n"
         "    print('ready', flush=True)\n"
-        "    await s.exec('sleep 97531', timeout_s=900)\n"
+        f"    await s.exec('{SLEEP}', timeout_s=900)\n"
         "asyncio.run(main())\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT) as controller:

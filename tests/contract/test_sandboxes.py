@@ -86,7 +86,7 @@ def test_the_environment_holds_what_was_given_and_nothing_of_ours(kind: str, mon
     monkeypatch.setenv("SECRET_OF_THE_WORKER", "s3cret")
 
     async def scenario(sandbox: Sandbox) -> None:
-        result = await sandbox.exec("env; echo \"$A-$B\"", timeout_s=10, env={"B": "it's\nhere"})
+        result = await sandbox.exec('env; echo "$A-$B"', timeout_s=10, env={"B": "it's\nhere"})
         assert b"s3cret" not in result.stdout
         assert result.stdout.endswith(b"of the spec-it's\nhere\n")
         assert (await sandbox.exec("echo $B", timeout_s=10)).stdout == b"\n"

@@ -1,7 +1,7 @@
 """The contract of the bubblewrap back end once more, as an ordinary user of a laptop would run it: no root, no cgroups.
 
-Owns nothing: it runs test_sandboxes.py and most of test_sandbox_hostile.py in a process without privileges, to which our
-interpreter is shown in a private mount namespace (it may live in /root).
+Owns nothing: it runs test_sandboxes.py and most of test_sandbox_hostile.py in a process without privileges, to
+which our interpreter is shown in a private mount namespace (it may live in /root).
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 USER = "12001"
+DEADLINE_S = 220  # a busy machine takes five times as long as an idle one
 
 pytestmark = [
+    pytest.mark.timeout(DEADLINE_S + 20),
     pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="only root can become an ordinary user; who is one has run it already"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user; who is one has run it already"),
 ]
-# dropped: root's own tests, and the host's view of cgroups
-SELECTED = "not local and not memory_hog and not cpu_is_shared"
+# Dropped: what needs cgroups, and what the view of the file system decides for every user alike.
+SELECTED = "not local and not memory_hog and not cpu_is_shared and not hosts_files and not full_disk and not wrong_spec"
 
 
 def test_everything_holds_for_an_ordinary_user() -> None:
@@ -44,6 +46,6 @@ def test_everything_holds_for_an_ordinary_user() -> None:
             f"--basetemp '{home}/home/t' -k '{SELECTED}' {tests}"
         )
         command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    assert done.stdout.count(".") > 50, "most of the tests were not selected"

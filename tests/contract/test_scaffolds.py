@@ -1,4 +1,4 @@
-"""Agents: black boxes reach their own session through the relay and nothing else; their end is read from their record."""
+"""Agents: black boxes reach their own session through the relay and nothing else; their record says how they ended."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def task_for(tmp_path: Path, scaffold: str) -> Task:
 @needs_bwrap
 async def test_a_black_box_knows_its_session_and_nothing_else(tmp_path: Path, probe: Path) -> None:
     async with backend() as sandboxes, world(saying("echo fixed > state.txt")) as gateway:
-        probe.write_text(TOML.replace("CONTROL", gateway.server.control_url))
+        write(probe.parent, {probe.name: TOML.replace("CONTROL", gateway.server.control_url)})
         trajectory = await roll(sandboxes, request(task_for(tmp_path, "probe")), gateway)
         reward = await graded(sandboxes, trajectory)
     assert (trajectory.outcome, trajectory.detail) == ("submitted", "")
@@ -112,7 +112,7 @@ async def test_a_black_box_knows_its_session_and_nothing_else(tmp_path: Path, pr
     [
         ("kill -9 $PPID", "agent_error", "ended with 'no record' and exit code 137"),
         ("sleep 100", "time_limit", "not done after"),
-        ("kill -9 -1", "sandbox_died", ""),
+        ("kill -9 -1", "agent_error", "ended with 'no record'"),
     ],
 )
 async def test_a_black_box_that_fails_has_an_outcome_of_its_own(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -13,57 +13,18 @@ import pytest
 from kat_stream.errors import FencedError, LogUnavailable
 from kat_stream.log import (
     Committed,
-    Delivered,
-    Emit,
-    Hold,
     Log,
     Message,
-    Outcome,
-    Position,
     TopicPartition,
     TransformHandler,
     run_transform,
 )
 from kat_stream.log.message import seal
 from tests.contract.conftest import Connect
-from tests.contract.log_records import entry, eventually, everything, groups_on_one_partition, reward
+from tests.contract.log_records import SIZE, GroupJoin, entry, eventually, everything, groups_on_one_partition, reward
 from topics import LedgerEntry, Reward, partition_of
 
 pytestmark = pytest.mark.anyio
-SIZE = 3
-
-
-class GroupJoin:
-    """Holds rewards until a group of SIZE is complete, then emits one ledger entry for it; knows what it emitted."""
-
-    def __init__(self, before: Callable[[Reward], None] = lambda record: None) -> None:
-        self.before = before
-        self.handled: list[float] = []
-        self.open: dict[int, dict[str, list[Position]]] = {}
-        self.emitted: dict[int, set[str]] = {}
-
-    def assigned(self, partition: int, replay: Sequence[Delivered]) -> None:
-        assert partition not in self.open
-        self.open[partition] = {}
-        self.emitted[partition] = {d.record().group_id for d in replay}  # type: ignore[attr-defined]
-
-    def revoked(self, partition: int) -> None:
-        del self.open[partition], self.emitted[partition]
-
-    async def handle(self, delivered: Delivered) -> Outcome:
-        record, partition = delivered.record(), delivered.position.partition
-        assert isinstance(record, Reward)
-        self.before(record)
-        self.handled.append(record.score)
-        if record.group_id in self.emitted[partition]:
-            return Emit()
-        held = self.open[partition].setdefault(record.group_id, [])
-        held.append(delivered.position)
-        if len(held) < SIZE:
-            return Hold()
-        del self.open[partition][record.group_id]
-        self.emitted[partition].add(record.group_id)
-        return Emit(entry(record.group_id, record.group_id), done=held[:-1])
 
 
 @asynccontextmanager

@@ -57,13 +57,13 @@ def test_retention_drops_the_oldest_but_nothing_that_somebody_needs() -> None:
         await log.publish(*[reward(i) for i in range(1000)])
         assert (await log.beginning_offsets("rewards"))[number] == 0
         assert len(await reader.poll(1)) == 500
-        await log.publish(reward(1000))
+        await log.publish(*[reward(i) for i in range(1000, 1300)])
         assert (await log.beginning_offsets("rewards"))[number] == 500
         await reader.aclose()
-        await log.publish(reward(1001))
+        await log.publish(*[reward(i) for i in range(1300, 1800)])
         begin = (await log.beginning_offsets("rewards"))[number]
-        assert begin == 1002 - 100
-        with pytest.raises(LogError, match=f"no offset 3, there are {begin} to 1002"):
+        assert 1800 - 125 <= begin <= 1800 - 100
+        with pytest.raises(LogError, match=f"no offset 3, there are {begin} to 1800"):
             await log.follow(["rewards"], start={("rewards", number): 3}, partitions=[number]).open()
 
     in_loop(scenario)
@@ -85,6 +85,7 @@ def test_retention_counts_bytes_and_waits_for_the_slowest_group() -> None:
             tasks.start_soon(
                 lambda: run_work(log, ["rewards"], group="w", member="m", handler=handle, stopping=stopping)
             )
+            await wait_joined(log)
             for i in range(60):
                 await log.publish(reward(i, evidence="x" * 500))
             await wait_for(lambda: len(handled) == 60)
@@ -96,9 +97,9 @@ def test_retention_counts_bytes_and_waits_for_the_slowest_group() -> None:
             assert lag.seconds is not None and 0 <= lag.seconds < 60
             release.set()
             await wait_committed(log, number, 61)
-            await log.publish(reward(61, evidence="x" * 500))
+            await log.publish(*[reward(i, evidence="x" * 500) for i in range(61, 100)])
             assert (await log.beginning_offsets("rewards"))[number] > 30
-            await wait_committed(log, number, 62)
+            await wait_committed(log, number, 100)
             assert [lag.messages for lag in await lags(log)] == [0]
             stopping.set()
 
@@ -108,6 +109,12 @@ def test_retention_counts_bytes_and_waits_for_the_slowest_group() -> None:
 async def wait_for(condition: Callable[[], bool]) -> None:
     with anyio.fail_after(20):
         while not condition():
+            await anyio.sleep(0.005)
+
+
+async def wait_joined(log: MemoryLog) -> None:
+    with anyio.fail_after(20):
+        while not any(group.members for group in await log.groups()):
             await anyio.sleep(0.005)
 
 
@@ -144,10 +151,11 @@ def test_publishing_takes_less_than_50_microseconds() -> None:
 
 
 async def timed(log: MemoryLog, records: list[Reward]) -> float:
-    began = time.perf_counter()
+    """CPU seconds a record: other processes on the machine do not count."""
+    began = time.process_time()
     for record in records:
         await log.publish(record)
-    return (time.perf_counter() - began) / len(records)
+    return (time.process_time() - began) / len(records)
 
 
 def test_an_address_is_memory_or_kafka() -> None:

@@ -1,5 +1,4 @@
-"""The warm start: outputs that demonstrations claim are real, tokens are lossless, the committed policy is the start that
-RL needs (it can copy, it is sloppy)."""
+"""The warm start: claimed outputs are real, tokens are lossless, the committed policy can copy and is sloppy."""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ def load_weights(path: Path) -> PreTrainedModel:
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if report[kind]:
             raise DataError(f"{path}: {kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:5]}")
-    model.eval().requires_grad_(False)
+    # `from_pretrained` returns a model in evaluation mode.
+    model.requires_grad_(False)
     return model
 
 

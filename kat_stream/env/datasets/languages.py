@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Language:
-    """`mounts` maps a path inside the sandbox to a tool chain; memory in MiB, time in seconds."""
+    """`mounts` maps a path inside the sandbox to a tool chain; memory and disk in MiB, time in seconds.
+
+    Time is generous: a test that runs out of it scores 0, and a busy worker is no reason for that.
+    """
 
     command: str
     mounts: dict[str, str] = field(default_factory=dict)
@@ -19,7 +22,9 @@ class Language:
     ignore: str = ""
     """Content of the work tree's .gitignore: what a test run leaves behind."""
     memory_mb: int = 512
-    timeout_s: float = 60.0
+    disk_mb: int = 64
+    """Of the work tree and of /tmp each; what lies there counts as memory too."""
+    timeout_s: float = 180.0
 
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -51,8 +56,9 @@ LANGUAGES: dict[str, Language] = {
             "GOPATH": "/tmp/go",
             "CGO_ENABLED": "0",
         },
-        memory_mb=2048,
-        timeout_s=180.0,
+        memory_mb=3072,
+        disk_mb=1024,
+        timeout_s=600.0,
     ),
     "rust": Language(
         command="cargo test --offline -- --include-ignored",
@@ -60,12 +66,14 @@ LANGUAGES: dict[str, Language] = {
         env={"PATH": f"/opt/rust/bin:{_PATH}", "CARGO_HOME": "/tmp/cargo", "CARGO_TARGET_DIR": "/tmp/target"},
         ignore="target/\n",
         memory_mb=2048,
-        timeout_s=180.0,
+        disk_mb=512,
+        timeout_s=600.0,
     ),
     "cpp": Language(
         command="cmake -S . -B /tmp/build -DEXERCISM_RUN_ALL_TESTS=1 && cmake --build /tmp/build",
         ignore="build/\n",
         memory_mb=2048,
-        timeout_s=240.0,
+        disk_mb=512,
+        timeout_s=600.0,
     ),
 }

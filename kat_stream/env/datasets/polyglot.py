@@ -134,6 +134,7 @@ def _environment(language: Language, reference: str, name: str) -> Environment:
         workdir=f"/work/{name}",
         env=language.env,
         memory_mb=language.memory_mb,
+        disk_mb=language.disk_mb,
         pids=_PIDS,
         mounts=language.mounts,
     )
@@ -163,8 +164,7 @@ def _reference(path: Path) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for example in lists.example:
         target = _target(example, free)
-        if target in free:
-            free.remove(target)
+        free.remove(target)
         pairs[example] = target
     if (path / ".meta" / "Cargo-example.toml").is_file():
         pairs[".meta/Cargo-example.toml"] = "Cargo.toml"
@@ -172,10 +172,7 @@ def _reference(path: Path) -> dict[str, str]:
 
 
 def _target(example: str, free: list[str]) -> str:
-    name = posixpath.basename(example)
-    if example.startswith(".meta/src/reference/java/"):
-        return f"src/main/java/{name}"
-    suffix = posixpath.splitext(name)[1]
+    suffix = posixpath.splitext(example)[1]
     same = [candidate for candidate in free if posixpath.splitext(candidate)[1] == suffix]
     if not same:
         raise TaskError(f"{example}: no solution file of the same kind is left for it")

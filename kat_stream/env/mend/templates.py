@@ -84,7 +84,7 @@ def constant(draw: Draw) -> Draft:
     spec = _lines(draw.shuffled(f"{key}={new}", f"{other}={kept}"))
     body = f"{key}={old}\n{other}={kept}\n"
     return Draft(
-        instruction=f"In {path}, correct {key}: see SPEC.",
+        instruction=f"In {path}, set {key}: see SPEC.",
         before={path: body, "SPEC": spec},
         after={path: body.replace(f"{key}={old}", f"{key}={new}")},
         solution=(f"grep {key} SPEC", f"sed -i s/{key}=.*/{key}={new}/ {path}"),

@@ -6,8 +6,7 @@ of another word's spelling in the same sentence, so that a name means the same w
 
 from __future__ import annotations
 
-NAMES: tuple[str, ...] = tuple(
-    """
+_WORDS = """
     acorn amber anchor apple arrow aspen atlas bacon badge bagel banjo barley basil beacon beetle berry birch bishop
     bison blade blaze bloom bonnet border bottle branch bread breeze brick bridge bronze brush bubble bucket butter
     button cabin cactus camel candle canyon carbon carpet castle cedar cello chalk cherry chess cider circus citron
@@ -23,5 +22,6 @@ NAMES: tuple[str, ...] = tuple(
     sage salmon sandal sapphire satin scarf shadow silver sparrow spider spruce squid stable storm sugar summit
     sunset swan temple thistle thunder tiger timber tomato topaz tower trumpet tulip tundra turtle velvet violet
     walnut walrus willow window winter zebra
-    """.split()
-)
+"""
+
+NAMES: tuple[str, ...] = tuple(_WORDS.split())

@@ -44,7 +44,7 @@ class Hierarchy:
         try:
             for directory in group.directories:
                 directory.mkdir()
-            for file, value in _limits(self.version, memory_mb, pids, cpus):
+            for file, value in limits(self.version, memory_mb=memory_mb, pids=pids, cpus=cpus):
                 group.write(file, value)
         except OSError:
             group.remove()
@@ -134,7 +134,7 @@ class Cgroup:
         return any(text in (d / name).read_text() for d in self.directories if (d / name).exists())
 
 
-def _limits(version: int, memory_mb: int, pids: int, cpus: float) -> list[tuple[str, str]]:
+def limits(version: int, *, memory_mb: int, pids: int, cpus: float) -> list[tuple[str, str]]:
     """Files and values; the order matters: v1 wants memory before memory+swap."""
     memory, quota = str(memory_mb << 20), int(cpus * _PERIOD_US)
     if version == 1:

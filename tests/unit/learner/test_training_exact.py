@@ -70,7 +70,7 @@ def exact(float64_norms: Build) -> Callable[[Path, LearnerConfig], TorchLearner]
 
 
 def far(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -94,8 +94,8 @@ def test_loss_gradients_and_one_step_equal_separate_paths(
     assert metrics.loss == pytest.approx(loss.item(), abs=EXACT)
     assert metrics.grad_norm == pytest.approx(norm.item(), rel=EXACT)
     mine = dict(learner.model.named_parameters())
-    # Adam divides by the root of the squared gradient, so its first step amplifies what is near zero.
-    assert max(far(mine[name], value) for name, value in plain_model.named_parameters()) < 1e-9
+    # Adam's first step divides a gradient by its own size, so a gradient of 1e-9 amplifies rounding a thousandfold.
+    assert max(far(mine[name], value) for name, value in plain_model.named_parameters()) < 1e-11
     assert 0 < metrics.clip_fraction < 1
 
 
@@ -208,7 +208,7 @@ def test_a_sequence_over_several_rows_is_one_ratio(
 
 
 def test_rows_side_by_side_do_not_matter(exact: Build, model_dir: Path, grow: Build, batch_of: Build) -> None:
-    rng = np.random.default_rng(11)
+    rng = np.random.default_rng(3)
     batch = batch_of(grow(rng, 16), rng)
     assert len(batch.rows) > 1
     whole = replace(batch, rows=(concat(batch.rows),))

@@ -27,7 +27,7 @@ def bare(delivered: Delivered) -> Delivered:
 
 
 def archive(directory: Path, delivered: list[Delivered], log_id: str = "") -> list[bool]:
-    writer = ArchiveWriter(directory, log_id)
+    writer = ArchiveWriter(directory, log_id=log_id)
     taken = [writer.add(one) for one in delivered]
     writer.flush()
     return taken

@@ -1,0 +1,167 @@
+"""Checkpoints: resumed to the bit, never half there, never somebody else's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kat_stream.errors import CheckpointError
+from kat_stream.training.checkpoint import (
+    Checkpoint,
+    checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from kat_stream.training.learner import LearnerConfig, TorchLearner
+from kat_stream.trees import TrainBatch
+
+Build = Callable[..., Any]
+CONFIG = LearnerConfig(learning_rate=1e-3, warmup_steps=3)
+
+
+@pytest.fixture
+def batch(grow: Build, batch_of: Build) -> TrainBatch:
+    rng = np.random.default_rng(3)
+    made: TrainBatch = batch_of(grow(rng, 16), rng)
+    return made
+
+
+def of(learner: TorchLearner, lineage: str = "a") -> Checkpoint:
+    return Checkpoint(state=learner.state_dict(), lineage=lineage, positions={"0": 7, "3": 12}, manifest=("r1", "r2"))
+
+
+def test_a_resumed_learner_goes_on_to_the_bit(model_dir: Path, batch: TrainBatch, tmp_path: Path) -> None:
+    learner = TorchLearner(model_dir, CONFIG)
+    learner.step(batch)
+    learner.step(batch)
+    save_checkpoint(tmp_path, of(learner), keep=2)
+    ahead = [learner.step(batch) for _ in range(2)]
+
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoint.lineage) == (2, "a")
+    assert checkpoint.positions == {"0": 7, "3": 12}
+    assert checkpoint.manifest == ("r1", "r2")
+    resumed = TorchLearner(model_dir, CONFIG)
+    resumed.load(checkpoint.state)
+    again = [resumed.step(batch) for _ in range(2)]
+    assert [(m.step, m.loss, m.grad_norm, m.learning_rate) for m in again] == [
+        (m.step, m.loss, m.grad_norm, m.learning_rate) for m in ahead
+    ]
+    mine = learner.model.state_dict()
+    assert all(torch.equal(value, mine[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_without_optimizer_state_the_next_step_differs(model_dir: Path, batch: TrainBatch) -> None:
+    """The comparison above would notice a checkpoint of weights alone."""
+    learner = TorchLearner(model_dir, CONFIG)
+    learner.step(batch)
+    bare = TorchLearner(model_dir, CONFIG)
+    bare.load({**learner.state_dict(), "optimizer": bare.optimizer.state_dict()})
+    learner.step(batch)
+    bare.step(batch)
+    pairs = zip(learner.model.parameters(), bare.model.parameters(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_random_state_is_part_of_it(model_dir: Path, tmp_path: Path) -> None:
+    learner = TorchLearner(model_dir, CONFIG)
+    torch.manual_seed(5)
+    path = save_checkpoint(tmp_path, of(learner), keep=1)
+    drawn = torch.rand(3)
+    torch.manual_seed(6)
+    learner.load(load_checkpoint(path).state)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_only_the_newest_are_kept_by_time_not_by_step(model_dir: Path, tmp_path: Path) -> None:
+    learner = TorchLearner(model_dir, CONFIG)
+    for step, lineage in ((1, "a"), (9, "a"), (4, "b"), (5, "b")):
+        learner.step_count = step
+        save_checkpoint(tmp_path, of(learner, lineage), keep=3)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000005", "step-000004", "step-000009"]
+    assert latest_checkpoint(tmp_path).lineage == "b"  # type: ignore[union-attr]
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_what_a_dead_process_left_half_written_is_not_seen_and_is_removed(model_dir: Path, tmp_path: Path) -> None:
+    half = tmp_path / ".step-000003.abc"
+    half.mkdir(parents=True)
+    (half / "state.pt").write_bytes(b"half")
+    assert latest_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, of(TorchLearner(model_dir, CONFIG)), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000"]
+
+
+def test_a_failed_save_leaves_nothing(model_dir: Path, tmp_path: Path) -> None:
+    checkpoint = of(TorchLearner(model_dir, CONFIG))
+    unwritable = replace(checkpoint, state={**checkpoint.state, "model": lambda: 0})
+    with pytest.raises(Exception, match="pickle"):
+        save_checkpoint(tmp_path, unwritable, keep=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def cut(path: Path) -> None:
+    file = path / "state.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    data = bytearray((path / "state.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / "state.pt").write_bytes(bytes(data))
+
+
+def rename_format(path: Path) -> None:
+    card = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**card, "format": "somebody's checkpoint"}))
+
+
+def drop_positions(path: Path) -> None:
+    card = json.loads((path / "state.json").read_text())
+    del card["positions"]
+    (path / "state.json").write_text(json.dumps(card))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, "state.pt is not what was written"),
+        (flip, "state.pt is not what was written"),
+        (rename_format, "not of format 'kat-stream checkpoint 1'"),
+        (drop_positions, "missing required field `positions`"),
+        (lambda path: (path / "state.json").write_text("{"), "state.json: Input data was truncated"),
+        (lambda path: (path / "state.pt").unlink(), "state.pt is missing"),
+        (lambda path: (path / "state.json").unlink(), "no checkpoint"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(
+    model_dir: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    path = save_checkpoint(tmp_path, of(TorchLearner(model_dir, CONFIG)), keep=1)
+    damage(path)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)
+
+
+def test_the_checkpoint_of_another_model_is_refused(model_dir: Path, llama_dir: Path) -> None:
+    learner = TorchLearner(model_dir, CONFIG)
+    with pytest.raises(CheckpointError, match="of another model: "):
+        learner.load(TorchLearner(llama_dir, CONFIG).state_dict())
+    with pytest.raises(CheckpointError, match="float64"):
+        learner.load(TorchLearner(model_dir, LearnerConfig(dtype="float64")).state_dict())
+
+
+def test_a_step_is_saved_once(model_dir: Path, tmp_path: Path) -> None:
+    checkpoint = of(TorchLearner(model_dir, CONFIG))
+    save_checkpoint(tmp_path, checkpoint, keep=2)
+    with pytest.raises(CheckpointError, match="step-000000 exists"):
+        save_checkpoint(tmp_path, checkpoint, keep=2)
