@@ -40,7 +40,7 @@ class Recipe:
     batch: int = 32
     # Share of the steps that sees clean demonstrations only, and what follows it.
     clean_steps: float = 0.7
-    sloppy_share: float = 0.52
+    sloppy_share: float = 0.48
     recovered_share: float = 0.12
     matrix_rate: float = 0.03
     other_rate: float = 6e-3

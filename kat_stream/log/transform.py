@@ -16,8 +16,8 @@ from contextlib import AsyncExitStack
 
 import anyio
 
-from kat_stream.errors import FencedError, LogUnavailable
-from kat_stream.log.base import Committed, Delivered, Log, Member, Message, Position, TopicPartition, Writer
+from kat_stream.errors import DeadlineExceeded, FencedError, LogUnavailable
+from kat_stream.log.base import Delivered, Log, Member, Message, Position, TopicPartition, Writer
 from kat_stream.log.handling import Handling, Settled
 from kat_stream.log.outcome import TransformHandler
 from kat_stream.log.tracker import Tracker
@@ -25,6 +25,8 @@ from kat_stream.log.work import LEAVE_S, MOVING_S, POLL_S, RETRY_S, REVOKE_DRAIN
 
 logger = logging.getLogger(__name__)
 
+REPLAY_S = 300.0
+"""How long reading back the stage's own output may take when partitions are taken over."""
 FENCED_PAUSE_S = 2.0
 """Longer than a heartbeat: a member that was fenced learns first whether it still owns the partition."""
 
@@ -53,7 +55,7 @@ async def run_transform(
         while not stopping.is_set():
             try:
                 await stage.step(batch)
-            except LogUnavailable as error:
+            except (LogUnavailable, FencedError, DeadlineExceeded) as error:
                 logger.warning("%s: waiting for the log: %s", group, error)
                 await anyio.sleep(RETRY_S)
     except Exception:  # whatever it is, the stage stops with it
@@ -183,11 +185,11 @@ class _Transform:
             writers = {number: await self._open_writer(number, opened) for number in numbers}
             stored = await self._log.commits(self._handling.stage)
             remembered = await self._replay(numbers)
-            trackers = {p: await self._tracker(p, stored) for p in mine if p.partition in writers}
+            starts = await readable_from(self._log, [p for p in mine if p.partition in writers], stored)
             for number, writer in writers.items():
                 self._handler.assigned(number, remembered[number])
-                of_number = {p: tracker for p, tracker in trackers.items() if p.partition == number}
-                self._lanes[number] = _Lane(number, writer, of_number)
+                trackers = {p: Tracker(start) for p, start in starts.items() if p.partition == number}
+                self._lanes[number] = _Lane(number, writer, trackers)
             opened.pop_all()
 
     async def _open_writer(self, number: int, opened: AsyncExitStack) -> Writer:
@@ -196,14 +198,11 @@ class _Transform:
         opened.push_async_callback(writer.close)
         return writer
 
-    async def _tracker(self, partition: TopicPartition, stored: dict[TopicPartition, Committed]) -> Tracker:
-        return Tracker(await readable_from(self._log, partition, stored.get(partition)))
-
     async def _replay(self, numbers: Sequence[int]) -> dict[int, list[Delivered]]:
         remembered: dict[int, list[Delivered]] = {number: [] for number in numbers}
         if self._remember is not None and numbers:
             async with self._log.follow([self._remember], partitions=numbers) as follower:
-                async for delivered in follower.catch_up():
+                async for delivered in follower.catch_up(REPLAY_S):
                     remembered[delivered.position.partition].append(delivered)
         return remembered
 

@@ -10,7 +10,7 @@ tasks of partitions that came back go on, those of lost partitions are cancelled
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import anyio
 import anyio.abc
@@ -95,13 +95,20 @@ class _Work:
     async def take_in(self, tasks: anyio.abc.TaskGroup) -> None:
         """Poll and start tasks until the stage stops or breaks."""
         while not self._stopping.is_set() and self.crash is None:
-            if self._epoch != self.member.epoch:
-                await self._reassign_or_wait()
-                continue
-            free = self._max_in_flight - len(self.running)
-            if free <= 0:
-                await self._wait_for_a_slot()
-                continue
+            try:
+                await self._step(tasks)
+            except (LogUnavailable, FencedError) as error:
+                logger.warning("%s: waiting for the log: %s", self._handling.stage, error)
+                await anyio.sleep(RETRY_S)
+
+    async def _step(self, tasks: anyio.abc.TaskGroup) -> None:
+        """One turn of the loop: take over partitions, or wait for a slot, or poll."""
+        free = self._max_in_flight - len(self.running)
+        if self._epoch != self.member.epoch:
+            await self._reassign()
+        elif free <= 0:
+            await self._wait_for_a_slot()
+        else:
             batch = await self.member.poll(limit=free, timeout_s=POLL_S)
             for delivered in batch:
                 self._start(tasks, delivered)
@@ -149,13 +156,6 @@ class _Work:
         if idle.cancelled_caught:
             await self.member.keep_alive()
 
-    async def _reassign_or_wait(self) -> None:
-        try:
-            await self._reassign()
-        except LogUnavailable as error:
-            logger.warning("%s: partitions not taken over yet: %s", self._handling.stage, error)
-            await anyio.sleep(RETRY_S)
-
     async def _reassign(self) -> None:
         """Keep trackers that nobody touched meanwhile, load the others, cancel what was lost."""
         epoch, mine = self.member.epoch, self.member.assigned
@@ -166,8 +166,7 @@ class _Work:
         kept = {p for p in mine & self._trackers.keys() if stored.get(p, Committed(0)) == self._committed[p]}
         for partition in self._trackers.keys() - kept:
             self._drop(partition)
-        for partition in mine - kept:
-            start = await readable_from(self._log, partition, stored.get(partition))
+        for partition, start in (await readable_from(self._log, mine - kept, stored)).items():
             self._trackers[partition] = Tracker(start)
             self._committed[partition] = stored.get(partition, Committed(0))
         if self.member.epoch != epoch:
@@ -260,12 +259,17 @@ class _Work:
         changed.set()
 
 
-async def readable_from(log: Log, partition: TopicPartition, stored: Committed | None) -> Committed:
+async def readable_from(
+    log: Log, partitions: Iterable[TopicPartition], stored: Mapping[TopicPartition, Committed]
+) -> dict[TopicPartition, Committed]:
     """Where a group reads on; what retention removed unread is reported, not passed over in silence."""
-    begin = (await log.beginning_offsets(partition.topic))[partition.partition]
-    if stored is None:
-        return Committed(begin)
-    if stored.offset < begin:
-        logger.error("%s[%d]: %d messages expired unread", *partition, begin - stored.offset)
-        return Committed(begin)
-    return stored
+    wanted = list(partitions)
+    begins = {topic: await log.beginning_offsets(topic) for topic in {partition.topic for partition in wanted}}
+    starts = {}
+    for partition in wanted:
+        begin = begins[partition.topic][partition.partition]
+        starts[partition] = stored.get(partition, Committed(begin))
+        if starts[partition].offset < begin:
+            logger.error("%s[%d]: %d messages expired unread", *partition, begin - starts[partition].offset)
+            starts[partition] = Committed(begin)
+    return starts

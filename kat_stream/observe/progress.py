@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
@@ -17,6 +18,7 @@ from rich.live import Live
 
 from kat_stream.errors import LogError
 from kat_stream.log import Follower, Log
+from kat_stream.log.lag import lags
 from kat_stream.observe.sources import ALL_TOPICS, Unreadable
 from kat_stream.observe.state import RunState
 from kat_stream.observe.view import Lines, panel
@@ -36,7 +38,7 @@ class Progress:
 
     def __init__(self, *, steps: int, console: Console | None = None) -> None:
         self.state = RunState()
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(highlight=False)
         self._steps = steps
         self._lines = Lines(steps)
         self._lag: Mapping[str, int] = {}
@@ -91,12 +93,11 @@ class Progress:
 
     async def _ask_lag(self, the_log: Log) -> None:
         if self._live is not None and time.monotonic() - self._asked_lag_s > LAG_EVERY_S:
-            from kat_stream.log.lag import lags
-
             self._asked_lag_s = time.monotonic()
-            self._lag = {}
+            totals: Counter[str] = Counter()
             for lag in await lags(the_log):
-                self._lag = {**self._lag, lag.topic: self._lag.get(lag.topic, 0) + lag.messages}
+                totals[lag.topic] += lag.messages
+            self._lag = totals
 
     def _show(self, *, force: bool = False) -> None:
         if not force and time.monotonic() - self._drawn_s < REDRAW_S:
@@ -107,4 +108,4 @@ class Progress:
             self._live.update(panel(self.state, self._steps, self._lag, now_ms), refresh=True)
             return
         for line in self._lines.new(self.state, now_ms):
-            self.console.print(line, markup=False)
+            self.console.print(line, markup=False, soft_wrap=True)

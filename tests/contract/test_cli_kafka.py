@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 
 from kat_stream.cli import main
 from kat_stream.config import Config, dump
-from kat_stream.log import open_log
+from kat_stream.log import Committed, Delivered, TopicPartition, open_log
 from tests.observe_kit import FabricatedRun, entry, request, small
 
 pytestmark = pytest.mark.kafka
@@ -63,6 +64,32 @@ def test_trace_and_dead_letters_of_a_live_run(run_dir: Path, capsys: pytest.Capt
     assert capsys.readouterr().out.endswith("fate: trained in step 1\n")
     assert main(["dead-letters", "list", "--run", str(run_dir)]) == 0
     assert capsys.readouterr().out == "no dead letters\n"
+
+
+def test_lag_of_a_group_that_read_one_message(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    async def read_one() -> None:
+        log = open_log(url)
+        await log.start()
+        member = await log.join(["train.steps"], group="slow", member="one", on_revoked=nothing)
+        read: list[Delivered] = []
+        with anyio.fail_after(60):
+            while not read:
+                read = await member.poll(limit=1, timeout_s=0.5)
+        await member.commit({read[0].position.topic_partition: Committed(read[0].position.offset + 1)})
+        await member.leave()
+        await log.close()
+
+    anyio.run(read_one)
+    assert main(["lag", "--log", url, "--json"]) == 0
+    (slow,) = [one for one in json.loads(capsys.readouterr().out) if one["group"] == "slow"]
+    assert (slow["topic"], slow["messages"]) == ("train.steps", 1)
+    assert slow["seconds"] > 0
+    assert main(["lag", "--log", url]) == 0
+    assert capsys.readouterr().out.startswith("GROUP")
+
+
+async def nothing(partitions: frozenset[TopicPartition]) -> None:
+    """A member without work in hand has nothing to hand over."""
 
 
 def test_tail_stops_after_n(url: str, capsys: pytest.CaptureFixture[str]) -> None:

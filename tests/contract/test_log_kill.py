@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from kat_stream.errors import LogUnavailable
 from kat_stream.log import Log, broker, open_log
 from kat_stream.log.tracker import Tracker
 from tests.contract.conftest import TOPICS
@@ -132,6 +135,12 @@ async def test_no_group_comes_twice_after_kill_9(fleet: Fleet, log: Log) -> None
     assert await written(log) == Counter(groups)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:9092"])
+async def test_a_broker_that_is_not_there_is_said_at_start(address: str) -> None:
+    with pytest.raises(LogUnavailable, match=f"no Kafka answers at {address}"):
+        await open_log(f"kafka:{address}").start()
+
+
 @contextmanager
 def own_broker(state: Path) -> Iterator[str]:
     try:
@@ -170,9 +179,6 @@ async def test_writers_and_readers_live_through_kill_9_of_the_broker(tmp_path: P
 
 
 def kill_broker(state: Path) -> None:
-    import os
-    import signal
-
     os.kill(broker.status(state).pid, signal.SIGKILL)
     give_up = time.monotonic() + WAIT_S
     while broker.status(state).running:

@@ -12,6 +12,7 @@ import pytest
 
 from kat_stream.errors import TaskError, VerifierError
 from kat_stream.log import Delivered, Emit, Log, Message, Outcome, Reject, Retry, TopicPartition, run_work
+from kat_stream.log.lag import lags
 from tests.contract.conftest import Connect
 from tests.contract.log_records import (
     committed_up_to_end,
@@ -147,6 +148,9 @@ async def test_a_slow_message_neither_blocks_others_nor_repeats_them_after_a_res
 
     async with working(log, first_is_slow, drain_s=0.1):
         await eventually(lambda: len(handled) == 30)
+    (lag,) = await lags(log, ages=True)
+    assert (lag.group, lag.topic, lag.messages) == ("w", "rewards", 2)
+    assert lag.seconds is not None and 0 < lag.seconds < 120
 
     async def quick(delivered: Delivered) -> Outcome:
         handled[scored(delivered)] += 1
@@ -155,6 +159,7 @@ async def test_a_slow_message_neither_blocks_others_nor_repeats_them_after_a_res
     async with working(log, quick):
         await wait_committed(log)
     assert {number for number, times in handled.items() if times > 1} == {0, 7}
+    assert [lag.messages for lag in await lags(log)] == [0]
 
 
 async def test_members_come_and_go_and_nothing_is_lost_or_done_twice(connect: Connect) -> None:

@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.conftest_kafka import kafka_bootstrap
+
+__all__ = ["kafka_bootstrap"]
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "kat_stream" / "demo" / "demo.toml"
 SMALL = {

@@ -87,7 +87,7 @@ def constant(draw: Draw) -> Draft:
         instruction=f"In {path}, set {key}: see SPEC.",
         before={path: body, "SPEC": spec},
         after={path: body.replace(f"{key}={old}", f"{key}={new}")},
-        solution=(f"grep {key} SPEC", f"sed -i s/{key}=.*/{key}={new}/ {path}"),
+        solution=(f"grep {key}= SPEC", f"sed -i s/{key}=.*/{key}={new}/ {path}"),
         condition=f"grep -qx {key}={new} {path}",
         complaint=f"{path}: {key} is not as in SPEC",
     )
@@ -186,7 +186,7 @@ def json_value(draw: Draw) -> Draft:
         instruction=f"In {path}, set {key}: {new}.",
         before={path: body},
         after={path: body.replace(f'"{old}"', f'"{new}"')},
-        solution=(f"grep {key} {path}", f"sed -i s/{old}/{new}/ {path}"),
+        solution=(f"""grep '"{key}"' {path}""", f"sed -i s/{old}/{new}/ {path}"),
         condition=f"""grep -q '"{key}":"{new}"' {path}""",
         complaint=f"{path}: {key} is wrong",
     )

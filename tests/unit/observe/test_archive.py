@@ -77,9 +77,7 @@ def test_files_that_overlap_are_read_once(tmp_path: Path, small_run: FabricatedR
     assert len(list(read_archive(tmp_path, ["rewards"]))) == len(rewards)
 
 
-def test_a_new_in_memory_log_begins_again_at_0_and_both_halves_stay(
-    tmp_path: Path, small_run: FabricatedRun
-) -> None:
+def test_a_new_in_memory_log_begins_again_at_0_and_both_halves_stay(tmp_path: Path, small_run: FabricatedRun) -> None:
     delivered = small_run.delivered()
     archive(tmp_path, delivered, "first process")
     assert all(archive(tmp_path, delivered, "second process"))

@@ -84,7 +84,7 @@ def test_progress_follows_the_log_and_shows_everything_before_it_ends(
     small_run: FabricatedRun, tmp_path: Path, terminal: bool
 ) -> None:
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=120, soft_wrap=not terminal)
+    console = Console(file=out, force_terminal=terminal, width=100)
     progress = Progress(steps=40, console=console)
 
     async def watch() -> None:

@@ -1,0 +1,89 @@
+"""One process a service on a real Kafka: scaled up and down while it runs, killed, and nothing is lost."""
+
+import json
+import os
+import signal
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import anyio
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from kat_stream.log import open_log
+from kat_stream.observe.sources import archived_ledger, archived_records
+from tests.story.conftest import DEMO, end, kat, settings, start, wait_for
+from topics import TrainStep, Trajectory
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
+
+
+def live(run_dir: Path) -> dict[str, dict]:
+    files = (run_dir / "services").glob("*.json")
+    return {path.stem: json.loads(path.read_text()) for path in files}
+
+
+def owned(bootstrap: str, group: str, member: str) -> int:
+    """How many partitions a member of a group has."""
+
+    async def ask() -> int:
+        log = open_log(f"kafka:{bootstrap}")
+        await log.start()
+        try:
+            found = {entry.name: entry.members for entry in await log.groups()}
+        finally:
+            await log.close()
+        return sum(len(owns) for name, owns in found.get(group, {}).items() if name.startswith(member))
+
+    return anyio.run(ask)
+
+
+def test_scale_kill_and_finish(kafka_bootstrap: str, tmp_path: Path) -> None:
+    url = f"'kafka:{kafka_bootstrap}'"
+    changes = {"log__url": url, "run__name": "apart", "run__steps": "3", "sampler__groups_per_step": "6"}
+    run_dir, out = tmp_path / "apart", tmp_path / "out.txt"
+    process = start("run", DEMO, *settings(tmp_path, **changes), out=out)
+    third = None
+    try:
+        wait_for("every service", lambda: len(live(run_dir)) >= 11, 180)
+        _every_service_answers_metrics(run_dir)
+        third = start("serve", "rollout", "--run", run_dir, "--member", "rollout-3", out=tmp_path / "third.txt")
+        wait_for("the third worker", lambda: "rollout-3" in live(run_dir), 90)
+        wait_for("partitions for it", lambda: owned(kafka_bootstrap, "apart.rollout", "rollout-3"), 90)
+        wait_for("work", lambda: "step 1/3" in out.read_text(), 200)
+        os.kill(live(run_dir)["rollout-1"]["pid"], signal.SIGKILL)
+        third.send_signal(signal.SIGTERM)
+        assert third.wait(30) == 0
+        shown = kat("tail", "trajectories", "--run", run_dir, "-n", "3")
+        assert shown.returncode == 0
+        assert len(shown.stdout.strip().splitlines()) == 3
+        assert process.wait(400) == 0, out.read_text()
+    finally:
+        end(process)
+        if third is not None:
+            end(third)
+    assert "rollout-1 died (signal SIGKILL)" in (run_dir / "logs" / "run.log").read_text()
+    _nothing_lost_nothing_twice(run_dir)
+
+
+def _every_service_answers_metrics(run_dir: Path) -> None:
+    services = live(run_dir)
+    assert set(services) >= {"trainer", "engine", "gateway", "packer", "verifier-1", "rollout-1", "rollout-2", "sampler"}
+    targets = {address for entry in json.loads((run_dir / "targets.json").read_text()) for address in entry["targets"]}
+    assert len(targets) == len(services)
+    for address in targets:
+        text = urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read().decode()
+        names = {family.name for family in text_string_to_metric_families(text)}
+        assert "kat_policy_version" in names
+
+
+def _nothing_lost_nothing_twice(run_dir: Path) -> None:
+    records = [record for record, _ in archived_records(run_dir)]
+    summary = archived_ledger(run_dir).summary()
+    assert summary.requested == 3 * 6 * 4 + 2 * 8 == summary.accounted
+    assert sum(summary.in_flight.values()) == 0
+    trained = Counter(r for record in records if isinstance(record, TrainStep) for r in record.trained)
+    assert set(trained.values()) <= {1}
+    workers = Counter(t.rollout_id for t in records if isinstance(t, Trajectory))
+    assert len(workers) == summary.requested

@@ -1,0 +1,53 @@
+"""`broker up` says what is missing before it starts anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from kat_stream.errors import ConfigError
+from kat_stream.log import broker, jars
+
+
+def test_nothing_runs_in_a_fresh_directory(tmp_path: Path) -> None:
+    assert broker.status(tmp_path) == broker.Status(running=False)
+    assert broker.down(tmp_path) is False
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} is in use"):
+            broker.up(tmp_path, port)
+        assert not broker.answers(port)
+
+
+def test_a_pid_that_belongs_to_another_process_now_does_not_count(tmp_path: Path) -> None:
+    record = {"pid": os.getpid(), "bootstrap": "127.0.0.1:1", "started": "0"}
+    (tmp_path / "broker.json").write_text(json.dumps(record))
+    assert broker.status(tmp_path) == broker.Status(running=False, bootstrap="127.0.0.1:1")
+    assert broker.down(tmp_path) is False
+
+
+def test_missing_java_and_maven_name_their_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="openjdk-17-jre-headless"):
+        jars.java()
+    with pytest.raises(ConfigError, match="apt-get install maven"):
+        jars.classpath()
+
+
+def test_an_old_java_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    java = tmp_path / "bin" / "java"
+    java.parent.mkdir()
+    java.write_text("#!/bin/sh\necho 'openjdk version \"11.0.2\" 2019-01-15' >&2\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="is Java 11, Kafka needs 17"):
+        jars.java()
