@@ -130,6 +130,18 @@ class TrainerSection(Section, frozen=True, kw_only=True):
     """Longest wait for the groups of one step before the trainer says what it is waiting for."""
 
 
+class SftSection(Section, frozen=True, kw_only=True):
+    data: str = ""
+    """JSON lines of conversations: {"messages": [...], "tools": [...]}."""
+    out: str = ""
+    """Hugging Face directory to write."""
+    epochs: int = 1
+    batch: int = 16
+    """Conversations a step."""
+    learning_rate: float = 1e-5
+    warmup_steps: int = 10
+
+
 class ArchiverSection(Section, frozen=True, kw_only=True):
     flush_s: float = 5.0
 
@@ -151,6 +163,7 @@ class Config(Section, frozen=True, kw_only=True):
     gateway: GatewaySection = GatewaySection()
     engine: EngineSection = EngineSection()
     trainer: TrainerSection = TrainerSection()
+    sft: SftSection = SftSection()
     archiver: ArchiverSection = ArchiverSection()
     metrics: MetricsSection = MetricsSection()
 

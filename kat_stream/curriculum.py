@@ -48,7 +48,9 @@ class Schedule:
     eval_tasks: int
 
     def admissible_groups(self, version: int) -> int:
-        """How many training groups may have been asked for when the newest version is `version`."""
+        """How many training groups may have been asked for when the newest version is `version`; none before one."""
+        if version < 0:
+            return 0
         ahead = (version + 1 + self.staleness) * self.groups_per_step
         return max(0, min(ahead, self.steps * self.groups_per_step))
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
 
 from kat_stream.env.datasets import dataset_of
 from kat_stream.env.sandboxes.base import Sandbox, SandboxBackend
@@ -32,29 +35,11 @@ class Grader:
 
     async def grade(self, trajectory: Trajectory) -> Reward:
         """The Reward of one gradable trajectory whose task is not graded in place."""
-        started = time.monotonic()
-        task = trajectory.request.task
-        try:
-            verifier = get_verifier(task.verifier.name)
-            async with asyncio.timeout(task.verifier.timeout_s + _OVERHEAD_S):
-                verdict = await self._verdict(trajectory, verifier)
-        except Exception as error:
-            # A grading is a record: whatever breaks, also in a plug-in's code, is this grading's failure and no score.
-            return _failed(trajectory, error, started)
-        return _graded(trajectory, verifier, verdict, started)
+        return await _recorded(trajectory, lambda verifier: self._verdict(trajectory, verifier))
 
     async def grade_in_place(self, trajectory: Trajectory, sandbox: Sandbox) -> Reward:
         """Grade what the agent left in its own sandbox."""
-        started = time.monotonic()
-        task = trajectory.request.task
-        try:
-            verifier = get_verifier(task.verifier.name)
-            async with asyncio.timeout(task.verifier.timeout_s + _OVERHEAD_S):
-                verdict = await self._judge(trajectory, verifier, sandbox)
-        except Exception as error:
-            # As in `grade`.
-            return _failed(trajectory, error, started)
-        return _graded(trajectory, verifier, verdict, started)
+        return await _recorded(trajectory, lambda verifier: _judge(trajectory, verifier, sandbox))
 
     async def _verdict(self, trajectory: Trajectory, verifier: Verifier) -> Verdict:
         task = trajectory.request.task
@@ -71,11 +56,10 @@ class Grader:
                 return Verdict(0.0, {}, problem)
             return await verifier.grade(task, dataset_of(task).tests(task), sandbox)
 
-    async def _judge(self, trajectory: Trajectory, verifier: Verifier, sandbox: Sandbox) -> Verdict:
-        task = trajectory.request.task
-        if missing := _unsubmitted(trajectory):
-            return missing
-        return await verifier.grade(task, dataset_of(task).tests(task), sandbox)
+
+async def _judge(trajectory: Trajectory, verifier: Verifier, sandbox: Sandbox) -> Verdict:
+    task = trajectory.request.task
+    return _unsubmitted(trajectory) or await verifier.grade(task, dataset_of(task).tests(task), sandbox)
 
 
 def _unsubmitted(trajectory: Trajectory) -> Verdict | None:
@@ -86,35 +70,33 @@ def _unsubmitted(trajectory: Trajectory) -> Verdict | None:
     return Verdict(0.0, {}, f"not submitted: {trajectory.outcome}")
 
 
-def _graded(trajectory: Trajectory, verifier: Verifier, verdict: Verdict, started: float) -> Reward:
-    return Reward(
+async def _recorded(trajectory: Trajectory, judge: Callable[[Verifier], Awaitable[Verdict]]) -> Reward:
+    """The Reward of a verdict, or the one that says why there is none."""
+    started = time.monotonic()
+    spec = trajectory.request.task.verifier
+    blank = Reward(
         run=trajectory.run,
         group_id=trajectory.group_id,
         rollout_id=trajectory.rollout_id,
         task_id=trajectory.request.task.task_id,
-        verifier=verifier.name,
+        verifier=spec.name,
+        purpose=trajectory.request.purpose,
+        round=trajectory.request.round,
+    )
+    try:
+        verifier = get_verifier(spec.name)
+        async with asyncio.timeout(spec.timeout_s + _OVERHEAD_S):
+            verdict = await judge(verifier)
+    except Exception as error:
+        # A grading is a record: whatever breaks, also in a plug-in's code, is this grading's failure and no score.
+        _log.warning("grading %s: %s: %s", trajectory.rollout_id, type(error).__name__, error)
+        fate = {"status": "failed", "evidence": str(error), "error_class": type(error).__name__}
+        return msgspec.structs.replace(blank, **fate, seconds=time.monotonic() - started)
+    return msgspec.structs.replace(
+        blank,
         verifier_version=verifier.version,
         score=verdict.score,
         components=verdict.components,
         evidence=verdict.evidence,
-        purpose=trajectory.request.purpose,
-        round=trajectory.request.round,
-        seconds=time.monotonic() - started,
-    )
-
-
-def _failed(trajectory: Trajectory, error: Exception, started: float) -> Reward:
-    _log.warning("grading %s: %s: %s", trajectory.rollout_id, type(error).__name__, error)
-    return Reward(
-        run=trajectory.run,
-        group_id=trajectory.group_id,
-        rollout_id=trajectory.rollout_id,
-        task_id=trajectory.request.task.task_id,
-        verifier=trajectory.request.task.verifier.name,
-        status="failed",
-        evidence=str(error),
-        error_class=type(error).__name__,
-        purpose=trajectory.request.purpose,
-        round=trajectory.request.round,
         seconds=time.monotonic() - started,
     )

@@ -10,7 +10,7 @@ import pytest
 from kat_stream.env.datasets import dataset_of, open_dataset
 from kat_stream.env.datasets.base import Spec
 from kat_stream.env.datasets.mend import MendDataset
-from kat_stream.env.evaluation import check, evaluate
+from kat_stream.env.evaluation import Result, check, evaluate
 from kat_stream.errors import ConfigError, TaskError
 from tests.contract.env_kit import backend, exercise, harbor_task, needs_bwrap, write
 
@@ -189,3 +189,25 @@ async def test_the_audit_finds_what_makes_a_task_useless(tmp_path: Path) -> None
     assert generous.problems == ("doing nothing gets 1.0 (submitted: )",)
     assert "exit code 3" in wrong.problems[0]
     assert "tests/test.sh: missing" in testless.problems[0]
+
+
+@needs_bwrap
+async def test_an_evaluation_has_one_row_a_task_and_no_reward_for_what_failed(tmp_path: Path) -> None:
+    harbor_task(tmp_path, "a-no-tests", {"tests/test.sh": None})
+    harbor_task(tmp_path, "b-crashing-tests", {"tests/test.sh": "#!/bin/sh\nexit 1\n"})
+    harbor_task(tmp_path, "c-no-solution", {"solution/solve.sh": None})
+    harbor_task(tmp_path, "d-sound")
+    seen: list[Result] = []
+    async with backend() as sandboxes:
+        results = await evaluate(f"harbor:{tmp_path}", "oracle", sandboxes, concurrency=4, on_result=seen.append)
+        limited = await evaluate(f"harbor:{tmp_path}", "nop", sandboxes, limit=1)
+    assert [(result.reward, result.outcome) for result in results] == [
+        (None, "task_error"),
+        (None, "verifier_failed"),
+        (None, "infra_error"),
+        (1.0, "submitted"),
+    ]
+    assert "no reference solution" in results[2].detail
+    assert set(results[3].as_row()) == {"task", "reward", "outcome", "seconds"}
+    assert sorted(seen, key=lambda result: result.task) == sorted(results, key=lambda result: result.task)
+    assert len(limited) == 1

@@ -40,7 +40,7 @@ SCHEDULE = Schedule(
 def test_staleness_is_bounded_and_the_run_ends(staleness: int, per_step: int, steps: int, seed: int) -> None:
     coin = random.Random(seed)
     schedule = replace(SCHEDULE, staleness=staleness, groups_per_step=per_step, steps=steps)
-    progress = Progress(version=0)
+    progress = Progress()
     for _ in range(1000):
         if schedule.finished(progress):
             break
@@ -49,10 +49,11 @@ def test_staleness_is_bounded_and_the_run_ends(staleness: int, per_step: int, st
             progress.eval_asked[number] = {r.rollout_id for r in schedule.evaluation(number, TASKS, 0.0)}
         blocked = any(schedule.blocks_training(n, progress) for n in progress.eval_asked)
         if not blocked and progress.train_groups < schedule.admissible_groups(progress.version):
+            assert progress.eval_asked[0] <= progress.eval_settled, "training waits for the evaluation before it"
             progress.train_groups += 1
         step_of_newest = (progress.train_groups - 1) // per_step if progress.train_groups else 0
         assert step_of_newest - progress.version <= staleness
-        if coin.random() < 0.5 and progress.train_groups >= (progress.version + 1) * per_step:
+        if coin.random() < 0.5 and (progress.version < 0 or progress.train_groups >= (progress.version + 1) * per_step):
             progress.version += 1
         if coin.random() < 0.5:
             progress.eval_settled |= {r for asked in progress.eval_asked.values() for r in asked}

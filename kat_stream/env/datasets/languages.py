@@ -24,6 +24,7 @@ class Language:
     memory_mb: int = 512
     disk_mb: int = 64
     """Of the work tree and of /tmp each; what lies there counts as memory too."""
+    cpus: float = 1.0
     timeout_s: float = 180.0
 
 
@@ -58,6 +59,7 @@ LANGUAGES: dict[str, Language] = {
         },
         memory_mb=3072,
         disk_mb=1024,
+        cpus=2.0,
         timeout_s=600.0,
     ),
     "rust": Language(
@@ -67,6 +69,7 @@ LANGUAGES: dict[str, Language] = {
         ignore="target/\n",
         memory_mb=2048,
         disk_mb=512,
+        cpus=2.0,
         timeout_s=600.0,
     ),
     "cpp": Language(
@@ -74,6 +77,7 @@ LANGUAGES: dict[str, Language] = {
         ignore="build/\n",
         memory_mb=2048,
         disk_mb=512,
+        cpus=2.0,
         timeout_s=600.0,
     ),
 }

@@ -135,6 +135,7 @@ def _environment(language: Language, reference: str, name: str) -> Environment:
         env=language.env,
         memory_mb=language.memory_mb,
         disk_mb=language.disk_mb,
+        cpus=language.cpus,
         pids=_PIDS,
         mounts=language.mounts,
     )

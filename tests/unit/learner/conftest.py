@@ -103,6 +103,12 @@ def path_logprobs_fixture() -> PathLogprobs:
     return path_logprobs
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny matrices on a shared machine: more threads only wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen3, three layers, two key heads for four query heads, tied embeddings."""

@@ -204,7 +204,7 @@ def test_a_sequence_over_several_rows_is_one_ratio(
     metrics = exact(model_dir, config).step(batch)
     delta = torch.cat(path_logprobs(plain_model, turns)).sum() + 2 * 1.0 + 2 * float(np.float32(1.2))
     assert metrics.units == 1
-    assert metrics.mean_ratio == pytest.approx(float(delta.exp()), rel=1e-10)
+    assert metrics.mean_ratio == pytest.approx(delta.exp().item(), rel=1e-10)
 
 
 def test_rows_side_by_side_do_not_matter(exact: Build, model_dir: Path, grow: Build, batch_of: Build) -> None:

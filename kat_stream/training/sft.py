@@ -1,0 +1,115 @@
+"""Supervised fine-tuning on conversations: the same trees, the same learner, another loss.
+
+Data is JSON lines of OpenAI messages: {"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}. Every
+assistant message is trained, in the context that the policy would have seen.
+Invariant: what is trained as an agent's turn is exactly what the chat template adds for it; a conversation whose
+template does not extend its own prefix is refused by line number.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from kat_stream.config import Config
+from kat_stream.errors import DataError
+from kat_stream.policy import load_tokenizer, model_dir
+from kat_stream.training.learner import LearnerConfig, TorchLearner
+from kat_stream.training.metrics import StepMetrics
+from kat_stream.training.publication import Publication
+from kat_stream.trees import TrainBatch, TurnTokens, make_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class Conversation(msgspec.Struct, frozen=True):
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+
+def fine_tune(config: Config, report: Callable[[StepMetrics, int], None]) -> Publication:
+    """Train as the section [sft] says and write the result; `report` gets each step and the number of steps."""
+    section = config.sft
+    tokenizer = load_tokenizer(config.policy.model)
+    data = [turns_of_line(line, number, tokenizer) for number, line in _lines(Path(section.data))]
+    learner = TorchLearner(
+        model_dir(config.policy.model),
+        LearnerConfig(
+            loss="sft",
+            learning_rate=section.learning_rate,
+            warmup_steps=section.warmup_steps,
+            grad_clip=config.trainer.grad_clip,
+            micro_batch_tokens=config.trainer.micro_batch_tokens,
+        ),
+    )
+    steps = list(_batches(len(data), section.batch, section.epochs, config.run.seed))
+    for chosen in steps:
+        batch = _batch([data[i] for i in chosen], config.trainer.micro_batch_tokens, learner.max_positions)
+        report(learner.step(batch), len(steps))
+    return learner.publish(Path(section.out))
+
+
+def turns_of_line(line: str, number: int, tokenizer: PreTrainedTokenizerFast) -> list[TurnTokens]:
+    """The trained turns of one conversation; `DataError` names the line."""
+    try:
+        conversation = msgspec.json.decode(line, type=Conversation)
+    except msgspec.DecodeError as error:
+        raise DataError(f"line {number}: {error}") from error
+    spoken = [i for i, message in enumerate(conversation.messages) if message.get("role") == "assistant"]
+    if not spoken:
+        raise DataError(f"line {number}: no assistant message to learn from")
+    return [_turn(conversation, at, number, tokenizer) for at in spoken]
+
+
+def _turn(conversation: Conversation, at: int, number: int, tokenizer: PreTrainedTokenizerFast) -> TurnTokens:
+    prompt = _render(conversation, at, tokenizer, asking=True)
+    whole = _render(conversation, at + 1, tokenizer, asking=False)
+    if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+        raise DataError(f"line {number}: the chat template does not extend the prompt by message {at + 1}")
+    said = np.asarray(whole[len(prompt) :], np.int32)
+    return TurnTokens(f"{number}-{at}", np.asarray(prompt, np.int32), said, np.zeros(len(said), np.float32))
+
+
+def _render(conversation: Conversation, count: int, tokenizer: PreTrainedTokenizerFast, *, asking: bool) -> list[int]:
+    text = tokenizer.apply_chat_template(
+        conversation.messages[:count], tools=conversation.tools, tokenize=False, add_generation_prompt=asking
+    )
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise DataError(f"sft.data: {path} cannot be read ({error.strerror})") from error
+    yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _batches(count: int, size: int, epochs: int, seed: int) -> Iterator[list[int]]:
+    if not count:
+        raise DataError("sft.data: no conversations")
+    for epoch in range(epochs):
+        order = list(range(count))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        yield from (order[at : at + size] for at in range(0, count, size))
+
+
+def _batch(conversations: Sequence[Sequence[TurnTokens]], budget: int, positions: int) -> TrainBatch:
+    turns = [turn for conversation in conversations for turn in conversation]
+    owner = np.repeat(np.arange(len(conversations)), [len(conversation) for conversation in conversations])
+    return make_batch(
+        turns,
+        rollout=owner,
+        advantage=np.ones(len(turns)),
+        weight=np.ones(len(turns)),
+        rollout_ids=[conversation[0].turn_id for conversation in conversations],
+        budget_tokens=budget,
+        max_positions=positions,
+    )
