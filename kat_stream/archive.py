@@ -59,7 +59,8 @@ _ids = msgspec.msgpack.Decoder(_Ids)
 class ArchiveWriter:
     """Collects delivered messages and writes them in files. `add` and `flush` may be called from two threads.
 
-    `run`: take only this run's records; empty: all. `log_id` names the log that offsets belong to: constant for a Kafka cluster, fresh for each in-memory log.
+    `run`: take only this run's records; empty: all. `log_id` names the log that offsets belong to: constant for a Kafka
+    cluster, fresh for each in-memory log.
     """
 
     def __init__(self, directory: Path, *, run: str = "", log_id: str = "") -> None:
@@ -76,7 +77,7 @@ class ArchiveWriter:
             return dict(self._next)
 
     def add(self, delivered: Delivered) -> bool:
-        """Take a message; False if it is archived already or another run's. Messages of a partition come in order of their offsets."""
+        """Take a message; False if it is archived already or another run's. Those of a partition come in order."""
         topic, partition, offset = delivered.position
         if self.run and _read_ids(delivered.value).run not in ("", self.run):
             return False

@@ -51,8 +51,8 @@ def test_staleness_is_bounded_and_the_run_ends(staleness: int, per_step: int, st
         if not blocked and progress.train_groups < schedule.admissible_groups(progress.version):
             assert progress.eval_asked[0] <= progress.eval_settled, "training waits for the evaluation before it"
             progress.train_groups += 1
-        step_of_newest = (progress.train_groups - 1) // per_step if progress.train_groups else 0
-        assert step_of_newest - progress.version <= staleness
+        if progress.train_groups:
+            assert (progress.train_groups - 1) // per_step - progress.version <= staleness
         if coin.random() < 0.5 and (progress.version < 0 or progress.train_groups >= (progress.version + 1) * per_step):
             progress.version += 1
         if coin.random() < 0.5:

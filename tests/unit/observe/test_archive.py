@@ -125,3 +125,11 @@ def test_a_failed_flush_loses_nothing(tmp_path: Path, small_run: FabricatedRun) 
     (tmp_path / "archive").unlink()
     writer.flush()
     assert len(list(read_archive(tmp_path / "archive"))) == len(small_run.delivered())
+
+
+def test_records_of_another_run_on_the_same_log_are_left_out(tmp_path: Path, small_run: FabricatedRun) -> None:
+    delivered = small_run.delivered()
+    ours, theirs = ArchiveWriter(tmp_path / "a", run="demo"), ArchiveWriter(tmp_path / "b", run="other")
+    assert [ours.add(one) for one in delivered] == [True] * len(delivered)
+    assert [theirs.add(one) for one in delivered] == [False] * len(delivered)
+    assert theirs.flush() == []
