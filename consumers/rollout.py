@@ -13,10 +13,10 @@ import logging
 from collections import Counter
 
 import aiohttp
-from kat_stream.gateway.client import GatewayControl
 
 from kat_stream import telemetry
 from kat_stream.env.rollout import RolloutRunner
+from kat_stream.gateway.client import GatewayControl
 from kat_stream.log.base import Delivered
 from kat_stream.log.outcome import Emit, Outcome, Retry
 from kat_stream.log.stages import run_work

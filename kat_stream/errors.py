@@ -17,7 +17,7 @@
     +-- SandboxError             the isolation layer
     |   +-- SandboxUnavailable   (retriable) could not be created
     |   +-- SandboxDied          the sandbox went away under a running command
-    +-- GatewayError             the LLM proxy, seen from the worker
+    +-- GatewayError             (retriable) the LLM proxy, seen from the worker
     |   +-- RequestRefused       an agent's request that is answered with an error; has HTTP's status and a code
     +-- VerifierError            (retriable) the grader failed, which says nothing about the work
     +-- StepCancelled            the learner was asked to stop between micro-batches; nothing was changed
@@ -101,7 +101,7 @@ class SandboxDied(SandboxError):
 
 
 class GatewayError(KatError):
-    pass
+    retriable = True
 
 
 class RequestRefused(GatewayError):

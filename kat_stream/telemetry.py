@@ -38,7 +38,7 @@ LAG = Gauge("kat_lag_messages", "Messages a group has still to read", ["group", 
 
 
 def setup_logging(level: str = "INFO", file: Path | None = None) -> None:
-    """Lines to stderr or to a file: time, level, logger, message. aiokafka reports ordinary events as errors: quieter."""
+    """Lines to stderr or to a file. aiokafka reports ordinary events as errors: it is silenced."""
     handler: logging.Handler = logging.FileHandler(file) if file else logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)

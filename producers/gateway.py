@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 
 from kat_stream.gateway.app import start_gateway
-
 from kat_stream.policy import load_tokenizer
 from kat_stream.routing import Router
 from kat_stream.service import Context

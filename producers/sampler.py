@@ -67,8 +67,8 @@ class Sampler:
     async def run(self, ctx: Context) -> None:
         config = ctx.config
         schedule = schedule_of(config, ctx.run)
-        train = _tasks(config.data.train, config.data.scaffold)
-        held_out = _tasks(config.data.held_out, config.data.scaffold)
+        train = await anyio.to_thread.run_sync(_tasks, ctx, config.data.train)
+        held_out = await anyio.to_thread.run_sync(_tasks, ctx, config.data.held_out)
         log.info("%d training tasks, %d held-out tasks", len(train), len(held_out))
         follower = ctx.log.follow(WATCHED, start="earliest")
         async with follower, anyio.create_task_group() as group:
@@ -174,9 +174,9 @@ async def _cancel_when(event: anyio.Event, scope: anyio.CancelScope) -> None:
     scope.cancel()
 
 
-def _tasks(spec: str, scaffold: str) -> list[Task]:
+def _tasks(ctx: Context, spec: str) -> list[Task]:
     dataset = open_dataset(spec)
-    tasks = [msgspec.structs.replace(task, scaffold=scaffold) for task in dataset.tasks()]
+    tasks = [msgspec.structs.replace(task, run=ctx.run, scaffold=ctx.config.data.scaffold) for task in dataset.tasks()]
     if not tasks:
         raise DataError(f"{spec}: no tasks")
     return tasks

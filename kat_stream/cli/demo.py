@@ -15,8 +15,8 @@ def register(subparsers: Any) -> None:
         "demo",
         help="train the small policy that ships with the package on small repositories",
         description="Evaluates a small policy on held-out repositories, trains it by agents in sandboxes and\n"
-        "evaluates it again. With --log memory everything runs in this process; with --log kafka a real Apache Kafka is started\n"
-        "(Java and Maven are needed, Docker is not) and every service is a process of its own.",
+        "evaluates it again. With --log memory everything runs in this process; with --log kafka a real\n"
+        "Apache Kafka is started (Java and Maven are needed, Docker is not) and every service is a process.",
         epilog="examples:\n"
         "  kat-stream demo                          about ten minutes on two cores\n"
         "  kat-stream demo --seed 1 --set run.steps=10\n"

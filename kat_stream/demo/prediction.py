@@ -118,7 +118,10 @@ def _find(tree: Tree, name: str) -> str:
 
 def _run_test(tree: Tree) -> str:
     """The visible tests whose condition is that a file exists."""
-    path, complaint = re.search(r"^test -f (\S+) \|\| \{ echo \"(.*)\"", tree["test.sh"], re.MULTILINE).groups()
+    condition = re.search(r"^test -f (\S+) \|\| \{ echo \"(.*)\"", tree["test.sh"], re.MULTILINE)
+    if condition is None:
+        raise ValueError("cannot predict a test.sh that asks for more than a file")
+    path, complaint = condition.groups()
     if path not in tree:
         raise _Failed(f"{complaint}\n", 1)
     return ""

@@ -50,7 +50,7 @@ class Recipe:
 
 def build_policy(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """A small Qwen3 with an initialisation that lets attention copy early (measured: research/demo.md, INIT)."""
-    end = tokenizer.convert_tokens_to_ids(END)
+    end = end_id(tokenizer)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden,
@@ -71,6 +71,12 @@ def build_policy(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3For
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=_initial_deviation(name, recipe.hidden))
     return policy
+
+
+def end_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id of the token that ends a message, which also pads."""
+    (end,) = tokenizer.convert_tokens_to_ids([END])
+    return int(end)
 
 
 def _initial_deviation(name: str, hidden: int) -> float:
@@ -180,7 +186,7 @@ def train(recipe: Recipe, seed: int) -> tuple[Qwen3ForCausalLM, PreTrainedTokeni
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: learning_rate(step, recipe.steps)) for o in steppers]
     progress = Progress(recipe.steps)
     for batch in batches(examples, recipe.batch, random.Random(f"order {seed}")):
-        loss = batch_loss(policy, batch, policy.config.pad_token_id)
+        loss = batch_loss(policy, batch, end_id(tokenizer))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         for stepper, schedule in zip(steppers, schedules, strict=True):
@@ -221,7 +227,7 @@ def _say(line: str) -> None:
 
 def save(policy: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write the Hugging Face directory that AutoModelForCausalLM and AutoTokenizer load offline."""
-    end = tokenizer.convert_tokens_to_ids(END)
+    end = end_id(tokenizer)
     policy.generation_config = GenerationConfig(do_sample=True, temperature=1.0, eos_token_id=end, pad_token_id=end)
     policy.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -232,6 +238,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write the policy to")
     parser.add_argument("--seed", type=int, default=0, help="seed of the demonstrations and of the weights")
     options = parser.parse_args(arguments)
+    # A second thread gains a fifth on an idle machine and costs several times that beside other work (measured).
+    torch.set_num_threads(1)
     policy, tokenizer = train(Recipe(), options.seed)
     save(policy, tokenizer, options.out)
     _say(f"wrote {options.out}")

@@ -16,7 +16,7 @@ from kat_stream.gateway.sessions import SessionHandle, SessionStatus
 from topics.request import Sampling
 from topics.turn import Turn
 
-CALL_S = 10.0
+CALL_S = 30.0
 _turns = msgspec.msgpack.Decoder(list[Turn])
 
 

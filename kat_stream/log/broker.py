@@ -6,6 +6,7 @@ answers a Metadata request, and leaves nothing running when it fails; the data s
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ import subprocess
 import time
 import uuid
 from base64 import urlsafe_b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,25 +44,23 @@ def up(state_dir: Path, port: int = 0) -> str:
 
     ConfigError: Java or Maven is missing, or the port is taken. DeadlineExceeded: not ready in time; see broker.log.
     """
-    before = status(state_dir)
-    if before.running:
-        return before.bootstrap
     state_dir = state_dir.resolve()
     state_dir.mkdir(parents=True, exist_ok=True)
-    port = _choose_port(port, before.bootstrap)
-    _write_config(state_dir, port, _free_port())
-    _format(state_dir)
-    process = _start(state_dir)
-    bootstrap = f"127.0.0.1:{port}"
-    try:
-        _wait_ready(process, port, state_dir)
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-    record = {"pid": process.pid, "bootstrap": bootstrap, "started": _start_time(process.pid)}
-    (state_dir / "broker.json").write_text(json.dumps(record))
-    return bootstrap
+    with _locked(state_dir):
+        before = status(state_dir)
+        if before.running:
+            _wait_ready(before, state_dir)
+            return before.bootstrap
+        port = _choose_port(port, before.bootstrap)
+        _write_config(state_dir, port, _free_port())
+        _format(state_dir)
+        started = _start(state_dir, f"127.0.0.1:{port}")
+        try:
+            _wait_ready(started, state_dir)
+        except BaseException:
+            os.kill(started.pid, signal.SIGKILL)
+            raise
+        return started.bootstrap
 
 
 def down(state_dir: Path) -> bool:
@@ -157,24 +158,48 @@ def _format(state_dir: Path) -> None:
         raise ConfigError(f"broker: {state_dir} could not be formatted:\n{(done.stdout + done.stderr)[-2000:]}")
 
 
-def _start(state_dir: Path) -> subprocess.Popen[bytes]:
-    """Detached: it outlives this process and does not get its Ctrl-C."""
+def _start(state_dir: Path, bootstrap: str) -> Status:
+    """Detached: it outlives this process and does not get its Ctrl-C. Recorded at once: two on one data directory
+    destroy it, so not even a kill -9 of this process may leave one that nobody knows."""
     logging = f"-Dlog4j2.configurationFile={state_dir / 'log4j2.properties'}"
     config = str(state_dir / "server.properties")
     command = [java(), *JVM, logging, "-cp", classpath(), "kafka.Kafka", config]
     with (state_dir / "broker.log").open("ab") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    record = {"pid": process.pid, "bootstrap": bootstrap, "started": _start_time(process.pid)}
+    (state_dir / "broker.json").write_text(json.dumps(record))
+    return Status(True, bootstrap, process.pid)
 
 
-def _wait_ready(process: subprocess.Popen[bytes], port: int, state_dir: Path) -> None:
+def _wait_ready(broker: Status, state_dir: Path) -> None:
     give_up = time.monotonic() + READY_S
-    while not answers(port):
-        if process.poll() is not None:
+    while not answers(int(broker.bootstrap.rpartition(":")[2])):
+        if not _alive(broker.pid):
             tail = (state_dir / "broker.log").read_text(errors="replace")[-2000:]
-            raise ConfigError(f"broker: Kafka ended with {process.returncode}; the end of broker.log:\n{tail}")
+            raise ConfigError(f"broker: Kafka has ended; the end of {state_dir / 'broker.log'}:\n{tail}")
         if time.monotonic() > give_up:
-            raise DeadlineExceeded(f"Kafka on port {port} ({state_dir / 'broker.log'})", READY_S)
+            raise DeadlineExceeded(f"Kafka at {broker.bootstrap} ({state_dir / 'broker.log'})", READY_S)
         time.sleep(0.05)
+
+
+@contextmanager
+def _locked(state_dir: Path) -> Iterator[None]:
+    """One `up` at a time in a directory."""
+    give_up = time.monotonic() + READY_S
+    with (state_dir / "lock").open("w") as lock:
+        while not _try_lock(lock.fileno()):
+            if time.monotonic() > give_up:
+                raise DeadlineExceeded(f"another `broker up` in {state_dir}", READY_S)
+            time.sleep(0.05)
+        yield
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _alive(pid: int) -> bool:

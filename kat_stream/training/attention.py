@@ -80,9 +80,7 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """The function that `transformers` calls: [1, H, N, D] queries, [1, H_kv, N, D] keys -> ([1, N, H, D], None)."""
     if tree_plan is None:
-        raise ConfigError(
-            "tree attention got no tree_plan: this model passes no keyword arguments to its attention"
-        )
+        raise ConfigError("tree attention got no tree_plan: this model passes no keyword arguments to its attention")
     if sliding_window is not None or softcap is not None:
         raise ConfigError("tree attention has no sliding window and no soft cap, which this model asks for")
     groups = query.shape[1] // key.shape[1]

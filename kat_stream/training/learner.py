@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from kat_stream.errors import BatchError, CheckpointError, StepCancelled
 from kat_stream.rl.losses import LOSSES
@@ -32,6 +33,7 @@ from kat_stream.training.publication import Publication, atomic_directory, copy_
 from kat_stream.training.rows import loss_inputs, make_micro_batch, plan_micro_batches, turn_logprobs
 from kat_stream.trees.batch import TrainBatch
 
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -106,10 +108,6 @@ class TorchLearner:
             seconds=time.perf_counter() - began,
         )
 
-    def skip_step(self) -> None:
-        """Count a step whose groups teach nothing: the weights stay, the next policy version equals this one."""
-        self.step_count += 1
-
     def logprobs(self, batch: TrainBatch) -> NDArray[np.float64]:
         """float64[sum of turn lengths]: log-probs of all sampled tokens under the present weights, in nats."""
         self._check(batch)
@@ -119,10 +117,6 @@ class TorchLearner:
                 for row in range(len(batch.rows))
             ]
         return torch.cat(parts).double().numpy()
-
-    def skip_step(self) -> None:
-        """Count a step in which there was nothing to learn: the weights stay, the version number goes on."""
-        self.step_count += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, as tensors and plain values."""

@@ -90,7 +90,7 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-async def until(ready: Callable[[], bool], seconds: float = 10.0) -> None:
+async def until(ready: Callable[[], bool], seconds: float = 30.0) -> None:
     """Poll until it is so."""
     give_up = time.monotonic() + seconds
     while not ready():
@@ -173,7 +173,7 @@ async def world(
         stack.push_async_callback(log.close)
         await log.apply_topics([topic_named("turns")])
         router = await stack.enter_async_context(Router([engine.url for engine in fleet], poll_s=0.05))
-        http = await stack.enter_async_context(aiohttp.ClientSession())
+        http = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
         server = await start_gateway(
             tokenizer=tokenizer(template),
             log=wrap(log),

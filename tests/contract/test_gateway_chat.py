@@ -176,24 +176,24 @@ async def test_siblings_at_once_share_their_parent() -> None:
 
 
 async def test_256_sessions_at_once() -> None:
-    async with world(saying("ls", "cat", "ca"), engines=2) as w:
+    async with world(saying("ls", "cat"), engines=2) as w:
 
         async def agent(number: int) -> None:
             handle = await w.session(group=f"g{number % 32}")
             base = f"{w.server.data_url}{handle.path}/v1/chat/completions"
             messages = [user(f"task {number}")]
-            for said in ("ls", "cat", "ca"):
+            for said in ("ls", "cat"):
                 headers = {"Authorization": f"Bearer {handle.key}"}
                 async with w.http.post(base, json={"model": "m", "messages": messages}, headers=headers) as answer:
                     body = await answer.json()
                 assert body["choices"][0]["message"]["content"] == said
                 messages = [*messages, _assistant(said), user("on")]
             turns = await w.control.close(handle.session_id)
-            assert [turn.fork for turn in turns] == ["", "", ""] and len(paths(turns)) == 3
+            assert [turn.fork for turn in turns] == ["", ""] and len(paths(turns)) == 2
 
         async with anyio.create_task_group() as group:
             for number in range(256):
                 group.start_soon(agent, number)
-        assert len(await w.published()) == 768
-        assert all(len(engine.requests) > 250 for engine in w.engines)
+        assert len(await w.published()) == 512
+        assert all(len(engine.requests) > 150 for engine in w.engines)
         assert all(state.in_flight == 0 for state in w.router.list())

@@ -30,7 +30,9 @@ def records[R: Record](run_dir: Path, kind: type[R]) -> list[R]:
 def test_it_closes_with_one_line_and_two_plots(finished: tuple[Path, str]) -> None:
     run_dir, output = finished
     last = output.strip().splitlines()[-1]
-    assert re.fullmatch(rf"run: held-out pass rate 0\.\d\d -> [01]\.\d\d, 2 steps, 24 rollouts, \d+ s, run {run_dir}", last)
+    assert re.fullmatch(
+        rf"run: held-out pass rate 0\.\d\d -> [01]\.\d\d, 2 steps, 24 rollouts, \d+ s, run {run_dir}", last
+    )
     assert (run_dir / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (run_dir / "plot.html").read_text()
 

@@ -69,7 +69,16 @@ def test_scale_kill_and_finish(kafka_bootstrap: str, tmp_path: Path) -> None:
 
 def _every_service_answers_metrics(run_dir: Path) -> None:
     services = live(run_dir)
-    assert set(services) >= {"trainer", "engine", "gateway", "packer", "verifier-1", "rollout-1", "rollout-2", "sampler"}
+    assert set(services) >= {
+        "trainer",
+        "engine",
+        "gateway",
+        "packer",
+        "verifier-1",
+        "rollout-1",
+        "rollout-2",
+        "sampler",
+    }
     targets = {address for entry in json.loads((run_dir / "targets.json").read_text()) for address in entry["targets"]}
     assert len(targets) == len(services)
     for address in targets:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.utils import logging
 
 from kat_stream.engines.embedded.attention import IMPLEMENTATION, layer_attention, sample
 from kat_stream.errors import ConfigError
@@ -160,8 +161,10 @@ def build_step(model: PreTrainedModel, pool: Tensor, dense: Tensor, vocab: int) 
     if not _agrees(eager, model, pool, dense, vocab):
         raise ConfigError(f"{type(model).__name__}: attention the embedded engine does not compute (checked at load)")
     example: tuple[Tensor, ...] = (*trial(vocab, [5, 3], 2, 99).tensors(), pool, dense)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     with warnings.catch_warnings():
-        # Tracing warns of every Python branch; what they could break is what `_agrees` checks.
+        # Tracing reads deprecated attributes and warns of every Python branch; what they could break is what `_agrees` checks.
         warnings.simplefilter("ignore")
         try:
             traced = torch.jit.trace(eager, example, check_trace=False)  # type: ignore[no-untyped-call]
@@ -170,3 +173,5 @@ def build_step(model: PreTrainedModel, pool: Tensor, dense: Tensor, vocab: int) 
             # Control flow that cannot be traced or replayed (mixtures of experts): the eager step is exact, only
             # slower.
             return eager
+        finally:
+            logging.set_verbosity(verbosity)
