@@ -4,7 +4,7 @@ In:      every topic
 Out:     archive/<topic>/*.parquet
 Key:     -
 Commits: nothing; the files say what is archived, a restart goes on after it
-Fails:   a full disk stops the run with the reason
+Fails:   a full disk is waited for; if the last messages cannot be written, the run ends with the reason
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import anyio
 
 from kat_stream.archive import ArchiveWriter
+from kat_stream.errors import StorageError
 from kat_stream.log.base import Follower
 from kat_stream.service import Context
 from topics import CATALOGUE
@@ -40,7 +41,7 @@ class Archiver:
                         await anyio.sleep(POLL_S)
                 group.cancel_scope.cancel()
         finally:
-            writer.flush()
+            _last_flush(writer)
 
 
 async def _copy(follower: Follower, writer: ArchiveWriter) -> None:
@@ -49,5 +50,16 @@ async def _copy(follower: Follower, writer: ArchiveWriter) -> None:
 
 
 async def _flush_regularly(ctx: Context, writer: ArchiveWriter) -> None:
+    """A disk that is full for a while costs nothing: what was not written waits for the next time."""
     while not await ctx.stopped_within(ctx.config.archiver.flush_s):
-        await anyio.to_thread.run_sync(writer.flush)
+        try:
+            await anyio.to_thread.run_sync(writer.flush)
+        except OSError as error:
+            log.error("the archive cannot be written and waits: %s", error)
+
+
+def _last_flush(writer: ArchiveWriter) -> None:
+    try:
+        writer.flush()
+    except OSError as error:
+        raise StorageError(f"the archive is incomplete, its last messages could not be written: {error}") from error

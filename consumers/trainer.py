@@ -21,7 +21,7 @@ import anyio
 
 from kat_stream import telemetry
 from kat_stream.config import Config
-from kat_stream.errors import DataError, DeadlineExceeded, StepCancelled
+from kat_stream.errors import DataError, DeadlineExceeded, StepCancelled, StorageError
 from kat_stream.log.base import Delivered, Follower, Position
 from kat_stream.log.handling import dead_letter
 from kat_stream.log.outcome import Reject
@@ -32,11 +32,14 @@ from kat_stream.rl.turn_ratio import RatioConfig
 from kat_stream.service import Context
 from kat_stream.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from kat_stream.training.learner import LearnerConfig, TorchLearner
+from kat_stream.training.publication import Publication
 from topics import LedgerEntry, PackedBatch, PolicyVersion, Record, TrainStep, format_version
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
+DISK_S, DISK_RETRY_S = 120.0, 2.0
+"""How long a full disk is waited for, and how often it is tried."""
 Arrival = tuple[Position, PackedBatch]
 
 
@@ -89,7 +92,7 @@ class Trainer:
                 await ctx.stopping.wait()
             finally:
                 with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(self._save, ctx)
+                    await self._save_at_the_end(ctx)
 
     @property
     def version(self) -> str:
@@ -164,7 +167,7 @@ class Trainer:
             self.positions[str(position.partition)] = position.offset + 1
         self.manifest = step.trained
         if self.learner.step_count % ctx.config.trainer.checkpoint_every == 0:
-            await anyio.to_thread.run_sync(self._save, ctx)
+            await self._save_if_possible(ctx)
         seconds = time.monotonic() - began
         telemetry.STEPS.inc()
         telemetry.STEP_SECONDS.observe(seconds)
@@ -213,8 +216,7 @@ class Trainer:
 
     async def _publish(self, ctx: Context, parent: Checkpoint | None, records: Sequence[Record] = ()) -> None:
         """The present weights as a policy version, after the records of the step that made them."""
-        directory = ctx.run_dir / "weights" / self.version
-        publication = await anyio.to_thread.run_sync(self.learner.publish, directory)
+        publication = await self._write_weights(ctx)
         version = PolicyVersion(
             run=ctx.run,
             model=ctx.config.policy.name,
@@ -230,6 +232,19 @@ class Trainer:
         telemetry.VERSION.set(version.number)
         await anyio.to_thread.run_sync(_prune, ctx.run_dir / "weights", self.lineage, ctx.config.trainer.keep_weights)
 
+    async def _write_weights(self, ctx: Context) -> Publication:
+        """A full disk is waited for: the step is made, and somebody may make room."""
+        directory = ctx.run_dir / "weights" / self.version
+        give_up = time.monotonic() + DISK_S
+        while True:
+            try:
+                return await anyio.to_thread.run_sync(self.learner.publish, directory)
+            except OSError as error:
+                log.error("weights %s cannot be written: %s", self.version, error)
+                if time.monotonic() > give_up or ctx.stopping.is_set():
+                    raise StorageError(f"{directory}: {error.strerror}, for {DISK_S:g} s") from error
+                await ctx.stopped_within(DISK_RETRY_S)
+
     def _parent_lineage(self) -> str:
         own = [version for version in self.history if version.lineage == self.lineage]
         return own[0].parent_lineage if own else ""
@@ -237,6 +252,19 @@ class Trainer:
     def _parent_number(self) -> int:
         own = [version for version in self.history if version.lineage == self.lineage]
         return own[0].parent_number if own else -1
+
+    async def _save_if_possible(self, ctx: Context) -> None:
+        """In the middle of a run a checkpoint that cannot be written is missed, not fatal: the last one still holds."""
+        try:
+            await anyio.to_thread.run_sync(self._save, ctx)
+        except OSError as error:
+            log.error("no checkpoint of step %d: %s", self.learner.step_count, error)
+
+    async def _save_at_the_end(self, ctx: Context) -> None:
+        try:
+            await anyio.to_thread.run_sync(self._save, ctx)
+        except OSError as error:
+            raise StorageError(f"no checkpoint of step {self.learner.step_count}: {error}") from error
 
     def _save(self, ctx: Context) -> None:
         if self.saved_step == self.learner.step_count or not self.learner.step_count:

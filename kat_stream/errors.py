@@ -21,6 +21,7 @@
     |   +-- RequestRefused       an agent's request that is answered with an error; has HTTP's status and a code
     +-- VerifierError            (retriable) the grader failed, which says nothing about the work
     +-- StepCancelled            the learner was asked to stop between micro-batches; nothing was changed
+    +-- StorageError             the run's folder is full or cannot be written
     +-- ServiceDied              a service process that cannot be kept alive; carries its last words
     +-- DeadlineExceeded         a wait ran out; says what was awaited and for how long
 
@@ -117,6 +118,10 @@ class VerifierError(KatError):
 
 
 class StepCancelled(KatError):
+    pass
+
+
+class StorageError(KatError):
     pass
 
 

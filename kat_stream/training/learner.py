@@ -108,6 +108,10 @@ class TorchLearner:
             seconds=time.perf_counter() - began,
         )
 
+    def skip_step(self) -> None:
+        """Count a step whose groups teach nothing: the weights stay, the next policy version equals this one."""
+        self.step_count += 1
+
     def logprobs(self, batch: TrainBatch) -> NDArray[np.float64]:
         """float64[sum of turn lengths]: log-probs of all sampled tokens under the present weights, in nats."""
         self._check(batch)
