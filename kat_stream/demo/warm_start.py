@@ -75,8 +75,7 @@ def build_policy(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3For
 
 def end_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """The id of the token that ends a message, which also pads."""
-    (end,) = tokenizer.convert_tokens_to_ids([END])
-    return int(end)
+    return int(tokenizer.get_vocab()[END])
 
 
 def _initial_deviation(name: str, hidden: int) -> float:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from kat_stream.errors import ConfigError, RequestRefused
 from kat_stream.gateway.messages import Message
 from kat_stream.gateway.paths import Node
@@ -49,6 +47,10 @@ class Renderer:
     """A tokenizer and its chat template. ConfigError if the template does not show what assistants say."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        # Only a gateway that serves needs the template engine; workers import this package without the extra `train`.
+        from jinja2 import TemplateError
+
+        self._refusals = (TemplateError, TypeError, ValueError)
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self.closing = self._probe()
@@ -63,7 +65,7 @@ class Renderer:
             text = self._tokenizer.apply_chat_template(
                 list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=ask
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except self._refusals as error:
             raise RequestRefused(f"the policy's chat template refuses these messages: {error}", "messages") from error
         return str(text)
 

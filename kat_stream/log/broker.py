@@ -27,6 +27,7 @@ from kat_stream.log.jars import classpath, java, ops_kafka
 
 READY_S = 90.0
 STOP_S = 20.0
+PORT_S = 5.0
 JVM = ("-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 
 
@@ -119,7 +120,17 @@ def _choose_port(port: int, before: str) -> int:
     if port and not _is_free(port):
         raise ConfigError(f"broker: port {port} is in use")
     last = int(before.rpartition(":")[2] or 0)
-    return port or (last if last and _is_free(last) else _free_port())
+    return port or (last if last and _becomes_free(last) else _free_port())
+
+
+def _becomes_free(port: int) -> bool:
+    """Whether the port is free soon: a broker that was killed holds it until its last thread has gone."""
+    give_up = time.monotonic() + PORT_S
+    while not _is_free(port):
+        if time.monotonic() > give_up:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _is_free(port: int) -> bool:
@@ -205,11 +216,9 @@ def _try_lock(handle: int) -> bool:
 def _alive(pid: int) -> bool:
     """Whether the process runs; a zombie child of ours is reaped and counts as gone."""
     try:
-        if os.waitpid(pid, os.WNOHANG)[0] == pid:
-            return False
+        return os.waitpid(pid, os.WNOHANG)[0] != pid
     except ChildProcessError:
-        pass
-    return _start_time(pid) != ""
+        return _start_time(pid) != ""
 
 
 def _start_time(pid: int) -> str:

@@ -142,8 +142,14 @@ class KafkaAdmin:
         for name, code, message in reply.topic_errors:
             if code not in (0, ALREADY_EXISTS):
                 raise LogError(f"topic {name}: {for_code(code).__name__} {message or ''}")
+        await self._ask("new topics", lambda: self._visible({topic.name for topic in topics}))
         for topic in topics:  # a topic younger than half a second may have no leader: wait until it answers
             await self.end_offsets(topic.name)
+
+    async def _visible(self, names: set[str]) -> None:
+        missing = names - (await self.topics()).keys()
+        if missing:
+            raise LogUnavailable(f"created, but not in the metadata yet: {sorted(missing)}")
 
     def _new_topic(self, topic: Topic, replicas: int) -> NewTopic:
         config = {

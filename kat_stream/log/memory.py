@@ -11,6 +11,8 @@ import asyncio
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from heapq import merge
+from itertools import islice
 from weakref import WeakSet
 
 import anyio
@@ -91,6 +93,10 @@ class _Partition:
             first, count = first + 1, count - 1
             self.begin = self.end if count == 0 else _offset(self._messages[first])
         return self._messages[first:]
+
+
+def _timestamp(message: Delivered) -> int:
+    return message.timestamp_ms
 
 
 def _offset(message: Delivered) -> int:
@@ -203,17 +209,15 @@ class MemoryLog:
         return any(self._topics[p.topic][p.partition].end > at for p, at in positions.items())
 
     def take(self, positions: MutableMapping[TopicPartition, int], limit: int) -> list[Delivered]:
-        """Up to `limit` messages, a fair share of each partition; moves the positions."""
-        taken: list[Delivered] = []
-        behind = [p for p, at in positions.items() if self._topics[p.topic][p.partition].end > at]
-        for index, place in enumerate(behind):
-            share = -(-(limit - len(taken)) // (len(behind) - index))
-            if share == 0:
-                break
-            partition = self._topics[place.topic][place.partition]
-            messages = partition.read(positions[place], share)
-            positions[place] = _offset(messages[-1]) + 1 if messages else partition.end
-            taken += messages
+        """Up to `limit` messages, the oldest over all partitions first, so that none starves; moves the positions."""
+        behind = [place for place, at in positions.items() if self._topics[place.topic][place.partition].end > at]
+        waiting = {place: self._topics[place.topic][place.partition].read(positions[place], limit) for place in behind}
+        for place, messages in waiting.items():
+            if not messages:  # compaction has dropped all up to the end
+                positions[place] = self._topics[place.topic][place.partition].end
+        taken = list(islice(merge(*waiting.values(), key=_timestamp), limit))
+        for message in taken:
+            positions[message.position.topic_partition] = message.position.offset + 1
         return taken
 
     async def wait_for(self, ready: Callable[[], bool], timeout_s: float) -> None:

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kat_stream.errors import ConfigError, LogError
-from kat_stream.log import Emit, MemoryLog, open_log, run_work
+from kat_stream.log import Emit, MemoryLog, TopicPartition, open_log, run_work
 from kat_stream.log.assignment import assign
 from kat_stream.log.lag import lags
-from topics import CATALOGUE, LedgerEntry, Reward, partition_of
+from topics import CATALOGUE, LedgerEntry, Reward, partition_of, topic_named
 
 names = st.sampled_from("abcde")
 
@@ -163,3 +163,17 @@ def test_an_address_is_memory_or_kafka() -> None:
     for url in ("redis:x", "kafka:", "memory:x", ""):
         with pytest.raises(ConfigError, match="kafka:host:port"):
             open_log(url)
+
+
+async def test_no_partition_starves_when_one_message_is_taken_at_a_time() -> None:
+    """A worker with one free slot must reach the oldest message, whatever partition it is in."""
+    log = MemoryLog()
+    await log.start()
+    await log.apply_topics([topic_named("ledger")])
+    groups = [f"g{number}" for number in range(40)]
+    for number, group in enumerate(groups):
+        await log.publish(LedgerEntry(run="r", group_id=group, rollout_id=f"{group}-{number}", state="finished"))
+        await anyio.sleep(0.002)
+    positions = {TopicPartition("ledger", number): 0 for number in range(12)}
+    order = [log.take(positions, 1)[0].record() for _ in groups]
+    assert [entry.group_id for entry in order if isinstance(entry, LedgerEntry)] == groups

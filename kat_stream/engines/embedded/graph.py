@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from logging import ERROR
 from typing import Any
 
 import numpy as np
@@ -162,9 +163,9 @@ def build_step(model: PreTrainedModel, pool: Tensor, dense: Tensor, vocab: int) 
         raise ConfigError(f"{type(model).__name__}: attention the embedded engine does not compute (checked at load)")
     example: tuple[Tensor, ...] = (*trial(vocab, [5, 3], 2, 99).tensors(), pool, dense)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(ERROR)
     with warnings.catch_warnings():
-        # Tracing reads deprecated attributes and warns of every Python branch; what they could break is what `_agrees` checks.
+        # Tracing reads deprecated attributes and warns of every Python branch; what could break, `_agrees` checks.
         warnings.simplefilter("ignore")
         try:
             traced = torch.jit.trace(eager, example, check_trace=False)  # type: ignore[no-untyped-call]

@@ -1,0 +1,98 @@
+"""The packer closes each group once, whatever the order and the repetition of its messages, and after any restart."""
+
+import random
+
+import anyio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consumers.packer import PackerHandler, Versions
+from kat_stream.log.base import Delivered, Position
+from kat_stream.log.outcome import Emit, Hold
+from kat_stream.rl.group import GroupRules
+from tests.unit.records import RUN, request, reward, trajectory, turn
+from topics import LedgerEntry, PackedBatch, PolicyVersion, Record, encode, header_of, partition_of
+
+RULES = GroupRules(staleness=2, normalise_std=False, budget_tokens=256)
+GROUPS = [f"{RUN}-t{number:06d}" for number in range(3)]
+PARTITIONS = {partition_of(trajectory(request(group))) for group in GROUPS}
+
+
+def messages_of(group: str) -> list[Record]:
+    found: list[Record] = []
+    for sample in range(3):
+        asked = request(group, sample, 3)
+        found += [trajectory(asked, turn(asked, [1, 2], [5 + sample])), reward(asked, float(sample % 2))]
+    return found
+
+
+def delivered(record: Record, offset: int) -> Delivered:
+    topic = "trajectories" if type(record).__name__ == "Trajectory" else "rewards"
+    position = Position(topic, partition_of(record), offset)
+    return Delivered(position, None, encode(record), {"record": header_of(type(record)).encode()}, 0)
+
+
+def handler(replay: list[PackedBatch] | None = None) -> PackerHandler:
+    versions = Versions()
+    versions.records.append(PolicyVersion(run=RUN, model="m", lineage="a", number=0, path="", checksum=""))
+    made = PackerHandler(RUN, versions, RULES)
+    for partition in PARTITIONS:
+        again = [delivered(batch, 0) for batch in replay or [] if partition_of(batch) == partition]
+        made.assigned(partition, again)
+    return made
+
+
+async def feed(made: PackerHandler, stream: list[Delivered]) -> tuple[list[PackedBatch], set[Position]]:
+    batches: list[PackedBatch] = []
+    done: set[Position] = set()
+    for message in stream:
+        outcome = await made.handle(message)
+        if isinstance(outcome, Emit):
+            done |= {message.position, *outcome.done}
+            batches += [record for record in outcome.records if isinstance(record, PackedBatch)]
+        else:
+            assert isinstance(outcome, Hold)
+    return batches, done
+
+
+@given(seed=st.integers(0, 2**32), crash=st.integers(0, 40))
+@settings(max_examples=80, deadline=None)
+def test_each_group_once_in_any_order_with_repeats_and_a_restart(seed: int, crash: int) -> None:
+    chance = random.Random(seed)
+    records = [record for group in GROUPS for record in messages_of(group)]
+    records += chance.sample(records, 6)
+    chance.shuffle(records)
+    stream = [delivered(record, offset) for offset, record in enumerate(records)]
+    first, done = anyio.run(feed, handler(), stream[:crash])
+    again = [message for message in stream if message.position not in done]
+    second, _ = anyio.run(feed, handler(first), again)
+    assert sorted(batch.group_id for batch in first + second) == GROUPS
+    assert all(len(batch.members) == 3 for batch in first + second)
+
+
+def test_a_group_waits_for_the_last_reward_and_then_names_every_held_message() -> None:
+    stream = [delivered(record, offset) for offset, record in enumerate(messages_of(GROUPS[0]))]
+    batches, done = anyio.run(feed, handler(), stream[:-1])
+    assert (batches, done) == ([], set())
+    batches, done = anyio.run(feed, handler(), stream)
+    assert len(batches) == 1
+    assert done == {message.position for message in stream}
+
+
+@pytest.mark.parametrize("outcome", ["infra_error", "cancelled"])
+def test_a_rollout_that_was_never_graded_does_not_hold_its_group(outcome: str) -> None:
+    good, bad = request(GROUPS[0], 0, 2), request(GROUPS[0], 1, 2)
+    records = [trajectory(good, turn(good, [1], [2])), reward(good, 1.0), trajectory(bad, outcome=outcome)]
+    stream = [delivered(record, offset) for offset, record in enumerate(records)]
+    batches, _ = anyio.run(feed, handler(), stream)
+    assert [member.fate for member in batches[0].members] == ["filtered", "failed" if outcome == "infra_error" else outcome]
+
+
+def test_an_evaluation_ends_with_its_reward_and_is_never_packed() -> None:
+    asked = request(f"{RUN}-e00000-0000", 0, 1, purpose="eval")
+    made = handler()
+    assert isinstance(anyio.run(made.handle, delivered(trajectory(asked), 0)), Emit)
+    outcome = anyio.run(made.handle, delivered(reward(asked, 1.0), 1))
+    assert isinstance(outcome, Emit)
+    assert [(type(r), r.state) for r in outcome.records if isinstance(r, LedgerEntry)] == [(LedgerEntry, "evaluated")]
