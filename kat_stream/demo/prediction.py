@@ -135,7 +135,7 @@ def _list(tree: Tree) -> str:
 _ACTIONS: tuple[tuple[str, Callable[..., str]], ...] = (
     (r"cat (\S+)", _cat),
     (r"grep '?([^' ]+)'? (\S+)", _grep),
-    (r"sed (-i )?s([/,])([^/,]+)\2([^/,]+)\2 (\S+)", _substitute),
+    (r"sed (-i )?s([/,:])([^/,:]+)\2([^/,:]+)\2 (\S+)", _substitute),
     (r"sed -i /(\w+)/d (\S+)", _delete_line),
     (r'sed -i "1i ([^"]+)" (\S+)', _insert_first),
     (r"echo (.+?)(>>?)(\S+)", _echo),

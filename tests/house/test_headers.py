@@ -17,7 +17,7 @@ ROOMS = ("topics", "kat_stream", "producers", "consumers")
 
 @pytest.mark.parametrize("path", SERVICES, ids=lambda path: path.stem)
 def test_a_service_opens_with_its_contract(path: Path) -> None:
-    header = ast.get_docstring(ast.parse(path.read_text())) or ""
+    header = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[2]
     names = re.findall(r"^(\w+): +\S", header, re.MULTILINE)
     assert names == ["In", "Out", "Key", "Commits", "Fails"]
 

@@ -186,7 +186,7 @@ def json_value(draw: Draw) -> Draft:
         instruction=f"In {path}, set {key}: {new}.",
         before={path: body},
         after={path: body.replace(f'"{old}"', f'"{new}"')},
-        solution=(f"""grep '"{key}"' {path}""", f"sed -i s/{old}/{new}/ {path}"),
+        solution=(f"""grep '"{key}"' {path}""", f"sed -i s:{old}:{new}: {path}"),
         condition=f"""grep -q '"{key}":"{new}"' {path}""",
         complaint=f"{path}: {key} is wrong",
     )
