@@ -3,31 +3,51 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib.util
 import os
 import uuid
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import anyio
 
+from kat_stream.cli.common import add_command
+
+SERVICE_GROUP = "kat_stream.services"
+
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "serve",
+        serve,
         help="run one service of a run as a process of its own",
-        description="Joins a run on Kafka with one more process of a service: its partitions are shared out anew.\n"
-        "Stop it with Ctrl-C or SIGTERM: it hands its partitions over and nothing is lost.",
-        epilog="examples:\n"
-        "  kat-stream serve rollout                      one more rollout worker for the newest run\n"
-        "  kat-stream serve verifier --run runs/mine --member verifier-2",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Joins a run on Kafka with one more process of a service: its partitions are shared out anew. "
+        "Stop it with Ctrl-C or SIGTERM: it hands its partitions over and nothing is lost. "
+        "`kat-stream serve SERVICE --help` says what a service reads, writes and commits.",
+        examples=["serve rollout", "serve verifier --run runs/mine --member verifier-2"],
     )
-    parser.add_argument(
-        "service", help="rollout, verifier, packer, trainer, engine, gateway, sampler, weight_sync, archiver"
-    )
-    parser.add_argument("--run", default="latest", help="folder of the run, its name, or `latest`")
-    parser.add_argument("--member", default="", help="this process's name in its group (default: made up)")
-    parser.set_defaults(handler=serve)
+    services = parser.add_subparsers(dest="service", metavar="SERVICE", required=True)
+    for entry in sorted(entry_points(group=SERVICE_GROUP), key=lambda entry: entry.name):
+        header = _header(entry.module)
+        service = services.add_parser(
+            entry.name,
+            help=header.partition("\n")[0].partition(": ")[2],
+            description=header,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        service.add_argument("--run", default="latest", help="folder of the run, its name, or `latest`")
+        service.add_argument("--member", default="", help="this process's name in its group (default: made up)")
+
+
+def _header(module: str) -> str:
+    """A service file's docstring, read without importing it: no help text loads torch."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return module
+    return ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or module
 
 
 def serve(args: argparse.Namespace) -> int:
