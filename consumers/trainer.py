@@ -92,7 +92,7 @@ class Trainer:
                 await ctx.stopping.wait()
             finally:
                 with anyio.CancelScope(shield=True):
-                    await self._save_at_the_end(ctx)
+                    await anyio.to_thread.run_sync(self._save, ctx)
 
     @property
     def version(self) -> str:
@@ -239,11 +239,10 @@ class Trainer:
         while True:
             try:
                 return await anyio.to_thread.run_sync(self.learner.publish, directory)
-            except OSError as error:
-                log.error("weights %s cannot be written: %s", self.version, error)
-                if time.monotonic() > give_up or ctx.stopping.is_set():
-                    raise StorageError(f"{directory}: {error.strerror}, for {DISK_S:g} s") from error
-                await ctx.stopped_within(DISK_RETRY_S)
+            except StorageError as error:
+                log.error("waiting for the disk: %s", error)
+                if time.monotonic() > give_up or await ctx.stopped_within(DISK_RETRY_S):
+                    raise
 
     def _parent_lineage(self) -> str:
         own = [version for version in self.history if version.lineage == self.lineage]
@@ -257,14 +256,8 @@ class Trainer:
         """In the middle of a run a checkpoint that cannot be written is missed, not fatal: the last one still holds."""
         try:
             await anyio.to_thread.run_sync(self._save, ctx)
-        except OSError as error:
+        except StorageError as error:
             log.error("no checkpoint of step %d: %s", self.learner.step_count, error)
-
-    async def _save_at_the_end(self, ctx: Context) -> None:
-        try:
-            await anyio.to_thread.run_sync(self._save, ctx)
-        except OSError as error:
-            raise StorageError(f"no checkpoint of step {self.learner.step_count}: {error}") from error
 
     def _save(self, ctx: Context) -> None:
         if self.saved_step == self.learner.step_count or not self.learner.step_count:

@@ -61,7 +61,7 @@ class SamplerSection(Section, frozen=True, kw_only=True):
     max_turns: int = 6
     max_context: int = 1024
     rollout_timeout_s: float = 900.0
-    """From the request to the agent's end, waiting included. The task's own limit for its agent should be well below."""
+    """From the request to the agent's end, waiting included. A task's own limit should be well below."""
     eval_before: bool = True
     eval_after: bool = True
     eval_every: int = 0

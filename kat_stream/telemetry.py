@@ -38,10 +38,14 @@ LAG = Gauge("kat_lag_messages", "Messages a group has still to read", ["group", 
 
 
 def setup_logging(level: str = "INFO", file: Path | None = None) -> None:
-    """Lines to stderr or to a file. aiokafka reports ordinary events as errors: it is silenced."""
-    handler: logging.Handler = logging.FileHandler(file) if file else logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    """Lines to stderr or to a file, errors to both. aiokafka reports ordinary events as errors: it is silenced."""
+    errors = logging.StreamHandler(sys.stderr)
+    errors.setLevel(logging.ERROR if file else level)
+    handlers: list[logging.Handler] = [errors, logging.FileHandler(file)] if file else [errors]
+    logging.basicConfig(
+        level=level, handlers=handlers, force=True, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.raiseExceptions = False  # a full disk under the log file must not bury the terminal in tracebacks
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
 

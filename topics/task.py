@@ -11,7 +11,7 @@ from topics.record import Record
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the agent works. `files` is `dataset-spec#task-id`: any process can open the data set and have the files."""
+    """Where the agent works. `files` is `dataset-spec#task-id`: any process can open it and have the files."""
 
     files: str
     workdir: str = "/work"

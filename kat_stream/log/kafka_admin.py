@@ -100,8 +100,12 @@ class KafkaAdmin:
     async def groups(self) -> list[Group]:
         listed = await self._ask("groups", lambda: self._admin.list_consumer_groups())
         names = sorted(name for name, _ in listed if name.startswith(self._broker.prefix))
-        replies = await self._ask("groups", lambda: self._admin.describe_consumer_groups(names)) if names else []
-        return [self._group(described) for reply in replies for described in reply.groups]
+        return [await self._described(name) for name in names]
+
+    async def _described(self, name: str) -> Group:
+        """One by one: aiokafka reads the reply of a v3 request as v2, which goes wrong from the second group on."""
+        replies = await self._ask(f"group {name}", lambda: self._admin.describe_consumer_groups([name]))
+        return self._group(replies[0].groups[0])
 
     def _group(self, described: Any) -> Group:
         _, name, state, _, _, members = described[:6]

@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kat_stream.errors import CheckpointError
+from safetensors import SafetensorError
+
+from kat_stream.errors import CheckpointError, StorageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,19 @@ def weights_checksum(directory: Path) -> str:
 def atomic_directory(target: Path) -> Iterator[Path]:
     """A temporary sibling that becomes `target`, contents synced first, when the block ends without an error.
 
-    `CheckpointError` if `target` is there already: what was published is never overwritten.
+    `CheckpointError` if `target` is there already: what was published is never overwritten. `StorageError` if the disk
+    is full or cannot be written; torch and safetensors report that as errors of their own.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         raise CheckpointError(f"{target} exists already")
+    try:
+        yield from _written_aside(target)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise StorageError(f"{target} cannot be written: {error}") from error
+
+
+def _written_aside(target: Path) -> Iterator[Path]:
+    target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield work
@@ -57,8 +67,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         work.rename(target)
         _sync(target.parent)
     finally:
-        if work.exists():
-            shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -113,8 +113,10 @@ async def multi_turn(server: EngineServer, sessions: int = 8, turns: int = 6) ->
         client = EngineClient(server.url, session)
         for turn in range(turns):
             answers = await asyncio.gather(
-                *(client.generate(ids, sampling, rid=f"mt{turn}-{i:04d}", deadline_s=60) for i, ids in
-                enumerate(history))
+                *(
+                    client.generate(ids, sampling, rid=f"mt{turn}-{i:04d}", deadline_s=60)
+                    for i, ids in enumerate(history)
+                )
             )
             if turn + 1 < turns:
                 for ids, answer in zip(history, answers, strict=True):

@@ -21,11 +21,10 @@ def test_a_full_disk_is_waited_for(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "none", disk], check=True, timeout=10)
     out = tmp_path / "out.txt"
     process = start("run", DEMO, *settings(disk, run__name="full"), out=out)
-    log = disk / "full" / "logs" / "run.log"
     try:
         wait_for("the first weights", lambda: any((disk / "full" / "weights").glob("*.0")), 120)
         (disk / "filler").write_bytes(b"x" * (free(disk) - (64 << 10)))
-        wait_for("a complaint", lambda: "cannot be written" in log.read_text(), 120)
+        wait_for("a complaint", lambda: "cannot be written" in out.read_text(), 100)
         (disk / "filler").unlink()
         assert process.wait(200) == 0, out.read_text()
         summary = archived_ledger(disk / "full").summary()
@@ -42,7 +41,7 @@ def free(path: Path) -> int:
 
 
 def test_an_engine_that_dies_in_mid_turn_costs_no_rollout(tmp_path: Path) -> None:
-    """The engine is a process of its own, is killed with calls in flight, comes back at its port, and the run ends well."""
+    """The engine, a process of its own, is killed with calls in flight and comes back; the run ends well."""
     engine_out = tmp_path / "engine.txt"
     engine = serve_engine(engine_out, port=0)
     try:

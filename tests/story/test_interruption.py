@@ -14,9 +14,9 @@ STOP_S = 5.0
 
 def test_stop_and_resume(tmp_path: Path) -> None:
     out = tmp_path / "out.txt"
-    process = start("run", DEMO, *settings(tmp_path, run__name="cut", run__steps="4"), out=out)
+    process = start("run", DEMO, *settings(tmp_path, run__name="cut", run__steps="12"), out=out)
     try:
-        wait_for("the first step", lambda: "step 1/4" in out.read_text(), 200)
+        wait_for("the first step", lambda: "step 1/12" in out.read_text(), 200)
         process.send_signal(signal.SIGINT)
         asked = time.monotonic()
         assert process.wait(30) == 130
@@ -29,7 +29,7 @@ def test_stop_and_resume(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     records = [record for record, _ in archived_records(tmp_path / "cut")]
     steps = [record for record in records if isinstance(record, TrainStep)]
-    assert [step.step for step in steps] == [1, 2, 3, 4]
+    assert [step.step for step in steps] == list(range(1, 13))
     assert len({step.lineage for step in steps}) == 2
     trained = Counter(rollout for step in steps for rollout in step.trained)
     assert set(trained.values()) == {1}

@@ -86,7 +86,8 @@ def test_a_rollout_that_was_never_graded_does_not_hold_its_group(outcome: str) -
     records = [trajectory(good, turn(good, [1], [2])), reward(good, 1.0), trajectory(bad, outcome=outcome)]
     stream = [delivered(record, offset) for offset, record in enumerate(records)]
     batches, _ = anyio.run(feed, handler(), stream)
-    assert [member.fate for member in batches[0].members] == ["filtered", "failed" if outcome == "infra_error" else outcome]
+    expected = "failed" if outcome == "infra_error" else outcome
+    assert [member.fate for member in batches[0].members] == ["filtered", expected]
 
 
 def test_an_evaluation_ends_with_its_reward_and_is_never_packed() -> None:

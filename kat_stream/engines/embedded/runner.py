@@ -30,8 +30,11 @@ def load_weights(path: Path) -> PreTrainedModel:
         raise DataError(f"{path}: no config.json, so not a model directory")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=IMPLEMENTATION, output_loading_info=True,
-            local_files_only=True
+            path,
+            dtype=torch.float32,
+            attn_implementation=IMPLEMENTATION,
+            output_loading_info=True,
+            local_files_only=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise DataError(f"{path}: cannot be loaded: {error}") from error
