@@ -18,9 +18,8 @@ log = logging.getLogger(__name__)
 
 SERVICES = ("sampler", "rollout", "verifier", "packer", "trainer", "weight_sync", "gateway", "engine", "archiver")
 """In the order of the flow, which is the order in which they stop."""
-STOP_S = 2.5
-"""Longest wait for one service to stop before it is cancelled; the whole run stops within 5 s."""
-STOP_ALL_S = 4.0
+HURRY_S, FINISH_S = 4.0, 30.0
+"""How long all services together may take to stop: after Ctrl-C (the whole run in less than 5 s), and at the end."""
 
 
 @dataclass(slots=True)
@@ -29,6 +28,8 @@ class _Running:
     context: Context
     scope: anyio.CancelScope
     ended: anyio.Event
+    finished: bool = False
+    """The sampler: its schedule is done."""
 
 
 async def run_local(ctx: Context, services: Sequence[str] = SERVICES) -> None:
@@ -40,7 +41,7 @@ async def run_local(ctx: Context, services: Sequence[str] = SERVICES) -> None:
             group.start_soon(_supervise, service, ctx.stopping, failures)
         await ctx.stopping.wait()
         with anyio.CancelScope(shield=True):
-            await _stop(running)
+            await _stop(running, FINISH_S if any(service.finished for service in running) else HURRY_S)
         group.cancel_scope.cancel()
     if failures:
         raise failures[0]
@@ -63,18 +64,17 @@ async def _supervise(service: _Running, all_stop: anyio.Event, failures: list[Ex
         service.ended.set()
         if service.name == "sampler" and not all_stop.is_set():
             log.info("the schedule is done")
+            service.finished = True
             all_stop.set()
 
 
-async def _stop(running: Sequence[_Running]) -> None:
-    with anyio.move_on_after(STOP_ALL_S):
-        for service in running:
-            service.context.stopping.set()
-            with anyio.move_on_after(STOP_S) as late:
-                await service.ended.wait()
-            if late.cancelled_caught:
-                log.warning("%s did not stop within %.1f s and is cancelled", service.name, STOP_S)
-                service.scope.cancel()
+async def _stop(running: Sequence[_Running], within_s: float) -> None:
+    """One after the other in the order of the flow; none may use up more than half of what is left."""
+    give_up = anyio.current_time() + within_s
     for service in running:
         service.context.stopping.set()
-        service.scope.cancel()
+        with anyio.move_on_after((give_up - anyio.current_time()) / 2) as late:
+            await service.ended.wait()
+        if late.cancelled_caught:
+            log.warning("%s did not stop in time and is cancelled", service.name)
+            service.scope.cancel()

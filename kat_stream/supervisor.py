@@ -36,11 +36,11 @@ PROCESSES = (
     "sampler",
 )
 """Members in the order in which they start; the name before the dash is the service."""
-STOP_ORDER = ("sampler", "rollout", "verifier", "packer", "trainer", "weight_sync", "gateway", "engine", "archiver")
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 DEATHS, WITHIN_S = 6, 60.0
 """So many deaths of one member within this time stop the run."""
-GRACE_S = 4.0
+HURRY_S, FINISH_S = 2.2, 30.0
+"""How long services may take to stop, twice: after Ctrl-C (under 5 s), and at the end of the schedule."""
 LOG_TAIL = 15
 
 
@@ -53,6 +53,8 @@ class Member:
     process: Process | None = None
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=DEATHS))
     stopping: bool = False
+    finished: bool = False
+    """The sampler: its schedule is done."""
 
     @property
     def service(self) -> str:
@@ -90,7 +92,7 @@ async def supervise(run_dir: Path, stopping: anyio.Event, members: Sequence[str]
             group.start_soon(_keep_alive, member, stopping, failures)
         await stopping.wait()
         with anyio.CancelScope(shield=True):
-            await _stop(all_members)
+            await _stop(all_members, FINISH_S if any(member.finished for member in all_members) else HURRY_S)
         group.cancel_scope.cancel()
     if failures:
         raise failures[0]
@@ -104,6 +106,7 @@ async def _keep_alive(member: Member, stopping: anyio.Event, failures: list[Serv
             return
         if code == 0 and member.service == "sampler":
             log.info("the schedule is done")
+            member.finished = True
             stopping.set()
             return
         member.deaths.append(time.monotonic())
@@ -118,24 +121,23 @@ async def _keep_alive(member: Member, stopping: anyio.Event, failures: list[Serv
         await anyio.sleep(BACKOFF_S[min(len(member.deaths), len(BACKOFF_S)) - 1])
 
 
-async def _stop(members: Sequence[Member]) -> None:
-    """SIGTERM in the order of the flow, all within the grace; then SIGKILL."""
+async def _stop(members: Sequence[Member], within_s: float) -> None:
+    """SIGTERM to all, last to the archiver, which still writes down what the others said; SIGKILL to what stays."""
     for member in members:
         member.stopping = True
-    with anyio.move_on_after(GRACE_S):
-        for service in STOP_ORDER:
-            await _terminate([member for member in members if member.service == service])
-    for member in members:
-        _signal(member, signal.SIGKILL)
+    await _terminate([member for member in members if member.service != "archiver"], within_s)
+    await _terminate([member for member in members if member.service == "archiver"], within_s)
 
 
-async def _terminate(members: Sequence[Member]) -> None:
+async def _terminate(members: Sequence[Member], within_s: float) -> None:
     for member in members:
         _signal(member, signal.SIGTERM)
-    for member in members:
-        if member.process is not None:
-            with anyio.move_on_after(GRACE_S / 2):
+    with anyio.move_on_after(within_s):
+        for member in members:
+            if member.process is not None:
                 await member.process.wait()
+    for member in members:
+        _signal(member, signal.SIGKILL)
 
 
 def _signal(member: Member, number: signal.Signals) -> None:
