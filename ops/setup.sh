@@ -47,3 +47,7 @@ if [ ! -e "$stamp" ]; then
     rm -f .venv/.kat-"$what"-*
     touch "$stamp"
 fi
+
+if [ "$what" = test ]; then
+    say "$(.venv/bin/kat-stream scaffolds install mini-swe-agent)"
+fi

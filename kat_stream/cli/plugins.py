@@ -1,10 +1,11 @@
-"""`kat-stream scaffolds|sandboxes|verifiers list`: what is registered, one line each.
+"""`kat-stream scaffolds|sandboxes|verifiers list`: what is registered, one line each; and `scaffolds install`.
 
 Invariant: listing imports nothing that is registered, so that a broken or heavy package does not break the list.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -24,6 +25,33 @@ def register(subparsers: Any) -> None:
     for kind, about in KINDS.items():
         group = add_group(subparsers, kind, help=about, description=f"{about.capitalize()}.")
         add_list(group, kind)
+        if kind == "scaffolds":
+            _add_install(group)
+
+
+def _add_install(group: Any) -> None:
+    parser = add_command(
+        group,
+        "install",
+        install,
+        help="install the program of a black-box agent",
+        description="Puts the pinned version of a black-box agent's program once into the cache; sandboxes see it "
+        "read-only. An agent that runs in the worker needs none.",
+        examples=["scaffolds install mini-swe-agent"],
+    )
+    parser.add_argument("name", metavar="NAME", help="see: kat-stream scaffolds list")
+
+
+def install(args: argparse.Namespace) -> int:
+    from kat_stream.env.scaffolds import get_scaffold
+    from kat_stream.env.scaffolds.blackbox import BlackBox
+
+    scaffold = get_scaffold(args.name)
+    if not isinstance(scaffold, BlackBox):
+        print(f"{args.name} runs in the worker; nothing to install")
+        return 0
+    print(f"{args.name}: {scaffold.install()}")
+    return 0
 
 
 def add_list(group: Any, kind: str) -> None:
