@@ -32,6 +32,7 @@ def register(subparsers: Any) -> None:
 def demo(args: argparse.Namespace) -> int:
     import msgspec
 
+    from kat_stream.cli.broker import STATE_DIR
     from kat_stream.cli.run import conduct
     from kat_stream.config import load
     from kat_stream.log import broker
@@ -47,11 +48,10 @@ def demo(args: argparse.Namespace) -> int:
     if args.log == "memory":
         config, run_dir = create_run(config)
         return conduct("demo", config, run_dir, resume=False)
-    state_dir = Path(".kat/broker").absolute()
-    bootstrap = broker.up(state_dir)
+    bootstrap = broker.up(STATE_DIR)
     config = msgspec.structs.replace(config, log=msgspec.structs.replace(config.log, url=f"kafka:{bootstrap}"))
     config, run_dir = create_run(config)
     try:
         return conduct("demo", config, run_dir, resume=False)
     finally:
-        broker.down(state_dir)
+        broker.down(STATE_DIR)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +48,32 @@ def run(args: argparse.Namespace) -> int:
         if args.config or args.set:
             raise ConfigError("--resume takes its configuration from the run's folder; leave CONFIG and --set out")
         run_dir = find_run(args.resume)
-        return conduct("run", reopen_run(run_dir), run_dir, resume=True)
+        config = reopen_run(run_dir)
+        with _broker_of(config.log.url):
+            return conduct("run", config, run_dir, resume=True)
     config = load(args.config, args.set)
     if args.dry_run:
         print(dump(config), end="")
         return 0
     config, run_dir = create_run(config)
     return conduct("run", config, run_dir, resume=False)
+
+
+@contextmanager
+def _broker_of(url: str) -> Iterator[None]:
+    """If the run's log is this machine's own broker (`kat-stream broker up`) and it is down, it runs meanwhile."""
+    from kat_stream.cli.broker import STATE_DIR
+    from kat_stream.log import broker
+
+    status = broker.status(STATE_DIR)
+    ours = status.bootstrap != "" and url == f"kafka:{status.bootstrap}" and not status.running
+    if ours:
+        broker.up(STATE_DIR)
+    try:
+        yield
+    finally:
+        if ours:
+            broker.down(STATE_DIR)
 
 
 def conduct(title: str, config: Config, run_dir: Path, *, resume: bool) -> int:

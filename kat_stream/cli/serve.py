@@ -36,6 +36,7 @@ def register(subparsers: Any) -> None:
             entry.name,
             help=header.partition("\n")[0].partition(": ")[2],
             description=header,
+            epilog=f"examples:\n  kat-stream serve {entry.name} --run latest",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         service.add_argument("--run", default="latest", help="folder of the run, its name, or `latest`")
