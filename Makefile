@@ -20,7 +20,8 @@ check: ## style, types, import direction
 	.venv/bin/lint-imports
 
 bench: setup-test ## every benchmark; prints its tables
-	for script in tests/benchmarks/*.py; do echo "== $$script"; .venv/bin/python $$script; done
+	@for name in engine learner sandboxes gateway; do \
+		echo "== python -m tests.benchmarks.$$name"; .venv/bin/python -m tests.benchmarks.$$name || exit 1; done
 
 warm-start: setup ## make the small policy that ships in kat_stream/demo/policy again
 	.venv/bin/python -m kat_stream.demo.warm_start --out .kat/policy --seed $(SEED)

@@ -34,6 +34,7 @@ from kat_stream.training.checkpoint import Checkpoint, latest_checkpoint, save_c
 from kat_stream.training.learner import LearnerConfig, TorchLearner
 from kat_stream.training.publication import Publication
 from topics import LedgerEntry, PackedBatch, PolicyVersion, Record, TrainStep, format_version
+from topics.ledger import State
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class Trainer:
 
     def __init__(self) -> None:
         self.lineage = uuid.uuid4().hex[:6]
+        self.parent: tuple[str, int] = ("", -1)
+        """Lineage and step that this lineage goes on from, if it is not the first."""
         self.history: list[PolicyVersion] = []
         self.positions: dict[str, int] = {}
         self.manifest: tuple[str, ...] = ()
@@ -78,9 +81,9 @@ class Trainer:
         self.arrived: deque[Delivered] = deque()
 
     async def run(self, ctx: Context) -> None:
-        parent = await anyio.to_thread.run_sync(self._open, ctx)
+        await anyio.to_thread.run_sync(self._open, ctx)
         self.history = [v async for v in _versions(ctx)]
-        await self._publish(ctx, parent)
+        await self._publish(ctx)
         durable = not ctx.config.log.url.startswith("memory:")
         start = {("batches", int(partition)): offset for partition, offset in self.positions.items()} if durable else {}
         async with ctx.log.follow(("batches",), start=start, poll_s=POLL_S) as follower:
@@ -98,7 +101,7 @@ class Trainer:
     def version(self) -> str:
         return format_version(self.lineage, self.learner.step_count)
 
-    def _open(self, ctx: Context) -> Checkpoint | None:
+    def _open(self, ctx: Context) -> None:
         """Model and optimizer as the newest checkpoint left them, or as they ship."""
         import torch
 
@@ -108,11 +111,11 @@ class Trainer:
         checkpoint = latest_checkpoint(ctx.run_dir / "checkpoints")
         if checkpoint is not None:
             self.learner.load(checkpoint.state)
+            self.parent = (checkpoint.lineage, checkpoint.step)
             self.positions = dict(checkpoint.positions)
             self.manifest = checkpoint.manifest
-            self.saved_step = self.learner.step_count
-            log.info("resumed at step %d of lineage %s", self.learner.step_count, checkpoint.lineage)
-        return checkpoint
+            self.saved_step = checkpoint.step
+            log.info("resumed at step %d of lineage %s", *reversed(self.parent))
 
     async def _gather(self, ctx: Context, follower: Follower) -> list[Arrival] | None:
         """The next groups of one step, in the order of the log; None if the service must stop first."""
@@ -153,7 +156,11 @@ class Trainer:
         return None
 
     async def _step(self, ctx: Context, arrivals: Sequence[Arrival]) -> None:
-        """Gradient, weights, records; in this order, so that nothing is announced that was not done."""
+        """Gradient, weights, records, checkpoint; in this order.
+
+        A crash before the checkpoint leaves a step that was announced and is made again: in a new lineage, and the
+        announced one belongs to the abandoned end of the old. The other way round a trained rollout could go unnamed.
+        """
         began = time.monotonic()
         step = assemble(
             [group for _, group in arrivals], self.version, forks_of(self.history), ctx.config.sampler.staleness
@@ -166,14 +173,14 @@ class Trainer:
         for position, _ in arrivals:
             self.positions[str(position.partition)] = position.offset + 1
         self.manifest = step.trained
-        if self.learner.step_count % ctx.config.trainer.checkpoint_every == 0:
-            await self._save_if_possible(ctx)
         seconds = time.monotonic() - began
         telemetry.STEPS.inc()
         telemetry.STEP_SECONDS.observe(seconds)
         telemetry.TRAIN_BUSY.inc(seconds)
         metrics |= {"reward_mean": step.reward_mean, "step_seconds": seconds}
-        await self._publish(ctx, None, self._records(ctx, step, metrics))
+        await self._publish(ctx, self._records(ctx, step, metrics))
+        if self.learner.step_count % ctx.config.trainer.checkpoint_every == 0:
+            await self._save_if_possible(ctx)
 
     def _learn(self, step: Step, should_stop: Callable[[], bool]) -> dict[str, float]:
         if not step.teaches:
@@ -184,37 +191,35 @@ class Trainer:
         return self.learner.step(step.batch, should_stop).as_dict()
 
     def _records(self, ctx: Context, step: Step, metrics: dict[str, float]) -> list[Record]:
-        number = self.learner.step_count
         records: list[Record] = [
             TrainStep(
                 run=ctx.run,
                 lineage=self.lineage,
-                step=number,
+                step=self.learner.step_count,
                 metrics=metrics,
                 groups=step.groups,
                 trained=step.trained,
                 stale=step.stale,
                 positions=dict(self.positions),
-                checkpoint=str(self._checkpoint_dir(ctx)) if self.saved_step == number else "",
                 unix_s=time.time(),
             )
         ]
-        for state, rollouts in (("trained", step.trained), ("stale", step.stale)):
-            records += [
-                LedgerEntry(
-                    run=ctx.run,
-                    group_id=rollout_id.rpartition("-")[0],
-                    rollout_id=rollout_id,
-                    state="trained" if state == "trained" else "stale",
-                    step=number,
-                    lineage=self.lineage,
-                    stage="trainer",
-                )
-                for rollout_id in rollouts
-            ]
+        records += [self._entry(ctx, rollout_id, "trained") for rollout_id in step.trained]
+        records += [self._entry(ctx, rollout_id, "stale") for rollout_id in step.stale]
         return records
 
-    async def _publish(self, ctx: Context, parent: Checkpoint | None, records: Sequence[Record] = ()) -> None:
+    def _entry(self, ctx: Context, rollout_id: str, state: State) -> LedgerEntry:
+        return LedgerEntry(
+            run=ctx.run,
+            group_id=rollout_id.rpartition("-")[0],
+            rollout_id=rollout_id,
+            state=state,
+            step=self.learner.step_count,
+            lineage=self.lineage,
+            stage="trainer",
+        )
+
+    async def _publish(self, ctx: Context, records: Sequence[Record] = ()) -> None:
         """The present weights as a policy version, after the records of the step that made them."""
         publication = await self._write_weights(ctx)
         version = PolicyVersion(
@@ -224,8 +229,8 @@ class Trainer:
             number=self.learner.step_count,
             path=str(publication.path.absolute()),
             checksum=publication.checksum,
-            parent_lineage=parent.lineage if parent else self._parent_lineage(),
-            parent_number=parent.step if parent else self._parent_number(),
+            parent_lineage=self.parent[0],
+            parent_number=self.parent[1],
         )
         await ctx.log.publish(*records, version)
         self.history.append(version)
@@ -243,14 +248,6 @@ class Trainer:
                 log.error("waiting for the disk: %s", error)
                 if time.monotonic() > give_up or await ctx.stopped_within(DISK_RETRY_S):
                     raise
-
-    def _parent_lineage(self) -> str:
-        own = [version for version in self.history if version.lineage == self.lineage]
-        return own[0].parent_lineage if own else ""
-
-    def _parent_number(self) -> int:
-        own = [version for version in self.history if version.lineage == self.lineage]
-        return own[0].parent_number if own else -1
 
     async def _save_if_possible(self, ctx: Context) -> None:
         """In the middle of a run a checkpoint that cannot be written is missed, not fatal: the last one still holds."""

@@ -14,19 +14,22 @@ from pathlib import Path
 import anyio
 
 from kat_stream.config import Config
-from kat_stream.errors import KatError
+from kat_stream.errors import KatError, LogError
 from kat_stream.local import run_local
 from kat_stream.log import open_log
+from kat_stream.log.lag import lags
 from kat_stream.observe.progress import Progress
 from kat_stream.observe.sources import archived_ledger
 from kat_stream.runs import registered
 from kat_stream.service import Context
 from kat_stream.signals import stop_on_signal
 from kat_stream.supervisor import supervise
-from kat_stream.telemetry import serve_metrics
+from kat_stream.telemetry import LAG, serve_metrics
 from topics import CATALOGUE, LedgerEntry
 
 log = logging.getLogger(__name__)
+
+LAG_EVERY_S = 5.0
 
 
 @dataclass(slots=True)
@@ -58,6 +61,7 @@ async def execute(config: Config, run_dir: Path, *, resume: bool, progress: Prog
             async with anyio.create_task_group() as group:
                 group.start_soon(stop_on_signal, ctx.stopping, signalled)
                 group.start_soon(progress.follow, ctx)
+                group.start_soon(_export_lag, ctx)
                 try:
                     await (run_local(ctx) if one_process else supervise(run_dir, ctx.stopping))
                 except KatError as failure:
@@ -70,6 +74,16 @@ async def execute(config: Config, run_dir: Path, *, resume: bool, progress: Prog
             await the_log.close()
         metrics.shutdown()
     return Result(time.monotonic() - began, signalled.is_set(), error)
+
+
+async def _export_lag(ctx: Context) -> None:
+    """Keep the gauge of how far each stage is behind; a log that is away for a while is not this task's business."""
+    while not await ctx.stopped_within(LAG_EVERY_S):
+        try:
+            for lag in await lags(ctx.log):
+                LAG.labels(lag.group, lag.topic).set(lag.messages)
+        except LogError as error:
+            log.debug("lag: %s", error)
 
 
 async def _settle_interrupted(ctx: Context) -> None:

@@ -18,5 +18,4 @@ class TrainStep(Record, frozen=True, kw_only=True, tag="TrainStep/1"):
     """Packed, but older than the bound when the step was made."""
     positions: dict[str, int] = {}
     """Partition -> next offset of `batches`."""
-    checkpoint: str = ""
     unix_s: float = 0.0

@@ -1,0 +1,90 @@
+"""The contract: bytes of every shipped version decode for ever, and a group never leaves its partition."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.unit.records import RUN, TASK, request, reward, trajectory, turn
+from topics import (
+    CATALOGUE,
+    DeadLetter,
+    GroupMember,
+    LedgerEntry,
+    PackedBatch,
+    PackedRow,
+    PolicyVersion,
+    Record,
+    Score,
+    TrainStep,
+    decode_any,
+    encode,
+    header_of,
+    parse_version,
+    partition_of,
+    topic_of,
+)
+from topics.record import floats, ints, pack_floats, pack_ints
+
+GOLDEN = Path(__file__).with_name("golden_records.json")
+ASKED = request()
+ROW = PackedRow(**{name: pack_ints([1, 2]) for name in PackedRow.__struct_fields__})
+SAMPLES: tuple[Record, ...] = (
+    TASK,
+    ASKED,
+    turn(ASKED, [1, 2, 3], [4, 5]),
+    trajectory(ASKED, turn(ASKED, [1, 2, 3], [4, 5]), patch=b"\x00diff", log="done"),
+    reward(ASKED, 0.5, components={"passed": 0.5}),
+    Score(run=RUN, group_id="g", rollout_id="g-0", scorer="t", version="a.1", turn_ids=("x",), repeats=1, logprobs=b""),
+    PackedBatch(
+        run=RUN, group_id="g", task_id="t", members=(GroupMember(rollout_id="g-0", fate="packed"),), rows=(ROW,)
+    ),
+    PolicyVersion(
+        run=RUN, model="m", lineage="a", number=3, path="/w", checksum="c", parent_lineage="b", parent_number=1
+    ),
+    TrainStep(
+        run=RUN, lineage="a", step=3, metrics={"loss": 0.25}, groups=("g",), trained=("g-0",), positions={"0": 7}
+    ),
+    LedgerEntry(run=RUN, group_id="g", rollout_id="g-0", state="failed", reason="SandboxUnavailable", stage="rollout"),
+    DeadLetter(run=RUN, stage="s", topic="turns", partition=1, offset=2, error_type="E", message="m", value=b"\xff"),
+)
+
+
+def test_every_topic_has_a_golden_record() -> None:
+    assert {type(sample) for sample in SAMPLES} == {topic.record for topic in CATALOGUE}
+    assert set(json.loads(GOLDEN.read_text())) == {header_of(type(sample)) for sample in SAMPLES}
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: type(sample).__name__)
+def test_bytes_of_a_shipped_version_decode_for_ever(sample: Record) -> None:
+    header = header_of(type(sample))
+    assert decode_any(header, bytes.fromhex(json.loads(GOLDEN.read_text())[header])) == sample
+    assert decode_any(header, encode(sample)) == sample
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: type(sample).__name__)
+def test_a_reader_ignores_fields_that_a_later_version_adds(sample: Record) -> None:
+    later = {**msgspec.msgpack.decode(encode(sample)), "added_later": [1, 2]}
+    assert decode_any(header_of(type(sample)), msgspec.msgpack.encode(later)) == sample
+
+
+def test_all_records_of_a_group_share_a_partition() -> None:
+    for number in range(50):
+        asked = request(f"r-t{number:06d}")
+        records = [asked, turn(asked, [1], [2]), trajectory(asked), reward(asked, 1.0)]
+        records += [LedgerEntry(run=RUN, group_id=asked.group_id, rollout_id=asked.rollout_id, state="finished")]
+        assert len({partition_of(record) for record in records}) == 1
+    assert len({topic_of(record).partitions for record in records}) == 1
+
+
+def test_token_arrays_are_little_endian() -> None:
+    assert pack_ints([1, -2]) == b"\x01\0\0\0\xfe\xff\xff\xff"
+    assert list(ints(pack_ints([7, 2**31 - 1]))) == [7, 2**31 - 1]
+    assert list(floats(pack_floats([-0.5]))) == [-0.5]
+
+
+@pytest.mark.parametrize("bad", ["", "a", "a.", ".1", "a.b"])
+def test_what_is_no_version_is_refused(bad: str) -> None:
+    with pytest.raises(ValueError, match="not a policy version"):
+        parse_version(bad)
