@@ -2,7 +2,7 @@
 
     runs/NAME/config.toml        complete configuration, ports and log address included
     runs/NAME/services/*.json    one file a live service process: pid, /metrics address
-    runs/NAME/targets.json       Prometheus file_sd targets made from these
+    runs/NAME.targets.json       Prometheus file_sd targets made from these (its globs may not cross folders)
     runs/NAME/{checkpoints,weights,archive,logs}/
 
 Invariant: config.toml is written once, before anything starts, and every process of the run reads it from there.
@@ -90,12 +90,25 @@ def registered(run_dir: Path, member: str, metrics_url: str) -> Iterator[None]:
 
 def write_targets(run_dir: Path) -> None:
     """Prometheus `file_sd_configs` targets of the live services."""
-    targets = []
-    for path in sorted((run_dir / "services").glob("*.json")):
-        service = json.loads(path.read_text())
-        address = service["metrics"].removeprefix("http://").removesuffix("/metrics")
-        targets.append({"targets": [address], "labels": {"service": service["member"], "run": run_dir.name}})
-    _write(run_dir / "targets.json", json.dumps(targets, indent=1))
+    services = [json.loads(path.read_text()) for path in sorted((run_dir / "services").glob("*.json"))]
+    addresses = [(service["member"], _address(service["metrics"])) for service in services]
+    addresses += [("engine-http", address) for address in _engine_addresses(load_run(run_dir))]
+    targets = [{"targets": [where], "labels": {"service": who, "run": run_dir.name}} for who, where in addresses]
+    _write(targets_file(run_dir), json.dumps(targets, indent=1))
+
+
+def _engine_addresses(config: Config) -> list[str]:
+    """Where engines answer /metrics themselves, under SGLang's names."""
+    urls = config.engine.urls or (f"http://{config.engine.host}:{config.engine.port}",)
+    return [_address(url) for url in urls]
+
+
+def _address(url: str) -> str:
+    return url.partition("//")[2].partition("/")[0]
+
+
+def targets_file(run_dir: Path) -> Path:
+    return run_dir.with_name(f"{run_dir.name}.targets.json")
 
 
 def _port(host: str, port: int, key: str, moving: bool) -> int:

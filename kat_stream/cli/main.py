@@ -7,6 +7,7 @@ a bug or `--debug`. A reader that closes the pipe (`| head`) ends a command quie
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ trajectory, reward and batch is a record on a topic, and every part of the syste
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it reports ordinary events; our errors say what matters
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:
         build_parser().print_help()

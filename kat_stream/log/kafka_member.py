@@ -22,6 +22,9 @@ from kat_stream.errors import LogError
 from kat_stream.log.base import Committed, Delivered, OnRevoked, Position, TopicPartition
 from kat_stream.log.kafka_client import Broker, stopped, translated, whole
 
+FETCH_BYTES = 1 << 16
+"""A partition's share of what is fetched ahead. aiokafka hands out one partition's share to the end before the next
+one's: a large share would let a group that came first wait behind hundreds of others. A larger message comes whole."""
 JOIN_S = 60.0
 COMMIT_S = 10.0
 POSITION_S = 1.0
@@ -61,6 +64,7 @@ class KafkaMember:
             rebalance_timeout_ms=REBALANCE_TIMEOUT_MS,
             max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
             fetch_max_wait_ms=100,
+            max_partition_fetch_bytes=FETCH_BYTES,
             partition_assignment_strategy=(_strategy(together),),
         )
         self._consumer.subscribe([broker.named(topic) for topic in topics], listener=_Listener(self))

@@ -1,5 +1,6 @@
 """Ctrl-C stops within seconds and says how to go on; a resumed run goes on where the checkpoint is."""
 
+import os
 import signal
 import time
 from collections import Counter
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from kat_stream.observe.sources import archived_ledger, archived_records
 from tests.story.conftest import DEMO, end, kat, settings, start, wait_for
-from topics import PolicyVersion, TrainStep
+from topics import PolicyVersion, TrainStep, Trajectory
 
 STOP_S = 5.0
 
@@ -17,7 +18,7 @@ def test_stop_and_resume(tmp_path: Path) -> None:
     process = start("run", DEMO, *settings(tmp_path, run__name="cut", run__steps="12"), out=out)
     try:
         wait_for("the first step", lambda: "step 1/12" in out.read_text(), 200)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
         asked = time.monotonic()
         assert process.wait(30) == 130
         assert time.monotonic() - asked < STOP_S
@@ -28,6 +29,7 @@ def test_stop_and_resume(tmp_path: Path) -> None:
     done = kat("run", "--resume", tmp_path / "cut")
     assert done.returncode == 0, done.stdout + done.stderr
     records = [record for record, _ in archived_records(tmp_path / "cut")]
+    assert not [r for r in records if isinstance(r, Trajectory) and r.outcome == "sandbox_died"]
     steps = [record for record in records if isinstance(record, TrainStep)]
     assert [step.step for step in steps] == list(range(1, 13))
     assert len({step.lineage for step in steps}) == 2

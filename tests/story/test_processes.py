@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kat_stream.log import open_log
 from kat_stream.observe.sources import archived_ledger, archived_records
+from kat_stream.runs import targets_file
 from tests.story.conftest import DEMO, end, kat, settings, start, wait_for
 from topics import TrainStep, Trajectory
 
@@ -79,12 +80,13 @@ def _every_service_answers_metrics(run_dir: Path) -> None:
         "rollout-2",
         "sampler",
     }
-    targets = {address for entry in json.loads((run_dir / "targets.json").read_text()) for address in entry["targets"]}
-    assert len(targets) == len(services)
+    targets = {address for entry in json.loads(targets_file(run_dir).read_text()) for address in entry["targets"]}
+    assert len(targets) == len(services) + 1
+    found: set[str] = set()
     for address in targets:
         text = urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read().decode()
-        names = {family.name for family in text_string_to_metric_families(text)}
-        assert "kat_policy_version" in names
+        found |= {family.name for family in text_string_to_metric_families(text)}
+    assert {"kat_policy_version", "kat_rollouts", "kat_train_steps", "sglang:generation_tokens"} <= found
 
 
 def _nothing_lost_nothing_twice(run_dir: Path) -> None:

@@ -195,7 +195,15 @@ class BwrapBackend:
         pipe = subprocess.PIPE
         try:
             process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, bufsize=0, pass_fds=passed, cwd="/", env={}
+                command,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=subprocess.STDOUT,
+                bufsize=0,
+                pass_fds=passed,
+                cwd="/",
+                env={},
+                process_group=0,  # a terminal's Ctrl-C is for this process: it must not reach into sandboxes
             )
         except OSError as error:
             os.close(info)
