@@ -87,7 +87,7 @@ async def _recorded(trajectory: Trajectory, judge: Callable[[Verifier], Awaitabl
         verifier = get_verifier(spec.name)
         async with asyncio.timeout(spec.timeout_s + _OVERHEAD_S):
             verdict = await judge(verifier)
-    except Exception as error:
+    except Exception as error:  # a grading is a record, whatever breaks
         # A grading is a record: whatever breaks, also in a plug-in's code, is this grading's failure and no score.
         _log.warning("grading %s: %s: %s", trajectory.rollout_id, type(error).__name__, error)
         fate = {"status": "failed", "evidence": str(error), "error_class": type(error).__name__}

@@ -139,7 +139,7 @@ class RolloutRunner:
     async def _guarded(self, state: _State) -> _End:
         try:
             return await self._work(state)
-        except Exception as error:
+        except Exception as error:  # a rollout is a record, whatever breaks
             # A rollout is a record: an error of any kind, also from a plug-in's code, ends this rollout and no other.
             _log.warning("rollout %s: %s: %s", state.request.rollout_id, type(error).__name__, error)
             return _failed(error)

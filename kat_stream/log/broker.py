@@ -58,7 +58,7 @@ def up(state_dir: Path, port: int = 0) -> str:
         started = _start(state_dir, f"127.0.0.1:{port}")
         try:
             _wait_ready(started, state_dir)
-        except BaseException:
+        except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
             os.kill(started.pid, signal.SIGKILL)
             raise
         return started.bootstrap

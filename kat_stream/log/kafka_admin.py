@@ -45,7 +45,7 @@ class KafkaAdmin:
                 try:
                     await self._admin.start()
                     await self._offsets.start()
-                except BaseException:
+                except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
                     await self.close()
                     raise
 

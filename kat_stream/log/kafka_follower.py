@@ -67,7 +67,7 @@ class KafkaFollower(BaseFollower):
                 consumer.assign([self._broker.there(partition) for partition in starts])
                 for partition, offset in starts.items():
                     consumer.seek(self._broker.there(partition), offset)
-        except BaseException:
+        except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
             await stopped(consumer.stop())
             raise
         return consumer

@@ -75,7 +75,7 @@ class KafkaMember:
             with translated(f"joining group {self._group}"):
                 async with asyncio.timeout(JOIN_S):
                     await self._consumer.start()
-        except BaseException:
+        except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
             await self.leave()
             raise
 

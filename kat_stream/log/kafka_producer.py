@@ -73,7 +73,7 @@ class KafkaPublisher:
                 producer = await self._running()
                 try:
                     await _send(producer, self._broker, messages)
-                except Exception:
+                except Exception:  # whatever it is: this producer is not used again, and it is raised again
                     self._discard(producer)
                     raise
 
@@ -108,7 +108,7 @@ async def _started(producer: AIOKafkaProducer) -> None:
     try:
         async with asyncio.timeout(CONNECT_S):
             await producer.start()
-    except BaseException:
+    except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
         await stopped(producer.stop())
         raise
 

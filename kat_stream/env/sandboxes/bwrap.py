@@ -106,7 +106,7 @@ class BwrapBackend:
             directory = self._make_directory(name)
             try:
                 return await self._start(name, directory, spec, owner)
-            except BaseException:
+            except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
                 shutil.rmtree(directory, ignore_errors=True)
                 raise
 
@@ -139,7 +139,7 @@ class BwrapBackend:
         group = self._make_group(name, spec)
         try:
             process, info = self._spawn(name, spec, group)
-        except BaseException:
+        except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
             if group is not None:
                 await group.empty_and_remove()
             raise
@@ -150,7 +150,7 @@ class BwrapBackend:
         try:
             await self._greet(server, spec)
             sandbox.adopt(_child_of(info))
-        except BaseException:
+        except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
             await sandbox.destroy()
             raise
         finally:
