@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import urllib.error
 import urllib.request
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -84,9 +86,18 @@ def _every_service_answers_metrics(run_dir: Path) -> None:
     assert len(targets) == len(services) + 1
     found: set[str] = set()
     for address in targets:
-        text = urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read().decode()
-        found |= {family.name for family in text_string_to_metric_families(text)}
+        wait_for(f"metrics at {address}", partial(_scrape, address, found), 90)
     assert {"kat_policy_version", "kat_rollouts", "kat_train_steps", "sglang:generation_tokens"} <= found
+
+
+def _scrape(address: str, found: set[str]) -> bool:
+    """Add the names that an address exports; False while nobody listens there, as an engine that still loads."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+            found |= {family.name for family in text_string_to_metric_families(answer.read().decode())}
+    except urllib.error.URLError:
+        return False
+    return True
 
 
 def _nothing_lost_nothing_twice(run_dir: Path) -> None:
