@@ -20,6 +20,7 @@ import anyio
 from anyio.abc import Process
 
 from kat_stream.errors import ServiceDied
+from kat_stream.signals import SUPERVISOR
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Member:
         command += ["--run", str(self.run_dir), "--member", self.name]
         self.log_file.parent.mkdir(exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment[SUPERVISOR] = str(os.getpid())
         with self.log_file.open("ab") as out:
             self.process = await anyio.open_process(
                 command, stdin=None, stdout=out, stderr=out, env=environment, start_new_session=True

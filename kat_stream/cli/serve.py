@@ -70,7 +70,7 @@ async def _serve(service: Any, run_dir: Path, member: str) -> None:
     from kat_stream.log import open_log
     from kat_stream.runs import load_run, registered
     from kat_stream.service import Context
-    from kat_stream.signals import stop_on_signal
+    from kat_stream.signals import stop_on_signal, stop_with_supervisor
     from kat_stream.telemetry import serve_metrics
 
     config = load_run(run_dir)
@@ -85,6 +85,7 @@ async def _serve(service: Any, run_dir: Path, member: str) -> None:
         with registered(run_dir, member, url):
             async with anyio.create_task_group() as group:
                 group.start_soon(stop_on_signal, ctx.stopping)
+                group.start_soon(stop_with_supervisor, ctx.stopping)
                 await service.run(ctx)
                 group.cancel_scope.cancel()
     finally:

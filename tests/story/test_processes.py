@@ -109,3 +109,16 @@ def _nothing_lost_nothing_twice(run_dir: Path) -> None:
     assert set(trained.values()) <= {1}
     workers = Counter(t.rollout_id for t in records if isinstance(t, Trajectory))
     assert len(workers) == summary.requested
+
+
+def test_services_do_not_outlive_their_supervisor(kafka_bootstrap: str, tmp_path: Path) -> None:
+    changes = {"log__url": f"'kafka:{kafka_bootstrap}'", "run__name": "orphans", "run__steps": "50"}
+    run_dir = tmp_path / "orphans"
+    process = start("run", DEMO, *settings(tmp_path, **changes), out=tmp_path / "out.txt")
+    try:
+        wait_for("every service", lambda: len(live(run_dir)) >= 11, 180)
+        pids = [service["pid"] for service in live(run_dir).values()]
+    finally:
+        end(process)
+    wait_for("the last service to stop", lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 60)
+    assert set(live(run_dir)) <= {"run"}
