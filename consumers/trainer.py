@@ -21,6 +21,7 @@ import anyio
 
 from kat_stream import telemetry
 from kat_stream.config import Config
+from kat_stream.curriculum import group_of
 from kat_stream.errors import DataError, DeadlineExceeded, StepCancelled, StorageError
 from kat_stream.log.base import Delivered, Follower, Position
 from kat_stream.log.handling import dead_letter
@@ -211,7 +212,7 @@ class Trainer:
     def _entry(self, ctx: Context, rollout_id: str, state: State) -> LedgerEntry:
         return LedgerEntry(
             run=ctx.run,
-            group_id=rollout_id.rpartition("-")[0],
+            group_id=group_of(rollout_id),
             rollout_id=rollout_id,
             state=state,
             step=self.learner.step_count,

@@ -107,6 +107,11 @@ class Schedule:
         ]
 
 
+def group_of(rollout_id: str) -> str:
+    """The group of a rollout, from its id as `Schedule` makes them."""
+    return rollout_id.rpartition("-")[0]
+
+
 def _order(seed: int, epoch: int, count: int) -> list[int]:
     order = list(range(count))
     random.Random(f"{seed}/{epoch}").shuffle(order)

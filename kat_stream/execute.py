@@ -14,6 +14,7 @@ from pathlib import Path
 import anyio
 
 from kat_stream.config import Config
+from kat_stream.curriculum import group_of
 from kat_stream.errors import KatError, LogError
 from kat_stream.local import run_local
 from kat_stream.log import open_log
@@ -92,7 +93,7 @@ async def _settle_interrupted(ctx: Context) -> None:
     entries = [
         LedgerEntry(
             run=ctx.run,
-            group_id=rollout_id.rpartition("-")[0],
+            group_id=group_of(rollout_id),
             rollout_id=rollout_id,
             state="cancelled",
             reason="the run was interrupted",

@@ -14,8 +14,7 @@ from typing import Any
 import anyio
 
 from kat_stream.cli.common import add_command
-
-SERVICE_GROUP = "kat_stream.services"
+from kat_stream.service import SERVICE_GROUP
 
 
 def register(subparsers: Any) -> None:
