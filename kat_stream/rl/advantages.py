@@ -1,11 +1,12 @@
 """Advantages of the rollouts of one group, from their rewards.
 
-Invariant: advantages of a group sum to zero; a group whose rewards are all equal teaches nothing and gives None.
+Invariant: advantages of a baseline's members sum to zero; members whose rewards are all equal teach nothing and give
+None (NaN in `grouped`). Rewards of different scaffolds have different scales, so each key has a baseline of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,18 +28,31 @@ def group_std(rewards: ArrayLike) -> NDArray[np.float64] | None:
     return None if centred is None else np.asarray(centred / centred.std(), np.float64)
 
 
+def leave_one_out(rewards: ArrayLike) -> NDArray[np.float64] | None:
+    """Reward minus the mean of the others' (RLOO, arXiv 2402.14740): `group_mean` * G / (G - 1)."""
+    centred = group_mean(rewards)
+    return None if centred is None else np.asarray(centred * (len(centred) / (len(centred) - 1)), np.float64)
+
+
 Advantage = Callable[[ArrayLike], NDArray[np.float64] | None]
 
-ADVANTAGES: dict[str, Advantage] = {"group_mean": group_mean, "group_std": group_std}
+ADVANTAGES: dict[str, Advantage] = {
+    "group_mean": group_mean,
+    "group_std": group_std,
+    "leave_one_out": leave_one_out,
+}
 
 
-def turn_shares(rollout: ArrayLike) -> NDArray[np.float64]:
-    """float64[M]: 1 / (turns of the turn's rollout), so that every rollout weighs the same whatever its length.
-
-    `rollout` is int[M], the rollout of each trainable turn. Shares of 1 instead make every turn weigh the same.
-    """
-    _, inverse, counts = np.unique(np.asarray(rollout), return_inverse=True, return_counts=True)
-    return np.asarray(1.0 / counts[inverse], np.float64)
+def grouped(rewards: ArrayLike, keys: Sequence[Hashable], rule: Advantage) -> NDArray[np.float64]:
+    """float64[G]: `rule` over the members of each key, (task, scaffold); NaN where a key's rewards are all equal."""
+    values = _finite(rewards)
+    result = np.full(len(values), np.nan)
+    for key in dict.fromkeys(keys):
+        members = np.array([other == key for other in keys])
+        found = rule(values[members])
+        if found is not None:
+            result[members] = found
+    return result
 
 
 def _finite(rewards: ArrayLike) -> NDArray[np.float64]:

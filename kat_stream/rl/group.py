@@ -13,7 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kat_stream.errors import DataError
-from kat_stream.rl import advantages
+from kat_stream.rl.advantages import ADVANTAGES, grouped
+from kat_stream.rl.aggregation import turn_weights
+from kat_stream.rl.registry import find
+from kat_stream.rl.settings import Aggregation, Level
 from kat_stream.rl.staleness import Forks, is_stale, oldest
 from kat_stream.trees import TrainBatch, TurnTokens, make_batch, to_arrays, turns_of
 from topics import GroupMember, PackedBatch, PackedRow, Reward, Trajectory
@@ -24,9 +27,12 @@ class GroupRules:
     """What the packer is told by the configuration."""
 
     staleness: int
-    normalise_std: bool
     budget_tokens: int
     max_positions: int | None = None
+    advantage: str = "group_mean"
+    """A name in `rl.advantages.ADVANTAGES`."""
+    aggregation: Aggregation = "trajectory"
+    level: Level = "turn"
 
 
 @dataclass(slots=True)
@@ -37,6 +43,11 @@ class _Member:
     reason: str = ""
     turns: tuple[TurnTokens, ...] = ()
     version: str = ""
+    versions: tuple[str, ...] = ()
+
+    @property
+    def scaffold(self) -> str:
+        return self.trajectory.request.task.scaffold
 
     def drop(self, fate: str, reason: str) -> None:
         self.fate, self.reason = fate, reason
@@ -48,8 +59,7 @@ def pack_group(
     """`finished` holds every member of one group, with a reward where the trajectory could be graded."""
     members = [_judge(trajectory, reward, head, forks, rules) for trajectory, reward in finished]
     _compare(members, rules)
-    packed = [member for member in members if member.fate == "packed"]
-    batch = _batch(packed, rules) if packed else None
+    batch = _batch_of([member for member in members if member.fate == "packed"], rules)
     first = finished[0][0]
     return PackedBatch(
         run=first.run,
@@ -70,6 +80,8 @@ def _judge(trajectory: Trajectory, reward: Reward | None, head: str, forks: Fork
         member.drop("cancelled" if cancelled else "failed", trajectory.error_class or trajectory.detail)
     elif reward is None or reward.status == "failed":
         member.drop("failed", reward.error_class if reward else "no reward")
+    elif not np.isfinite(reward.score):
+        member.drop("failed", f"bad_reward: {reward.score}")
     else:
         _read_turns(member, head, forks, rules)
     return member
@@ -85,6 +97,7 @@ def _read_turns(member: _Member, head: str, forks: Forks, rules: GroupRules) -> 
         if rules.max_positions is not None and longest > rules.max_positions:
             return member.drop("filtered", f"too_long: {longest} tokens, the model has {rules.max_positions} positions")
         member.version = oldest(spans, head, forks)
+        member.versions = tuple(dict.fromkeys(span.version for span in spans if span.end > span.start))
     except (DataError, ValueError) as error:
         return member.drop("filtered", f"bad_turn: {error}")
     if is_stale(member.version, head, forks, rules.staleness):
@@ -95,26 +108,37 @@ def _read_turns(member: _Member, head: str, forks: Forks, rules: GroupRules) -> 
 def _compare(members: Sequence[_Member], rules: GroupRules) -> None:
     """What can only be said of the group: equal rewards teach nothing."""
     alive = [member for member in members if member.fate == "packed"]
-    if alive and _advantages(alive, rules) is None:
-        reason = "alone" if len(alive) == 1 else "equal_rewards"
-        for member in alive:
-            member.drop("filtered", reason)
+    scaffolds = [member.scaffold for member in alive]
+    for member, advantage in zip(alive, _advantages(alive, rules), strict=True):
+        if np.isnan(advantage):
+            member.drop("filtered", "alone" if scaffolds.count(member.scaffold) == 1 else "equal_rewards")
 
 
-def _advantages(members: Sequence[_Member], rules: GroupRules) -> NDArray[np.float64] | None:
+def _advantages(members: Sequence[_Member], rules: GroupRules) -> NDArray[np.float64]:
+    """float64 of each member, all of one task; NaN where the rewards of its scaffold teach nothing."""
     rewards = [member.reward.score for member in members if member.reward is not None]
-    return (advantages.group_std if rules.normalise_std else advantages.group_mean)(rewards)
+    return grouped(rewards, [member.scaffold for member in members], find(ADVANTAGES, rules.advantage))
+
+
+def _batch_of(packed: Sequence[_Member], rules: GroupRules) -> TrainBatch | None:
+    """None if nobody is left, or if their turns contradict each other: the group closes in any case."""
+    try:
+        return _batch(packed, rules) if packed else None
+    except DataError as error:
+        for member in packed:
+            member.drop("filtered", f"bad_group: {error}")
+        return None
 
 
 def _batch(packed: Sequence[_Member], rules: GroupRules) -> TrainBatch:
-    each = _advantages(packed, rules)
-    assert each is not None
     owner = np.repeat(np.arange(len(packed)), [len(member.turns) for member in packed])
+    turns = [turn for member in packed for turn in member.turns]
+    lengths = [len(turn.sampled_ids) for turn in turns]
     return make_batch(
-        [turn for member in packed for turn in member.turns],
+        turns,
         rollout=owner,
-        advantage=each[owner],
-        weight=advantages.turn_shares(owner),
+        advantage=_advantages(packed, rules)[owner],
+        weight=turn_weights(owner, lengths, aggregation=rules.aggregation, level=rules.level),
         rollout_ids=[member.trajectory.rollout_id for member in packed],
         budget_tokens=rules.budget_tokens,
         max_positions=rules.max_positions,
@@ -134,4 +158,5 @@ def _record(member: _Member) -> GroupMember:
         turns=len(member.turns),
         tokens=sum(len(turn.sampled_ids) for turn in member.turns),
         oldest_version=member.version,
+        versions=member.versions,
     )

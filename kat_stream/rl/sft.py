@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from kat_stream.rl.turn_ratio import LossInputs, LossOutput, RatioConfig
+from kat_stream.rl.loss import Loss, LossInputs, LossOutput
+from kat_stream.rl.settings import RatioConfig
 from kat_stream.rl.units import Units, make_units
+from kat_stream.trees.batch import TrainBatch
 
 
-def sft_units(lengths: NDArray[np.int32], weight: NDArray[np.float32]) -> Units:
-    """One unit a token; `weight` float32[M] is that of each token of the turn."""
+def sft_units(batch: TrainBatch, config: RatioConfig) -> Units:
+    """One unit a token, with the weight of its turn; `config` is not looked at."""
+    lengths = batch.lengths
     turns = len(lengths)
-    per_turn = (weight * lengths).astype(np.float32)
+    per_turn = (batch.weight * lengths).astype(np.float32)
     return make_units("token", lengths, np.zeros(turns, np.int32), np.ones(turns, np.float32), per_turn)
 
 
@@ -26,3 +28,6 @@ def sft(inputs: LossInputs, config: RatioConfig) -> LossOutput:
     loss = -(inputs.weight[inputs.unit] * inputs.logp).sum()
     ones = torch.ones_like(inputs.length)
     return LossOutput(loss, ones, ones < 0, torch.zeros_like(inputs.logp, dtype=torch.bool))
+
+
+LOSS = Loss(sft_units, sft)

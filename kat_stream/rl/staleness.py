@@ -33,7 +33,8 @@ def age(version: str, head: str, forks: Forks) -> int | None:
     while here != lineage:
         if here not in forks or forks[here][0] in seen:
             return None
-        here, limit = forks[here]
+        here, left = forks[here]
+        limit = left if limit is None else min(left, limit)
         seen.add(here)
     return None if limit is not None and number > limit else newest - number
 

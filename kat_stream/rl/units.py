@@ -7,14 +7,12 @@ rows nor micro-batches change the gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kat_stream.errors import BatchError
-
-Level = Literal["token", "turn", "sequence"]
+from kat_stream.rl.settings import Level
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -1,8 +1,9 @@
 """Tree attention for any Hugging Face causal model, through the attention registry of `transformers`.
 
 Invariant: a token attends to its ancestors and itself, nothing else; with position ids = path depths the result equals
-running each path alone. Two plans of the same attention: `DensePlan`, an N x N mask (the reference), and `SegmentPlan`,
-unbranched runs against their own path (the fast one: it computes about as many pairs as the paths have).
+running each path alone. Plans of the same attention: `DensePlan`, an N x N mask (the reference), `SegmentPlan`,
+unbranched runs against their own path (it computes about as many pairs as the paths have), and those of `varlen` for
+accelerators.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from kat_stream.errors import ConfigError
+from kat_stream.training.cost import measured
+from kat_stream.training.gateways import Gateways
+from kat_stream.training.varlen import FlexPlan, VarlenPlan, flex_plan, varlen_plan
 from kat_stream.trees.layout import TreeLayout
 from kat_stream.trees.segments import cut_segments
 
 NAME = "kat_tree"
-Backend = Literal["segments", "dense"]
+Backend = Literal["auto", "segments", "dense", "flex", "flash"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class DensePlan:
     mask: Tensor
-    """bool[1, 1, N, N]: query row sees key column."""
+    """bool[1, 1, N, K]: query row sees key column."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -46,23 +50,32 @@ class SegmentPlan:
     """int64[N] into the outputs of all blocks."""
 
 
-Plan = DensePlan | SegmentPlan
+Plan = DensePlan | SegmentPlan | FlexPlan | VarlenPlan
 
 
-def make_plan(row: TreeLayout, backend: Backend) -> Plan:
-    """How a row will attend; made once a row and used by every layer."""
+def make_plan(row: TreeLayout, backend: Backend, *, above: int = 0, device: torch.device | None = None) -> Plan:
+    """How the tokens of a row will attend; made once a row and used by every layer.
+
+    The first `above` tokens of the row are a path that only gives keys.
+    """
+    if backend == "auto":
+        backend = measured(device or torch.device("cpu")).choose(row, above)
+    if backend == "flex":
+        return flex_plan(row, above, device)
+    if backend == "flash":
+        return varlen_plan(row, above, device)
     if backend == "dense":
-        at = torch.arange(len(row))
-        end = torch.from_numpy(row.end)
-        return DensePlan(((at <= at[:, None]) & (at[:, None] < end))[None, None])
-    segments = cut_segments(row)
+        at = torch.arange(len(row), device=device)
+        end = torch.from_numpy(row.end).to(device)
+        query = at[above:, None]
+        return DensePlan(((at <= query) & (query < end))[None, None])
+    segments = cut_segments(row, above)
     blocks = []
     for bucket in segments.buckets:
-        depth = torch.from_numpy(bucket.depth)
-        mask = torch.arange(bucket.key.shape[1]) <= depth[:, :, None]
-        query, key = torch.from_numpy(bucket.query), torch.from_numpy(bucket.key)
+        depth, query, key = (torch.from_numpy(x).to(device) for x in (bucket.depth, bucket.query, bucket.key))
+        mask = torch.arange(key.shape[1], device=device) <= depth[:, :, None]
         blocks.append(_Block(query.flatten(), key.flatten(), mask[:, None]))
-    return SegmentPlan(tuple(blocks), torch.from_numpy(segments.place))
+    return SegmentPlan(tuple(blocks), torch.from_numpy(segments.place).to(device))
 
 
 def tree_attention(
@@ -73,6 +86,7 @@ def tree_attention(
     attention_mask: Tensor | None,
     *,
     tree_plan: Plan | None = None,
+    tree_gateways: Gateways | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -83,6 +97,10 @@ def tree_attention(
         raise ConfigError("tree attention got no tree_plan: this model passes no keyword arguments to its attention")
     if sliding_window is not None or softcap is not None:
         raise ConfigError("tree attention has no sliding window and no soft cap, which this model asks for")
+    if tree_gateways is not None:
+        key, value = tree_gateways.through(module, key, value)
+    if isinstance(tree_plan, FlexPlan | VarlenPlan):
+        return tree_plan.attend(query, key, value, scaling), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -22,15 +22,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from kat_stream.env.plugins import load
 from kat_stream.errors import BatchError, CheckpointError, StepCancelled
-from kat_stream.rl.losses import LOSSES
-from kat_stream.rl.registry import find
-from kat_stream.rl.turn_ratio import RatioConfig
+from kat_stream.rl.objective import Objective
+from kat_stream.rl.settings import DistillationConfig, PenaltyConfig, RatioConfig
 from kat_stream.rl.units import Units
 from kat_stream.training.attention import NAME, Backend
+from kat_stream.training.backward import Backward, sampled_values
 from kat_stream.training.metrics import StepMetrics, Tally
 from kat_stream.training.publication import Publication, atomic_directory, copy_companions, weights_checksum
-from kat_stream.training.rows import loss_inputs, make_micro_batch, plan_micro_batches, turn_logprobs
+from kat_stream.training.rows import make_micro_batch, plan_micro_batches
 from kat_stream.trees.batch import TrainBatch
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -40,8 +41,10 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearnerConfig:
     loss: str = "turn_ratio"
-    """A name in `rl.losses.LOSSES`."""
+    """A name of the entry-point group `kat_stream.losses`."""
     ratio: RatioConfig = field(default_factory=RatioConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     learning_rate: float = 1e-3
     warmup_steps: int = 5
     """Linear from learning_rate / warmup_steps in the first step."""
@@ -50,9 +53,11 @@ class LearnerConfig:
     grad_clip: float = 1.0
     """Largest gradient norm (2-norm over all parameters)."""
     micro_batch_tokens: int = 4096
-    """Unique tokens run at once; a larger tree runs alone."""
+    """Unique tokens run at once; a larger tree runs in parts of at most as many."""
     attention: Backend = "segments"
     dtype: Literal["float32", "float64"] = "float32"
+    device: str = "cpu"
+    """As torch names it; `cuda` for an accelerator."""
 
 
 class TorchLearner:
@@ -63,14 +68,23 @@ class TorchLearner:
         self.config = config
         self.step_count = 0
         """Optimizer steps since the start of the run: also the number of the policy version."""
-        self._loss = find(LOSSES, config.loss)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=DTYPES[config.dtype], attn_implementation=NAME, local_files_only=True
+        self._objective = Objective(
+            policy=load("kat_stream.losses", config.loss),
+            ratio=config.ratio,
+            distillation=config.distillation,
+            penalty=config.penalty,
         )
-        self.model.train(False)
+        self.model = self._load_model()
+        self._reference = self._load_model() if self._objective.needs_reference else None
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
+
+    def _load_model(self) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(
+            self.model_dir, dtype=DTYPES[self.config.dtype], attn_implementation=NAME, local_files_only=True
+        )
+        return model.train(False).to(self.config.device)
 
     @property
     def max_positions(self) -> int:
@@ -86,7 +100,7 @@ class TorchLearner:
         """
         self._check(batch)
         began = time.perf_counter()
-        units = self._loss.units(batch, self.config.ratio)
+        units = self._objective.units(batch)
         tally = Tally()
         self.optimizer.zero_grad()
         for rows in plan_micro_batches(batch, units, self.config.micro_batch_tokens):
@@ -115,12 +129,13 @@ class TorchLearner:
     def logprobs(self, batch: TrainBatch) -> NDArray[np.float64]:
         """float64[sum of turn lengths]: log-probs of all sampled tokens under the present weights, in nats."""
         self._check(batch)
-        with torch.no_grad():
-            parts = [
-                turn_logprobs(self.model, make_micro_batch(batch, [row], self.config.attention))
-                for row in range(len(batch.rows))
-            ]
-        return torch.cat(parts).double().numpy()
+        parts = [
+            sampled_values(
+                self.model, make_micro_batch(batch, [row], self.config.micro_batch_tokens), self.config.attention
+            )[0]
+            for row in range(len(batch.rows))
+        ]
+        return torch.cat(parts).double().cpu().numpy()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, as tensors and plain values."""
@@ -139,6 +154,8 @@ class TorchLearner:
             raise CheckpointError(f"of another model: {name} is {theirs.get(name)}, expected {mine.get(name)}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # the settings are ours, the state is theirs
+            group |= {"betas": self.config.betas, "weight_decay": self.config.weight_decay}
         torch.set_rng_state(state["rng"])
         self.step_count = state["step"]
 
@@ -169,11 +186,17 @@ class TorchLearner:
             raise BatchError(f"id {largest} is outside the vocabulary of {self.model.config.vocab_size}")
 
     def _backward(self, batch: TrainBatch, units: Units, rows: list[int], tally: Tally) -> None:
-        micro = make_micro_batch(batch, rows, self.config.attention)
-        inputs = loss_inputs(batch, units, micro, turn_logprobs(self.model, micro))
-        output = self._loss.value(inputs, self.config.ratio)
-        torch.autograd.backward(output.loss)
-        tally.add(inputs, output)
+        gateways = Backward(
+            model=self.model,
+            objective=self._objective,
+            backend=self.config.attention,
+            batch=batch,
+            units=units,
+            micro=make_micro_batch(batch, rows, self.config.micro_batch_tokens),
+            reference=self._reference,
+            report=tally.add,
+        ).run()
+        tally.peak_tokens = max(tally.peak_tokens, gateways.peak_tokens)
 
     def _update(self) -> float:
         """Apply the gradient; returns the learning rate that was used."""

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from kat_stream.rl.turn_ratio import LossInputs, LossOutput
+from kat_stream.rl.loss import LossInputs, LossOutput
 from kat_stream.trees.batch import TrainBatch
 
 
@@ -44,6 +44,8 @@ class StepMetrics:
     """Tokens that separate paths would have computed."""
     tree_ratio: float
     """flat_tokens / tree_tokens."""
+    peak_tokens: int
+    """Most unique tokens whose activations were alive at once."""
     tokens_per_second: float
     """Unique tokens a second."""
     seconds: float
@@ -61,7 +63,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.loss = self.ratio = self.clipped = self.gap = self.entropy = self.masked = 0.0
-        self.units = 0
+        self.units = self.peak_tokens = 0
 
     def add(self, inputs: LossInputs, output: LossOutput) -> None:
         """Units without weight (stale ones) count for nothing but the tokens they hold."""
@@ -96,6 +98,7 @@ class Tally:
             tree_tokens=batch.tree_tokens,
             flat_tokens=batch.flat_tokens,
             tree_ratio=batch.flat_tokens / batch.tree_tokens,
+            peak_tokens=self.peak_tokens,
             tokens_per_second=batch.tree_tokens / max(seconds, 1e-9),
             seconds=seconds,
             staleness_mean=sum(batch.ages) / max(len(batch.ages), 1),

@@ -1,7 +1,8 @@
-"""Rows of a batch as tensors of one micro-batch, and the log-probs of its sampled tokens.
+"""Rows of a batch as tensors: which parts they run in, and how values of edges come back to each turn's tokens.
 
-Invariant: every unique token runs once; log-probs are gathered back to each turn by index (path-gather), so autograd
-sums over turns and any loss on turns is exact. The row of a loss is the hidden state of the parent of its target.
+Invariant: every unique token runs once; values are gathered back to each turn by index (path-gather), so autograd sums
+over turns and any loss on turns is exact. The row of a loss is the hidden state of the parent of its target, and an
+edge (parent, target) is computed in the part of the parent, once for all turns that sampled it.
 """
 
 from __future__ import annotations
@@ -13,33 +14,59 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kat_stream.rl.turn_ratio import LossInputs
 from kat_stream.rl.units import Units
 from kat_stream.training.attention import Backend, Plan, make_plan
+from kat_stream.training.gateways import Gateways
 from kat_stream.trees.batch import TrainBatch
-from kat_stream.trees.layout import concat
+from kat_stream.trees.layout import TreeLayout, concat
 from kat_stream.trees.packing import micro_batches
+from kat_stream.trees.partition import Part, partition, parts_of, with_path
+
+Wide = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class MicroBatch:
-    """N unique tokens, E of them targets of S sampled tokens (a token that several turns sampled is one target)."""
+    """Rows side by side: N unique tokens in P parts, E edges of S sampled tokens."""
+
+    layout: TreeLayout
+    parts: list[Part]
+    targets: Wide
+    """int64[E]: unique sampled tokens."""
+    part: Wide
+    """int64[E]: part of the edge's source."""
+    slot: Wide
+    """int64[E]: number of the edge among those of its part."""
+    edge: Wide
+    """int64[S] into the edges."""
+    sampled: Wide
+    """int64[S]: which of the batch's sampled tokens these are."""
+
+    def edges_of(self, number: int) -> Wide:
+        """int64[E_p]: the edges of a part, in the order of their slots."""
+        return np.flatnonzero(self.part == number)
+
+    def path_of(self, number: int) -> list[int]:
+        """Numbers of the parts that are open above a part, outermost first."""
+        start = self.parts[number].start
+        return [k for k in range(number) if self.parts[k].close > start]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PartInputs:
+    """What the model is given for n tokens of one part."""
 
     ids: Tensor
-    """int64[1, N]."""
+    """int64[1, n]."""
     pos: Tensor
-    """int64[1, N]: depth on the path."""
+    """int64[1, n]: depth on the path."""
     plan: Plan
     source: Tensor
-    """int64[H]: unique parents of targets; only these reach the vocabulary projection."""
+    """int64[H]: unique sources of edges; only these reach the vocabulary projection."""
     edge_source: Tensor
-    """int64[E] into `source`."""
+    """int64[E_p] into `source`."""
     edge_target: Tensor
-    """int64[E] token id."""
-    edge: Tensor
-    """int64[S] into the edges."""
-    sampled: NDArray[np.int64]
-    """int64[S]: which of the batch's sampled tokens these are."""
+    """int64[E_p] token id."""
 
 
 def plan_micro_batches(batch: TrainBatch, units: Units, budget_tokens: int) -> list[list[int]]:
@@ -50,7 +77,7 @@ def plan_micro_batches(batch: TrainBatch, units: Units, budget_tokens: int) -> l
     return [[row for atom in group for row in atoms[atom]] for group in micro_batches(sizes, budget_tokens)]
 
 
-def _owners(batch: TrainBatch, units: Units) -> NDArray[np.int64]:
+def _owners(batch: TrainBatch, units: Units) -> Wide:
     """int64[rows]: number of the connected set (rows joined by units) that each row belongs to."""
     label = np.arange(len(batch.rows))
     row_of = np.repeat(label, [len(row.index) for row in batch.rows])
@@ -61,56 +88,60 @@ def _owners(batch: TrainBatch, units: Units) -> NDArray[np.int64]:
     return np.unique(label, return_inverse=True)[1]
 
 
-def make_micro_batch(batch: TrainBatch, rows: list[int], backend: Backend) -> MicroBatch:
-    """Tensors of the given rows, as one row."""
-    row = concat([batch.rows[i] for i in rows])
-    targets, edge = np.unique(row.index, return_inverse=True)
-    source, edge_source = np.unique(row.parent[targets], return_inverse=True)
-    return MicroBatch(
-        ids=_wide(row.ids)[None],
-        pos=_wide(row.pos)[None],
-        plan=make_plan(row, backend),
-        source=_wide(source),
-        edge_source=_wide(edge_source),
-        edge_target=_wide(row.ids[targets]),
-        edge=_wide(edge),
-        sampled=_sampled(batch, rows),
+def make_micro_batch(batch: TrainBatch, rows: list[int], budget_tokens: int) -> MicroBatch:
+    """The given rows as one, in as many parts as the budget asks for."""
+    layout = concat([batch.rows[i] for i in rows])
+    parts = partition(layout, budget_tokens)
+    targets, edge = np.unique(layout.index, return_inverse=True)
+    part = parts_of(parts, layout.parent[targets])
+    order = np.argsort(part, kind="stable")
+    slot = np.empty(len(targets), np.int64)
+    counts = np.bincount(part, minlength=len(parts))
+    slot[order] = np.arange(len(targets)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return MicroBatch(layout, parts, targets.astype(np.int64), part, slot, edge, _sampled(batch, rows))
+
+
+def part_inputs(micro: MicroBatch, number: int, backend: Backend, device: torch.device) -> PartInputs:
+    """Tensors of one part."""
+    layout, part = micro.layout, micro.parts[number]
+    below, above = (layout, 0) if len(micro.parts) == 1 else with_path(layout, part)
+    targets = micro.targets[micro.edges_of(number)]
+    source, edge_source = np.unique(layout.parent[targets] - part.start, return_inverse=True)
+    span = slice(part.start, part.stop)
+    return PartInputs(
+        ids=_wide(layout.ids[span], device)[None],
+        pos=_wide(layout.pos[span], device)[None],
+        plan=make_plan(below, backend, above=above, device=device),
+        source=_wide(source, device),
+        edge_source=_wide(edge_source, device),
+        edge_target=_wide(layout.ids[targets], device),
     )
 
 
-def loss_inputs(batch: TrainBatch, units: Units, micro: MicroBatch, logp: Tensor) -> LossInputs:
-    """The units of this micro-batch, whole, around its log-probs float[S]."""
-    unit, local = np.unique(units.unit[micro.sampled], return_inverse=True)
-    return LossInputs(
-        logp=logp,
-        rollout_logp=torch.from_numpy(batch.logprobs[micro.sampled]).to(logp.dtype),
-        unit=_wide(local),
-        length=torch.from_numpy(units.length[unit]).to(logp.dtype),
-        advantage=torch.from_numpy(units.advantage[unit]).to(logp.dtype),
-        weight=torch.from_numpy(units.weight[unit]).to(logp.dtype),
+def edge_values(model: torch.nn.Module, inputs: PartInputs, gateways: Gateways, *, entropy: bool = False) -> Tensor:
+    """float[1 or 2, E_p]: log-probability of each edge's target, and the entropy at its source, with gradient."""
+    output = model(
+        input_ids=inputs.ids,
+        position_ids=inputs.pos,
+        logits_to_keep=inputs.source,
+        use_cache=False,
+        tree_plan=inputs.plan,
+        tree_gateways=gateways,
     )
+    logits: Tensor = output.logits[0]
+    total = logits.logsumexp(-1)
+    logp = logits[inputs.edge_source, inputs.edge_target] - total.index_select(0, inputs.edge_source)
+    if not entropy:
+        return logp[None]
+    spread = total - ((logits - total[:, None]).exp() * logits).sum(-1)
+    return torch.stack([logp, spread.index_select(0, inputs.edge_source)])
 
 
-def _sampled(batch: TrainBatch, rows: list[int]) -> NDArray[np.int64]:
+def _sampled(batch: TrainBatch, rows: list[int]) -> Wide:
     """Positions of the rows' sampled tokens among all sampled tokens of the batch."""
     cuts = np.cumsum([0, *(len(row.index) for row in batch.rows)])
     return np.concatenate([np.arange(cuts[i], cuts[i + 1]) for i in rows])
 
 
-def _wide(values: NDArray[np.integer]) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64))
-
-
-def turn_logprobs(model: torch.nn.Module, micro: MicroBatch) -> Tensor:
-    """float[S]: log-probability of each turn's sampled tokens under the model, with gradient."""
-    output = model(
-        input_ids=micro.ids,
-        position_ids=micro.pos,
-        logits_to_keep=micro.source,
-        use_cache=False,
-        tree_plan=micro.plan,
-    )
-    logits: Tensor = output.logits[0]
-    chosen = logits[micro.edge_source, micro.edge_target]
-    edges = chosen - logits.logsumexp(-1).index_select(0, micro.edge_source)
-    return edges.index_select(0, micro.edge)
+def _wide(values: NDArray[np.integer], device: torch.device) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64)).to(device)

@@ -7,11 +7,13 @@ from kat_stream.trees.batch import TrainBatch, make_batch, merge
 from kat_stream.trees.forest import Forest, build_forest
 from kat_stream.trees.layout import TreeLayout, check_layout, concat
 from kat_stream.trees.packing import pack
+from kat_stream.trees.partition import Part, partition, parts_of, with_path
 from kat_stream.trees.turns import TurnTokens, turns_of
 from kat_stream.trees.wire import from_arrays, to_arrays
 
 __all__ = [
     "Forest",
+    "Part",
     "TrainBatch",
     "TreeLayout",
     "TurnTokens",
@@ -22,6 +24,9 @@ __all__ = [
     "make_batch",
     "merge",
     "pack",
+    "partition",
+    "parts_of",
     "to_arrays",
     "turns_of",
+    "with_path",
 ]

@@ -36,6 +36,8 @@ class TrainBatch:
     """The step's manifest."""
     ages: tuple[int, ...] = ()
     """Versions between each rollout's oldest token and the newest weights; empty if unknown."""
+    teacher_logprobs: NDArray[np.float32] | None = None
+    """float32[sum of turn lengths]: a teacher's log-probs of the sampled tokens, NaN where a turn has no teacher."""
 
     def __post_init__(self) -> None:
         turns = sum(len(row.turns) for row in self.rows)
@@ -44,6 +46,9 @@ class TrainBatch:
                 raise BatchError(f"{name} has shape {getattr(self, name).shape} for {turns} turns")
         if self.logprobs.shape != (self.trained_tokens,):
             raise BatchError(f"logprobs has shape {self.logprobs.shape} for {self.trained_tokens} sampled tokens")
+        teacher = self.teacher_logprobs
+        if teacher is not None and teacher.shape != self.logprobs.shape:
+            raise BatchError(f"teacher_logprobs has shape {teacher.shape} for {self.trained_tokens} sampled tokens")
         _check_values(self)
 
     @property
@@ -105,7 +110,17 @@ def merge(batches: Sequence[TrainBatch], ages: Sequence[int] = ()) -> TrainBatch
         rollout=_join([batch.rollout + at for batch, at in zip(batches, shift, strict=False)], np.int32),
         rollout_ids=tuple(rollout for batch in batches for rollout in batch.rollout_ids),
         ages=tuple(ages),
+        teacher_logprobs=_teachers(batches),
     )
+
+
+def _teachers(batches: Sequence[TrainBatch]) -> NDArray[np.float32] | None:
+    """NaN for the turns of batches without a teacher; None if no batch has one."""
+    if all(batch.teacher_logprobs is None for batch in batches):
+        return None
+    unknown = np.float32(np.nan)
+    parts = [np.full_like(b.logprobs, unknown) if b.teacher_logprobs is None else b.teacher_logprobs for b in batches]
+    return _join(parts, np.float32)
 
 
 def number_turns(rows: Sequence[TreeLayout]) -> tuple[tuple[TreeLayout, ...], NDArray[np.int32]]:
@@ -129,6 +144,8 @@ def _check_values(batch: TrainBatch) -> None:
     for name in ("logprobs", "advantage", "weight"):
         if not np.isfinite(getattr(batch, name)).all():
             raise BatchError(f"{name} holds a value that is not finite")
+    if batch.teacher_logprobs is not None and np.isinf(batch.teacher_logprobs).any():
+        raise BatchError("teacher_logprobs holds an infinite value")
     if (batch.weight < 0).any():
         raise BatchError("weight holds a negative share")
     if ((batch.rollout < 0) | (batch.rollout >= len(batch.rollout_ids))).any():

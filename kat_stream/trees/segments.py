@@ -23,7 +23,7 @@ class Bucket:
     """B runs of similar shape, padded to Q queries and K keys."""
 
     query: Wide
-    """int64[B, Q] row index of each query; padding is token 0."""
+    """int64[B, Q] number of each query; padding is query 0."""
     depth: Wide
     """int64[B, Q] depth of each query; padding is 0, so that it sees one key and stays finite."""
     key: Wide
@@ -34,41 +34,50 @@ class Bucket:
 class Segments:
     buckets: tuple[Bucket, ...]
     place: Wide
-    """int64[N]: where each token is among all query slots of all buckets."""
+    """int64[N]: where each query is among all query slots of all buckets."""
     pairs: int
     """Query-key pairs computed, padding included."""
 
 
-def cut_segments(layout: TreeLayout) -> Segments:
-    """Runs where each token's parent is the token before it, bucketed by shape."""
-    before = np.arange(-1, len(layout) - 1)
-    starts = np.flatnonzero((layout.parent != before) | (before < 0))
-    stops = np.append(starts[1:], len(layout))
-    paths = _paths(layout, starts, stops)
+def cut_segments(layout: TreeLayout, above: int = 0) -> Segments:
+    """Runs where each token's parent is the token before it, bucketed by shape.
+
+    The first `above` tokens are a path that only gives keys: queries are numbered from the token after it.
+    """
+    starts, stops, paths = run_paths(layout, above)
     sizes = [(int(stop - start), len(path)) for start, stop, path in zip(starts, stops, paths, strict=True)]
     buckets: list[Bucket] = []
-    place = np.empty(len(layout), np.int64)
+    place = np.empty(len(layout) - above, np.int64)
     slots = pairs = 0
     for runs in _group(sizes):
-        bucket = _bucket(starts[runs], stops[runs], [paths[i] for i in runs])
+        bucket = _bucket(starts[runs] - above, stops[runs] - above, [paths[i] for i in runs])
         width = bucket.query.shape[1]
         for k, run in enumerate(runs):
             count = stops[run] - starts[run]
-            place[starts[run] : stops[run]] = slots + k * width + np.arange(count)
+            place[starts[run] - above : stops[run] - above] = slots + k * width + np.arange(count)
         slots += bucket.query.size
         pairs += bucket.query.size * bucket.key.shape[1]
         buckets.append(bucket)
     return Segments(tuple(buckets), place, pairs)
 
 
-def _paths(layout: TreeLayout, starts: Wide, stops: Wide) -> list[Wide]:
-    """For each run, the tokens from the root to its last token."""
+def run_paths(layout: TreeLayout, above: int = 0) -> tuple[Wide, Wide, list[Wide]]:
+    """(start, stop) of each unbranched run from token `above` on, and the tokens from the root to the run's last."""
+    at = np.arange(above, len(layout))
+    starts = at[(layout.parent[above:] != at - 1) | (at == above)]
+    stops = np.append(starts[1:], len(layout))
+    return starts, stops, _paths(layout, starts, stops, above)
+
+
+def _paths(layout: TreeLayout, starts: Wide, stops: Wide, above: int) -> list[Wide]:
     run_of = np.repeat(np.arange(len(starts)), stops - starts)
+    chain = np.arange(above)
     paths: list[Wide] = []
     for start, stop in zip(starts, stops, strict=True):
         own = np.arange(start, stop)
-        above = layout.parent[start]
-        paths.append(own if above < 0 else np.concatenate([paths[run_of[above]][: layout.pos[start]], own]))
+        parent = layout.parent[start]
+        before = chain if parent < above else paths[run_of[parent - above]]
+        paths.append(np.concatenate([before[: layout.pos[start]], own]))
     return paths
 
 

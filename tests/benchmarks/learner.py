@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from kat_stream.rl.advantages import turn_shares
+from kat_stream.rl.aggregation import turn_weights
 from kat_stream.training.learner import LearnerConfig, TorchLearner
 from kat_stream.trees import TrainBatch, TurnTokens, build_forest, make_batch, merge
 
@@ -34,10 +34,9 @@ def group(rng: np.random.Generator, rollouts: int = 8, turns: int = 3, prompt: i
             output = rng.integers(0, 1000, rng.integers(20, 76)).astype(np.int32)
             path = np.concatenate([path, sampled, output])
     advantage = rng.standard_normal(rollouts)[owner]
+    weight = turn_weights(owner, [len(turn.sampled_ids) for turn in made], aggregation="trajectory", level="turn")
     names = [str(i) for i in range(rollouts)]
-    return make_batch(
-        made, rollout=owner, advantage=advantage, weight=turn_shares(owner), rollout_ids=names, budget_tokens=4096
-    )
+    return make_batch(made, rollout=owner, advantage=advantage, weight=weight, rollout_ids=names, budget_tokens=4096)
 
 
 def model_dir(directory: Path, hidden: int, layers: int) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,15 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from kat_stream.env.plugins import load
 from kat_stream.errors import BatchError, ConfigError
-from kat_stream.rl.icepop import icepop
-from kat_stream.rl.losses import LOSSES
-from kat_stream.rl.registry import find
-from kat_stream.rl.sft import sft, sft_units
-from kat_stream.rl.turn_ratio import LossInputs, RatioConfig, turn_ratio
+from kat_stream.rl.loss import LossInputs
+from kat_stream.rl.masks import mismatch_scale
+from kat_stream.rl.settings import RatioConfig
+from kat_stream.rl.sft import LOSS, sft
+from kat_stream.rl.turn_ratio import turn_ratio
 from kat_stream.rl.units import Units, make_units
+from kat_stream.trees import TurnTokens, make_batch
 
-OPEN = {"icepop_low": 0.0, "icepop_high": math.inf}
+OPEN = {"mask_low": 0.0, "mask_high": math.inf}
 """IcePop keeps everything."""
 
 
@@ -56,7 +59,7 @@ def by_hand(inputs: LossInputs, config: RatioConfig) -> tuple[float, list[float]
     for u in range(len(inputs.length)):
         tokens = [t for t in range(len(logp)) if int(inputs.unit[t]) == u]
         a, w = float(inputs.advantage[u]), float(inputs.weight[u])
-        kept = [t for t in tokens if config.icepop_low <= math.exp(logp[t] - old[t]) <= config.icepop_high]
+        kept = [t for t in tokens if config.mask_low <= math.exp(logp[t] - old[t]) <= config.mask_high]
         scale = len(tokens) ** -config.length_exponent
         r = math.exp(scale * sum(logp[t] - old[t] for t in kept))
         value = min(r * a, min(max(r, 1 - config.clip_low), 1 + config.clip_high) * a)
@@ -74,7 +77,7 @@ def by_hand(inputs: LossInputs, config: RatioConfig) -> tuple[float, list[float]
 @pytest.mark.parametrize("level", ["token", "turn", "sequence"])
 @pytest.mark.parametrize("seed", range(4))
 def test_loss_gradient_and_clip_set_match_the_formula(p: float, level: str, seed: int) -> None:
-    bounds = {"clip_low": 0.05, "clip_high": 0.08, "dual_clip": 1.3, "icepop_high": 1.6}
+    bounds = {"clip_low": 0.05, "clip_high": 0.08, "dual_clip": 1.3, "mask_high": 1.6}
     config = RatioConfig(level=level, length_exponent=p, **bounds)  # type: ignore[arg-type]
     inputs = case(seed, level)
     output = turn_ratio(inputs, config)
@@ -172,7 +175,8 @@ def test_units_without_weight_cannot_poison_the_sum() -> None:
 
 def test_icepop_keeps_exactly_its_band() -> None:
     k = torch.tensor([0.49, 0.5, 1.0, 5.0, 5.01, math.nan, math.inf, 0.0], dtype=torch.float64)
-    scale = icepop(k.log().requires_grad_(), torch.zeros_like(k), 0.5, 5.0)
+    at = torch.arange(8)
+    scale = mismatch_scale(k.log().requires_grad_(), torch.zeros_like(k), at, torch.ones(8), RatioConfig())
     expected = torch.tensor([0, 0.5, 1, 5, 0, 0, 0, 0], dtype=torch.float64)
     assert torch.allclose(scale, expected, atol=1e-15)
     assert not scale.requires_grad
@@ -182,8 +186,8 @@ def test_icepop_leaves_a_matching_engine_alone_and_gives_it_no_gradient() -> Non
     inputs = case(4)
     rollout = inputs.logp.detach().clone().requires_grad_()
     same = replace(inputs, rollout_logp=rollout)
-    tight = RatioConfig(icepop_low=1.0, icepop_high=1.0, denominator="train")
-    with_mask, without = turn_ratio(same, tight), turn_ratio(same, replace(tight, icepop_low=0.0, icepop_high=math.inf))
+    tight = RatioConfig(mask_low=1.0, mask_high=1.0, denominator="train")
+    with_mask, without = turn_ratio(same, tight), turn_ratio(same, replace(tight, mask_low=0.0, mask_high=math.inf))
     assert with_mask.loss.item() == without.loss.item()
     assert not with_mask.masked.any()
     torch.autograd.backward(with_mask.loss)
@@ -214,15 +218,16 @@ def test_units_share_the_loss_at_every_level() -> None:
         make_units("turn", lengths, owner, advantage, 0 * weight)
 
 
-def test_sft_is_weighted_cross_entropy_over_tokens() -> None:
-    lengths, weight = np.array([2, 3], np.int32), np.array([1.0, 0.1], np.float32)
+def test_sft_is_weighted_cross_entropy_over_tokens(turn: Callable[..., TurnTokens]) -> None:
+    turns = [turn("a", [0], [1, 2]), turn("b", [1], [1, 2, 3])]
+    batch = make_batch(turns, rollout=[0, 0], advantage=[1, 1], weight=[1.0, 0.1], rollout_ids=["r"], budget_tokens=99)
     logp = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0], dtype=torch.float64)
-    output = sft(inputs_of(sft_units(lengths, weight), logp, torch.zeros(5)), RatioConfig())
+    output = sft(inputs_of(LOSS.units(batch, RatioConfig()), logp, torch.zeros(5)), RatioConfig())
     assert output.loss.item() == pytest.approx((3 + 0.1 * 12) / (2 + 0.1 * 3))
 
 
 @pytest.mark.parametrize(
-    "bad", [{"level": "turns"}, {"clip_low": 1.0}, {"clip_high": -0.1}, {"dual_clip": 1.0}, {"icepop_low": 2.0}]
+    "bad", [{"level": "turns"}, {"clip_low": 1.0}, {"clip_high": -0.1}, {"dual_clip": 1.0}, {"mask_low": 2.0}]
 )
 def test_a_meaningless_ratio_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad)).split("_")[0]):
@@ -230,6 +235,6 @@ def test_a_meaningless_ratio_is_refused(bad: dict[str, float]) -> None:
 
 
 def test_an_unknown_loss_is_refused_with_the_known_ones() -> None:
-    assert find(LOSSES, "sft") is LOSSES["sft"]
-    with pytest.raises(ConfigError, match="'grpo' is none of sft, turn_ratio"):
-        find(LOSSES, "grpo")
+    assert load("kat_stream.losses", "sft") is LOSS
+    with pytest.raises(ConfigError, match="no 'grpo'.*known: sft, static_weights, turn_ratio"):
+        load("kat_stream.losses", "grpo")

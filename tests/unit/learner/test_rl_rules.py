@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from kat_stream.errors import DataError
-from kat_stream.rl.advantages import ADVANTAGES, group_mean, group_std, turn_shares
+from kat_stream.config import load
+from kat_stream.errors import ConfigError, DataError
+from kat_stream.rl.advantages import ADVANTAGES, group_mean, group_std, grouped, leave_one_out
+from kat_stream.rl.aggregation import turn_weights
 from kat_stream.rl.staleness import age, forks_of, is_stale, oldest
 from topics.policy_version import PolicyVersion
 from topics.turn import VersionSpan
@@ -30,7 +33,7 @@ def test_a_reward_that_is_no_number_is_refused() -> None:
 
 
 def test_every_rollout_weighs_the_same() -> None:
-    shares = turn_shares([0, 0, 2, 2, 2, 2, 5])
+    shares = turn_weights([0, 0, 2, 2, 2, 2, 5], [1] * 7, aggregation="trajectory", level="turn")
     assert shares.tolist() == [0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 1.0]
 
 
@@ -93,3 +96,42 @@ def test_the_oldest_token_counts() -> None:
     assert oldest([*spans, VersionSpan("c.1", 9, 9)], "c.10", FORKS) == "c.9"
     with pytest.raises(ValueError):
         oldest([], "c.10", FORKS)
+
+
+def test_leaving_oneself_out() -> None:
+    assert leave_one_out([1, 0, 0]).tolist() == pytest.approx([1, -0.5, -0.5])  # type: ignore[union-attr]
+
+
+def test_each_scaffold_has_a_baseline_of_its_own() -> None:
+    keys = [("t", "a"), ("t", "b"), ("t", "a"), ("t", "b"), ("t", "c")]
+    found = grouped([1, 10, 0, 30, 5], keys, group_mean)
+    assert found[:4].tolist() == [0.5, -10, -0.5, 10]
+    assert np.isnan(found[4])
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "level", "expected"),
+    [
+        ("trajectory", "turn", [0.5, 0.5, 1.0]),
+        ("global", "turn", [1, 1, 1]),
+        ("global", "token", [4, 2, 3]),
+        ("global", "sequence", [0.5, 0.5, 1.0]),
+    ],
+)
+def test_weights_before_normalisation(aggregation: str, level: str, expected: list[float]) -> None:
+    assert turn_weights([0, 0, 1], [4, 2, 3], aggregation=aggregation, level=level).tolist() == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.mask=icecream", "mask"),
+        ("trainer.length_exponent=0.3", r"\[trainer\] length_exponent is 0.3, expected 0, 0.5 or 1"),
+        ("trainer.mask_low=2.0", r"\[trainer\] mask_low 2.0 and mask_high 5.0 do not enclose 1"),
+        ("trainer.distillation_coefficient=-1.0", r"\[trainer\] distillation: coefficient -1.0"),
+        ("trainer.advantage=best", "advantage"),
+    ],
+)
+def test_a_meaningless_trainer_section_is_refused_when_it_is_read(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(None, [override])

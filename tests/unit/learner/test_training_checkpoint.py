@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from kat_stream.errors import CheckpointError
+from kat_stream.errors import CheckpointError, FencedError
+from kat_stream.telemetry import DAMAGED_CHECKPOINTS
 from kat_stream.training.checkpoint import (
     Checkpoint,
+    CheckpointStore,
     checkpoints,
     latest_checkpoint,
     load_checkpoint,
-    save_checkpoint,
 )
 from kat_stream.training.learner import LearnerConfig, TorchLearner
 from kat_stream.trees import TrainBatch
@@ -38,11 +39,18 @@ def of(learner: TorchLearner, lineage: str = "a") -> Checkpoint:
     return Checkpoint(state=learner.state_dict(), lineage=lineage, positions={"0": 7, "3": 12}, manifest=("r1", "r2"))
 
 
+def save(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """As a lineage that saves once."""
+    store = CheckpointStore(directory, checkpoint.lineage)
+    store.open()
+    return store.save(checkpoint, keep=keep)
+
+
 def test_a_resumed_learner_goes_on_to_the_bit(model_dir: Path, batch: TrainBatch, tmp_path: Path) -> None:
     learner = TorchLearner(model_dir, CONFIG)
     learner.step(batch)
     learner.step(batch)
-    save_checkpoint(tmp_path, of(learner), keep=2)
+    save(tmp_path, of(learner), keep=2)
     ahead = [learner.step(batch) for _ in range(2)]
 
     checkpoint = latest_checkpoint(tmp_path)
@@ -75,7 +83,7 @@ def test_without_optimizer_state_the_next_step_differs(model_dir: Path, batch: T
 def test_random_state_is_part_of_it(model_dir: Path, tmp_path: Path) -> None:
     learner = TorchLearner(model_dir, CONFIG)
     torch.manual_seed(5)
-    path = save_checkpoint(tmp_path, of(learner), keep=1)
+    path = save(tmp_path, of(learner), keep=1)
     drawn = torch.rand(3)
     torch.manual_seed(6)
     learner.load(load_checkpoint(path).state)
@@ -86,8 +94,8 @@ def test_only_the_newest_are_kept_by_time_not_by_step(model_dir: Path, tmp_path:
     learner = TorchLearner(model_dir, CONFIG)
     for step, lineage in ((1, "a"), (9, "a"), (4, "b"), (5, "b")):
         learner.step_count = step
-        save_checkpoint(tmp_path, of(learner, lineage), keep=3)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-000005", "step-000004", "step-000009"]
+        save(tmp_path, of(learner, lineage), keep=3)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000005.b", "step-000004.b", "step-000009.a"]
     assert latest_checkpoint(tmp_path).lineage == "b"  # type: ignore[union-attr]
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
@@ -97,16 +105,16 @@ def test_what_a_dead_process_left_half_written_is_not_seen_and_is_removed(model_
     half.mkdir(parents=True)
     (half / "state.pt").write_bytes(b"half")
     assert latest_checkpoint(tmp_path) is None
-    save_checkpoint(tmp_path, of(TorchLearner(model_dir, CONFIG)), keep=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000000"]
+    save(tmp_path, of(TorchLearner(model_dir, CONFIG)), keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["OWNER", "step-000000.a"]
 
 
 def test_a_failed_save_leaves_nothing(model_dir: Path, tmp_path: Path) -> None:
     checkpoint = of(TorchLearner(model_dir, CONFIG))
     unwritable = replace(checkpoint, state={**checkpoint.state, "model": lambda: 0})
     with pytest.raises(Exception, match="pickle"):
-        save_checkpoint(tmp_path, unwritable, keep=1)
-    assert list(tmp_path.iterdir()) == []
+        save(tmp_path, unwritable, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["OWNER"]
 
 
 def cut(path: Path) -> None:
@@ -146,7 +154,7 @@ def drop_positions(path: Path) -> None:
 def test_a_damaged_checkpoint_is_refused(
     model_dir: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
-    path = save_checkpoint(tmp_path, of(TorchLearner(model_dir, CONFIG)), keep=1)
+    path = save(tmp_path, of(TorchLearner(model_dir, CONFIG)), keep=1)
     damage(path)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path)
@@ -162,6 +170,48 @@ def test_the_checkpoint_of_another_model_is_refused(model_dir: Path, llama_dir: 
 
 def test_a_step_is_saved_once(model_dir: Path, tmp_path: Path) -> None:
     checkpoint = of(TorchLearner(model_dir, CONFIG))
-    save_checkpoint(tmp_path, checkpoint, keep=2)
-    with pytest.raises(CheckpointError, match="step-000000 exists"):
-        save_checkpoint(tmp_path, checkpoint, keep=2)
+    save(tmp_path, checkpoint, keep=2)
+    with pytest.raises(CheckpointError, match="step-000000.a exists"):
+        save(tmp_path, checkpoint, keep=2)
+
+
+def test_a_lineage_that_was_followed_can_neither_save_nor_remove(model_dir: Path, tmp_path: Path) -> None:
+    learner = TorchLearner(model_dir, CONFIG)
+    zombie, living = CheckpointStore(tmp_path, "a"), CheckpointStore(tmp_path, "b")
+    zombie.open()
+    zombie.save(of(learner), keep=1)
+    living.open()
+    learner.step_count = 1
+    with pytest.raises(FencedError, match="belongs to lineage b now, this is a"):
+        zombie.save(of(learner), keep=1)
+    living.save(of(learner, "b"), keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000001.b", "step-000000.a"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(model_dir: Path, tmp_path: Path) -> None:
+    learner = TorchLearner(model_dir, CONFIG)
+    store = CheckpointStore(tmp_path, "a")
+    store.open()
+    paths = []
+    for step in (1, 2):
+        learner.step_count = step
+        paths.append(store.save(of(learner), keep=2))
+    counted = DAMAGED_CHECKPOINTS._value.get()
+    flip(paths[1])
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert DAMAGED_CHECKPOINTS._value.get() == counted + 1
+    drop_positions(paths[0])
+    with pytest.raises(CheckpointError, match="no checkpoint can be read"):
+        latest_checkpoint(tmp_path)
+
+
+def test_what_lies_on_an_abandoned_branch_is_not_gone_on_with(model_dir: Path, tmp_path: Path) -> None:
+    learner = TorchLearner(model_dir, CONFIG)
+    for step, lineage in ((3, "b"), (9, "a")):
+        learner.step_count = step
+        save(tmp_path, of(learner, lineage), keep=5)
+    found = latest_checkpoint(tmp_path, lambda lineage, _step: lineage == "b")
+    assert found is not None
+    assert (found.lineage, found.step) == ("b", 3)

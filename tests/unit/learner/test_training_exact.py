@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kat_stream.rl.turn_ratio import RatioConfig
+from kat_stream.rl.settings import RatioConfig
 from kat_stream.training.attention import Backend, DensePlan
+from kat_stream.training.gateways import Gateways
 from kat_stream.training.learner import LearnerConfig, TorchLearner
-from kat_stream.training.rows import make_micro_batch, turn_logprobs
+from kat_stream.training.rows import MicroBatch, edge_values, make_micro_batch, part_inputs
 from kat_stream.trees import TrainBatch, TurnTokens, build_forest, concat, make_batch
 
 Build = Callable[..., Any]
@@ -36,7 +37,7 @@ def configure(backend: Backend, micro_batch_tokens: int = 4096, **ratio: Any) ->
         learning_rate=1e-2,
         warmup_steps=1,
         weight_decay=0.05,
-        ratio=RatioConfig(icepop_low=0.0, icepop_high=math.inf, **ratio),
+        ratio=RatioConfig(mask_low=0.0, mask_high=math.inf, **ratio),
     )
 
 
@@ -67,6 +68,16 @@ def exact(float64_norms: Build) -> Callable[[Path, LearnerConfig], TorchLearner]
         return learner
 
     return make
+
+
+WHOLE = 10_000
+CPU = torch.device("cpu")
+
+
+def turn_logprobs(model: torch.nn.Module, micro: MicroBatch, backend: Backend, **wrong: Any) -> Tensor:
+    """float[S] with gradient, of a micro-batch in one part; `wrong` replaces inputs."""
+    inputs = replace(part_inputs(micro, 0, backend, CPU), **wrong)
+    return edge_values(model, inputs, Gateways())[0].index_select(0, torch.from_numpy(micro.edge))
 
 
 def far(a: Tensor, b: Tensor) -> float:
@@ -113,7 +124,7 @@ def test_every_gradient_equals_separate_paths(
     torch.autograd.backward(reference)
 
     order = [int(n) for tree in trees for n in tree.turns]
-    logp = turn_logprobs(learner.model, make_micro_batch(batch, [0], backend))
+    logp = turn_logprobs(learner.model, make_micro_batch(batch, [0], WHOLE), backend)
     torch.autograd.backward((torch.cat([weights[n] for n in order]) * logp).sum())
     mine = {name: value.grad for name, value in learner.model.named_parameters()}
     for name, value in plain_model.named_parameters():
@@ -135,14 +146,14 @@ def test_the_comparison_has_power(
     turns = grow(rng, 20)
     batch = _bare(turns)
     model = exact(model_dir, configure("dense")).model
-    micro = make_micro_batch(batch, [0], "dense")
-    size = micro.ids.shape[1]
+    micro = make_micro_batch(batch, [0], WHOLE)
+    size = len(micro.layout)
     order = [int(n) for n in np.concatenate([tree.turns for tree in build_forest(turns).trees])]
     expected = torch.cat([path_logprobs(plain_model, turns)[n] for n in order])
-    assert far(turn_logprobs(model, micro), expected) < EXACT
+    assert far(turn_logprobs(model, micro, "dense"), expected) < EXACT
     causal = DensePlan(torch.ones(size, size, dtype=torch.bool).tril()[None, None])
-    wrong = replace(micro, plan=causal) if control == "causal mask" else replace(micro, pos=torch.arange(size)[None])
-    assert far(turn_logprobs(model, wrong), expected) > 1e-2
+    wrong = {"plan": causal} if control == "causal mask" else {"pos": torch.arange(size)[None]}
+    assert far(turn_logprobs(model, micro, "dense", **wrong), expected) > 1e-2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -163,10 +174,10 @@ def test_a_sibling_cannot_be_seen_and_an_ancestor_can(
 def test_first_tokens_of_branches_are_trained(model_dir: Path, turn: Build) -> None:
     """Each (turn, token) edge once, those at a branching point included."""
     turns = [turn("a", [0, 1], [2, 3]), turn("b", [0, 1], [4]), turn("c", [0, 1], [2, 5])]
-    micro = make_micro_batch(_bare(turns), [0], "segments")
+    micro = make_micro_batch(_bare(turns), [0], WHOLE)
     assert len(micro.edge) == 5
-    assert len(micro.edge_target) == 4
-    assert len(micro.source) == 2
+    assert len(micro.targets) == 4
+    assert len(part_inputs(micro, 0, "segments", CPU).source) == 2
 
 
 def test_both_back_ends_agree_on_another_architecture(

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from kat_stream.errors import BatchError, CheckpointError, ConfigError, StepCancelled
-from kat_stream.rl.turn_ratio import RatioConfig
+from kat_stream.rl.settings import RatioConfig
 from kat_stream.training.learner import LearnerConfig, TorchLearner
 from kat_stream.training.publication import weights_checksum
 from kat_stream.trees import TrainBatch, make_batch
@@ -115,7 +115,7 @@ def test_a_stop_between_micro_batches_changes_nothing(model_dir: Path, batch: Tr
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied(model_dir: Path, batch: TrainBatch) -> None:
-    config = LearnerConfig(ratio=RatioConfig(dual_clip=None, icepop_high=float("inf"), icepop_low=0.0))
+    config = LearnerConfig(ratio=RatioConfig(dual_clip=None, mask_high=float("inf"), mask_low=0.0))
     learner = TorchLearner(model_dir, config)
     before = weights(learner)
     unlikely = replace(batch, logprobs=np.full_like(batch.logprobs, -400.0), advantage=-np.ones_like(batch.advantage))
@@ -140,7 +140,7 @@ def test_stale_turns_without_weight_leave_no_trace(model_dir: Path, batch: Train
     weight[0] = 0
     odd = batch.logprobs.copy()
     odd[: batch.lengths[0]] = -400
-    config = LearnerConfig(ratio=RatioConfig(icepop_low=0.0, icepop_high=float("inf"), dual_clip=None))
+    config = LearnerConfig(ratio=RatioConfig(mask_low=0.0, mask_high=float("inf"), dual_clip=None))
     plain, strange = (
         TorchLearner(model_dir, config).step(replace(batch, weight=weight, logprobs=logprobs))
         for logprobs in (batch.logprobs, odd)

@@ -1,0 +1,55 @@
+"""The whole objective of a step: a policy loss, and the terms that are added to it with a coefficient.
+
+    L = L_policy + c_d * L_distillation + c_k * KL - c_e * H
+
+Invariant: a term with coefficient 0 is not computed, so the loss is then the policy loss to the bit. Terms stay apart:
+the clip of a turn's ratio would silence the dense signal of a teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from kat_stream.rl.distillation import distillation
+from kat_stream.rl.loss import Loss, LossInputs, LossOutput
+from kat_stream.rl.penalty import entropy, kl
+from kat_stream.rl.settings import DistillationConfig, PenaltyConfig, RatioConfig
+from kat_stream.rl.units import Units
+from kat_stream.trees.batch import TrainBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    policy: Loss
+    ratio: RatioConfig = field(default_factory=RatioConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.penalty.entropy_coefficient > 0
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.penalty.kl_coefficient > 0
+
+    def units(self, batch: TrainBatch) -> Units:
+        """Units of the whole step, before packing."""
+        return self.policy.units(batch, self.ratio)
+
+    def value(self, inputs: LossInputs) -> LossOutput:
+        """Share of the step's loss of some whole units; ratio, clips and masks are those of the policy loss."""
+        output = self.policy.value(inputs, self.ratio)
+        return replace(output, loss=output.loss + term) if (term := self._terms(inputs)) is not None else output
+
+    def _terms(self, inputs: LossInputs) -> Tensor | None:
+        terms: list[Tensor] = []
+        if self.distillation.coefficient > 0:
+            terms.append(self.distillation.coefficient * distillation(inputs, self.ratio, self.distillation))
+        if self.needs_reference:
+            terms.append(self.penalty.kl_coefficient * kl(inputs, self.penalty.kl_estimator))
+        if self.needs_entropy:
+            terms.append(-self.penalty.entropy_coefficient * entropy(inputs))
+        return sum(terms[1:], terms[0]) if terms else None
