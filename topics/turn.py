@@ -45,7 +45,11 @@ class Turn(Record, frozen=True, kw_only=True, tag="Turn/1"):
     trainable: bool = True
     """False for side requests (titles, probes) and aborted calls: recorded, not trained."""
     fork: str = ""
-    """Why this turn did not extend the newest turn: template | retokenisation | compaction | other; empty if it did."""
+    """Why this turn did not extend the newest turn of its thread; empty if it did, or began the session.
+
+    thinking | tools | template (the policy's template shows another history than it did), branch (another turn went on
+    from there already), compaction, subagent, retokenisation, other (the agent edited the history).
+    """
     dialect: str = "chat"
     engine: str = ""
     cached_tokens: int = 0
@@ -53,3 +57,17 @@ class Turn(Record, frozen=True, kw_only=True, tag="Turn/1"):
     seconds: float = 0.0
     asked: str = ""
     """Sampling parameters that the agent asked for, as JSON."""
+    reasoning: str = ""
+    """What was thought before `content`, as text, for people; never re-encoded."""
+    ill_formed: bool = False
+    """A tool call was begun that does not parse: it stands in `content` as it was written."""
+    side: str = ""
+    """Why this is a side request (model | probe | title | commit); empty for the task's own work."""
+    thread: str = ""
+    """Thread of the agent's work: its own name for it, else a digest of its instructions."""
+    conversation: bytes = b""
+    """16 bytes: digest of the prompt's messages, by which a later echo of them is known."""
+    messages: int = 0
+    """Messages in the prompt."""
+    tools: bytes = b""
+    """16 bytes: digest of the prompt's tools."""

@@ -18,6 +18,7 @@ from kat_stream.gateway.calls import CallService
 from kat_stream.gateway.client import GatewayControl
 from kat_stream.gateway.control import ControlListener
 from kat_stream.gateway.data import DataListener
+from kat_stream.gateway.door import Door
 from kat_stream.gateway.limits import Limits
 from kat_stream.gateway.recording import Publisher
 from kat_stream.gateway.render import Renderer
@@ -38,12 +39,13 @@ class GatewayServer:
     control_url: str
     _calls: CallService
     _runners: tuple[web.AppRunner, ...]
-    _sweeper: asyncio.Task[None]
+    _chores: tuple[asyncio.Task[None], ...]
 
     async def close(self) -> None:
         """Stop listening and cancel what runs; sessions are gone."""
-        self._sweeper.cancel()
-        await asyncio.wait({self._sweeper}, timeout=1.0)
+        for chore in self._chores:
+            chore.cancel()
+        await asyncio.wait(self._chores, timeout=1.0)
         await self._calls.close()
         for runner in self._runners:
             await runner.cleanup()
@@ -62,29 +64,46 @@ async def start_gateway(
     limits = limits or Limits()
     sessions = Sessions(limits)
     calls = CallService(Renderer(tokenizer), log, router, config.tools, limits)
-    control = ControlListener(sessions, calls, limits)
-    data_runner, data_url = await _listen(
-        DataListener(sessions, calls, model_name, limits).app(), config.host, config.port, "gateway.port"
-    )
+    control, door = ControlListener(sessions, calls, limits), Door(limits)
+    data = DataListener(sessions, calls, model_name, limits, door)
+    data_runner, data_url = await _listen(data.app(), config.host, config.port, "gateway.port", limits, door)
     try:
         control_runner, control_url = await _listen(
-            control.app(), config.host, config.control_port, "gateway.control_port"
+            control.app(), config.host, config.control_port, "gateway.control_port", limits
         )
     except ConfigError:
         await data_runner.cleanup()
         raise
-    sweeper = asyncio.create_task(control.sweep())
-    return GatewayServer(data_url, control_url, calls, (data_runner, control_runner), sweeper)
+    chores = (asyncio.create_task(control.sweep()), asyncio.create_task(door.watch()))
+    return GatewayServer(data_url, control_url, calls, (data_runner, control_runner), chores)
 
 
-async def _listen(app: web.Application, host: str, port: int, key: str) -> tuple[web.AppRunner, str]:
+async def _listen(
+    app: web.Application, host: str, port: int, key: str, limits: Limits, door: Door | None = None
+) -> tuple[web.AppRunner, str]:
     # A handler whose client went away is cancelled: that is how a call learns that nobody watches it.
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+    runner = web.AppRunner(
+        app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0, lingering_time=limits.linger_s
+    )
     await runner.setup()
-    site = web.TCPSite(runner, host, port)
+    site = web.TCPSite(runner, host, port) if door is None else _GuardedSite(runner, host, port, door)
     try:
         await site.start()
     except OSError as error:
         await runner.cleanup()
         raise ConfigError(f"{key}: {host}:{port} cannot be used ({error.strerror})") from error
     return runner, f"http://{host}:{runner.addresses[0][1]}"
+
+
+class _GuardedSite(web.TCPSite):
+    """A listening socket with a door before it."""
+
+    def __init__(self, runner: web.AppRunner, host: str, port: int, door: Door) -> None:
+        super().__init__(runner, host, port)
+        self._door = door
+
+    async def start(self) -> None:
+        await web.BaseSite.start(self)
+        loop, server = asyncio.get_running_loop(), self._runner.server
+        assert isinstance(server, web.Server)
+        self._server = await loop.create_server(lambda: self._door.new(server), self._host, self._port)

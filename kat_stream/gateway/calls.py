@@ -14,16 +14,18 @@ from collections.abc import Coroutine
 from typing import Any
 
 from kat_stream.engines.client import SamplingParams
-from kat_stream.errors import DeadlineExceeded, EngineError, KatError, RequestRefused
+from kat_stream.errors import ContextOverflow, DeadlineExceeded, EngineError, KatError, RequestRefused
 from kat_stream.gateway.limits import Limits
 from kat_stream.gateway.messages import ModelCall, Reply
 from kat_stream.gateway.metrics import CALL_SECONDS, COALESCED, IN_FLIGHT
+from kat_stream.gateway.parsers.base import ToolParser
 from kat_stream.gateway.prompts import Conversation, Prompt
 from kat_stream.gateway.recording import Publisher, count, make_turn, record
 from kat_stream.gateway.render import Renderer, unpack
 from kat_stream.gateway.sampling import Draft, Sampler
 from kat_stream.gateway.sessions import Session
-from kat_stream.gateway.tools import ToolParser, get_parser, read_reply
+from kat_stream.gateway.side import side_reason
+from kat_stream.gateway.tools import AUTO, NONE, family, get_parser, read_reply
 from kat_stream.routing.router import Router
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,10 @@ class Call:
 
     def __init__(self, session: Session, asked: ModelCall, prompt: Prompt, service: CallService) -> None:
         self.session, self.asked, self.prompt = session, asked, prompt
+        self.side = side_reason(asked)
         self.turn_id = uuid.uuid4().hex
+        self.delivered = False
+        """The whole answer went to a client."""
         self.watchers = 0
         self.began = time.monotonic()
         self.result: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
@@ -75,7 +80,7 @@ class CallService:
 
     def __init__(self, renderer: Renderer, publisher: Publisher, router: Router, tools: str, limits: Limits) -> None:
         self.renderer, self.limits = renderer, limits
-        self.parser: ToolParser = get_parser(tools)
+        self.parser: ToolParser = get_parser(family(renderer.template) if tools == AUTO else tools)
         self._publisher, self._router = publisher, router
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -84,7 +89,7 @@ class CallService:
         if (known := _retried(session, digest, retry)) is not None:
             COALESCED.inc()
             return known
-        self._check(session)
+        self._check(session, side=bool(side_reason(asked)))
         prompt = session.conversation.prompt(self.renderer, asked)
         _check_context(session, prompt)
         call = Call(session, asked, prompt, self)
@@ -146,11 +151,18 @@ class CallService:
         """Cancel all that runs."""
         await _cancel(set(self._tasks))
 
-    def _check(self, session: Session) -> None:
+    def count(self, session: Session, asked: ModelCall) -> int:
+        """Tokens of the prompt that this call would have, were it made. RequestRefused."""
+        return session.conversation.prompt(self.renderer, asked).tokens
+
+    def parser_for(self, asked: ModelCall) -> ToolParser:
+        return self.parser if asked.tools_allowed else NONE
+
+    def _check(self, session: Session, *, side: bool) -> None:
         if len(session.running) >= self.limits.calls_per_session:
             raise too_many("calls")
         limit = session.about.sampling.max_turns
-        if session.answered() >= limit:
+        if session.answered(side=side) >= limit:
             raise RequestRefused(f"this session has used its {limit} turns", code="turn_limit_reached")
 
     def _abandon_if_unwatched(self, call: Call) -> None:
@@ -190,20 +202,30 @@ class CallService:
         """Sample, record, remember; the reply may be seen once this returns."""
         draft = await self._sample(call)
         raw = self.renderer.visible(draft.ids, draft.finish_reason)
-        content, calls = read_reply(self._parser_for(call.asked), without_stop(raw, draft), call.turn_id)
-        turn = make_turn(call.session, call.turn_id, call.asked, call.prompt, draft, content, calls)
+        said = read_reply(
+            self.parser_for(call.asked),
+            without_stop(raw, draft),
+            call.turn_id,
+            tools=call.asked.tools,
+            thinks=self.renderer.thinks,
+            opened=call.prompt.opened,
+        )
+        turn = make_turn(call.session, call.turn_id, call.asked, call.prompt, draft, said, call.side)
         await record(self._publisher, turn, self.limits.publish_s)
         reply = Reply(
             turn_id=call.turn_id,
-            content=content,
-            tool_calls=calls,
+            content=said.content,
+            reasoning=said.reasoning,
+            ill_formed=said.ill_formed,
+            tool_calls=said.tool_calls,
             finish_reason=draft.finish_reason,
+            matched_stop=draft.matched_stop if draft.matched_stop in call.asked.stop else "",
             prompt_tokens=call.prompt.tokens,
             completion_tokens=len(draft.ids),
             cached_tokens=draft.cached_tokens,
         )
         call.session.turns.append(turn)
-        call.session.conversation.add(self.renderer, call.prompt, reply, raw, draft.ids)
+        call.session.conversation.add(self.renderer, call.prompt, reply, raw, draft.ids, side=bool(call.side))
         count(turn, call.prompt.tokens)
         CALL_SECONDS.observe(time.monotonic() - call.began)
         return reply
@@ -218,9 +240,6 @@ class CallService:
             call.sampler.draft.finish_reason = "abort"
             return call.sampler.draft
 
-    def _parser_for(self, asked: ModelCall) -> ToolParser:
-        return self.parser if asked.tools_allowed else get_parser("none")
-
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
@@ -234,10 +253,10 @@ def too_many(what: str) -> RequestRefused:
 
 
 def _retried(session: Session, digest: bytes, retry: bool) -> Call | None:
-    """The call that this request repeats: it is marked as a retry, or the connection of the first one died."""
+    """The call that this request repeats: it is marked as a retry, or nobody got or awaits the answer of the first."""
     for call in reversed(session.recent.get(digest, ())):
         failed = call.result.done() and (call.result.cancelled() or call.result.exception() is not None)
-        orphan = not call.result.done() and call.watchers == 0
+        orphan = call.watchers == 0 and not call.delivered
         if not failed and not call.sampler.aborted and (retry or orphan):
             return call
     return None
@@ -246,12 +265,7 @@ def _retried(session: Session, digest: bytes, retry: bool) -> Call | None:
 def _check_context(session: Session, prompt: Prompt) -> None:
     limit = session.about.sampling.max_context
     if prompt.tokens >= limit:
-        raise RequestRefused(
-            f"This model's maximum context length is {limit} tokens. However, your messages resulted in "
-            f"{prompt.tokens} tokens. Please reduce the length of the messages.",
-            "messages",
-            code="context_length_exceeded",
-        )
+        raise ContextOverflow(prompt.tokens, limit)
 
 
 def without_stop(text: str, draft: Draft) -> str:

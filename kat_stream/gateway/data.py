@@ -7,30 +7,39 @@ dialect's shape, errors included.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+import re
 from hashlib import blake2b
 
+import msgspec
 from aiohttp import hdrs, web
 
 from kat_stream.errors import DeadlineExceeded, EngineRejected, KatError, RequestRefused
 from kat_stream.gateway.calls import Call, CallService, too_many
-from kat_stream.gateway.dialects import ChatCompletions, Dialect
+from kat_stream.gateway.dialects import CHAT, Dialect, ReplyStream, listing, route, spoken_at
+from kat_stream.gateway.door import Door
 from kat_stream.gateway.limits import Limits
-from kat_stream.gateway.messages import Reply
+from kat_stream.gateway.messages import ModelCall, Reply
 from kat_stream.gateway.metrics import REFUSED
 from kat_stream.gateway.sessions import Session, Sessions
-from kat_stream.gateway.stream_text import StreamText
+from kat_stream.gateway.side import SUFFIX
+from kat_stream.gateway.stream_text import Shown, StreamText
+from kat_stream.gateway.threads import named_thread
+
+log = logging.getLogger(__name__)
 
 KEEPALIVE = b": keepalive\n\n"
+_STREAM = re.compile(rb',?\s*"stream"\s*:\s*(?:true|false)')
+_KEYS = ("x-api-key", "x-goog-api-key")
 _SSE = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 
 
 class DataListener:
     """Serves what agents ask for."""
 
-    def __init__(self, sessions: Sessions, calls: CallService, model_name: str, limits: Limits) -> None:
-        self._sessions, self._calls, self._model, self._limits = sessions, calls, model_name, limits
-        self._chat: Dialect = ChatCompletions()
+    def __init__(self, sessions: Sessions, calls: CallService, model_name: str, limits: Limits, door: Door) -> None:
+        self._sessions, self._calls, self._limits, self._door = sessions, calls, limits, door
+        self._models = (model_name, model_name + SUFFIX)
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=self._limits.body_bytes)
@@ -39,81 +48,111 @@ class DataListener:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Any request. Errors become answers; a client that goes away cancels this, not the call it watched."""
+        _, _, rest = request.path.partition("/s/")
+        session_id, _, path = rest.partition("/")
+        dialect = spoken_at(path) if request.path.startswith("/s/") else CHAT
         try:
-            return await self._serve(request)
+            return await self._serve(request, session_id, path)
         except RequestRefused as error:
-            return self._refusal(error)
+            return _refusal(dialect, error)
         except KatError as error:
-            return self._refusal(_refused(error))
-        except web.HTTPRequestEntityTooLarge:
-            limit = self._limits.body_bytes
-            return self._refusal(RequestRefused(f"the body is larger than {limit} bytes", status=413))
+            return _refusal(dialect, _refused(error))
+        except Exception:  # a defect of ours: the agent is told in its own words, and may try again
+            log.exception("%s %s failed", request.method, path)
+            return _refusal(dialect, RequestRefused("a defect of the gateway", status=500, code="internal_error"))
 
-    async def _serve(self, request: web.Request) -> web.StreamResponse:
+    async def _serve(self, request: web.Request, session_id: str, path: str) -> web.StreamResponse:
         if request.headers.get(hdrs.UPGRADE, "").lower() == "websocket":
             raise RequestRefused("no WebSocket here; use POST", status=426, code="upgrade_required")
         if request.method == hdrs.METH_HEAD:
             return web.Response()
-        _, _, rest = request.path.partition("/s/")
-        session_id, _, path = rest.partition("/")
-        handler = self._handlers().get((request.method, path))
-        if not request.path.startswith("/s/") or handler is None:
+        found = route(request.method, path) if request.path.startswith("/s/") else None
+        if found is None:
             raise RequestRefused(f"there is no {request.method} {request.path}", status=404, code="not_found")
         session = self._sessions.admit(session_id, _key(request))
+        self._door.admit(request.protocol)
         if session.requests >= self._limits.requests_per_session:
             raise too_many("requests")
+        if not session.spend(self._limits.requests_per_s, self._limits.request_burst):
+            raise RequestRefused("too many requests of this session", status=429, code="rate_limit_exceeded")
+        if found.action == "models":
+            return _json(listing(self._models))
         session.requests += 1
         try:
-            return await handler(request, session)
+            asked, digest = await self._asked(request, session, found.dialect, path)
+            if found.action == "count":
+                return _json(found.dialect.counted(self._calls.count(session, asked)))
+            return await self._call(request, session, found.dialect, asked, digest)
         finally:
             session.requests -= 1
 
-    def _handlers(self) -> dict[tuple[str, str], Callable[[web.Request, Session], Awaitable[web.StreamResponse]]]:
-        return {
-            (hdrs.METH_POST, "v1/chat/completions"): self._completions,
-            (hdrs.METH_GET, "v1/models"): self._models,
-        }
+    async def _asked(
+        self, request: web.Request, session: Session, dialect: Dialect, path: str
+    ) -> tuple[ModelCall, bytes]:
+        """The request as a model call, and a digest of its body apart from whether it is streamed."""
+        held = 0
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                body = bytearray()
+                async for piece in request.content.iter_any():
+                    body += piece
+                    held += len(piece)
+                    session.body_bytes += len(piece)
+                    self._check_body(session, len(body))
+            asked = dialect.read(bytes(body), path)
+        except TimeoutError as error:
+            raise RequestRefused("the request body did not arrive in time", status=408) from error
+        finally:
+            session.body_bytes -= held
+        asked = msgspec.structs.replace(asked, thread=named_thread(request.headers))
+        # Some clients repeat a stream that broke as a request for a whole answer.
+        return asked, blake2b(_STREAM.sub(b"", body), digest_size=16).digest()
 
-    async def _models(self, _request: web.Request, _session: Session) -> web.StreamResponse:
-        return _json(self._chat.models(self._model))
+    def _check_body(self, session: Session, size: int) -> None:
+        if size > self._limits.body_bytes:
+            raise RequestRefused(f"the body is larger than {self._limits.body_bytes} bytes", status=413)
+        if session.body_bytes > self._limits.session_body_bytes:
+            raise too_many("bytes")
 
-    async def _completions(self, request: web.Request, session: Session) -> web.StreamResponse:
-        body = await self._body(request)
-        asked = self._chat.read(body)
-        digest = blake2b(body, digest_size=16).digest()
+    async def _call(
+        self, request: web.Request, session: Session, dialect: Dialect, asked: ModelCall, digest: bytes
+    ) -> web.StreamResponse:
         call = self._calls.begin(session, asked, digest, retry=_is_retry(request))
         async with call:
             if asked.stream:
-                return await self._stream(request, call)
+                return await self._stream(request, dialect, call, asked)
             reply = _whole(await asyncio.shield(call.result))
-        return _json(self._chat.reply(asked, reply))
+            response = _json(dialect.reply(asked, reply))
+            await response.prepare(request)
+            await response.write_eof()
+            call.delivered = True
+        return response
 
-    async def _body(self, request: web.Request) -> bytes:
-        try:
-            async with asyncio.timeout(self._limits.body_s):
-                return await request.read()
-        except TimeoutError as error:
-            raise RequestRefused("the request body did not arrive in time", status=408) from error
-
-    async def _stream(self, request: web.Request, call: Call) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, dialect: Dialect, call: Call, asked: ModelCall) -> web.StreamResponse:
         response = web.StreamResponse(headers=_SSE)
         await response.prepare(request)
-        events = self._chat.stream(call.asked, call.turn_id)
+        events = dialect.stream(asked, call.turn_id, call.prompt.tokens)
         await self._write(response, events.start())
         try:
-            shown = await self._deltas(response, call, events.text)
+            shown = await self._deltas(response, call, events)
             ending = events.end(_whole(call.result.result()), shown)
         except RequestRefused as error:
             ending = events.failed(error)
         except KatError as error:
             ending = events.failed(_refused(error))
         await self._write(response, ending)
+        call.delivered = True
         return response
 
-    async def _deltas(self, response: web.StreamResponse, call: Call, event: Callable[[str], bytes]) -> int:
-        """Show what is certain until the call has its result; the number of characters shown."""
-        parser = self._calls.parser if call.asked.tools_allowed else None
-        text = StreamText(self._calls.renderer, parser.opening if parser else "", call.asked.stop)
+    async def _deltas(self, response: web.StreamResponse, call: Call, events: ReplyStream) -> Shown:
+        """Show what is certain until the call has its result; how much was shown."""
+        text = StreamText(
+            self._calls.renderer,
+            self._calls.parser_for(call.asked),
+            call.asked.stop,
+            thinks=self._calls.renderer.thinks,
+            opened=call.prompt.opened,
+        )
         known = 0
         while not call.result.done():
             if not await call.wait_for_news(known, self._limits.keepalive_s):
@@ -121,8 +160,11 @@ class DataListener:
                 continue
             ids = call.sampler.draft.ids
             known = max(known, len(ids))
-            if delta := text.feed(ids):
-                await self._write(response, event(delta))
+            reasoning, content = text.feed(ids)
+            if reasoning:
+                await self._write(response, events.reasoning(reasoning))
+            if content:
+                await self._write(response, events.text(content))
         return text.shown
 
     async def _write(self, response: web.StreamResponse, data: bytes) -> None:
@@ -132,12 +174,13 @@ class DataListener:
         except TimeoutError as error:
             raise DeadlineExceeded("the client to take its stream", self._limits.write_s) from error
 
-    def _refusal(self, error: RequestRefused) -> web.Response:
-        REFUSED.labels(str(error.status)).inc()
-        response = _json(self._chat.error(error), error.status)
-        if error.status in (429, 503):
-            response.headers[hdrs.RETRY_AFTER] = "1"
-        return response
+
+def _refusal(dialect: Dialect, error: RequestRefused) -> web.Response:
+    REFUSED.labels(str(error.status)).inc()
+    response = _json(dialect.error(error), error.status)
+    if error.status in (429, 503):
+        response.headers[hdrs.RETRY_AFTER] = "1"
+    return response
 
 
 def _json(body: bytes, status: int = 200) -> web.Response:
@@ -145,8 +188,11 @@ def _json(body: bytes, status: int = 200) -> web.Response:
 
 
 def _key(request: web.Request) -> str:
+    """The key, wherever the wire puts it: Authorization (OpenAI), x-api-key (Anthropic), x-goog-api-key (Google)."""
     scheme, _, key = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return next((request.headers[name] for name in _KEYS if name in request.headers), "")
 
 
 def _is_retry(request: web.Request) -> bool:

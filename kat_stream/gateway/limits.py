@@ -12,6 +12,18 @@ class Limits:
     """Times in seconds."""
 
     body_bytes: int = 16 * MIB
+    session_body_bytes: int = 64 * MIB
+    """Of all requests of a session at once."""
+    headers_s: float = 10.0
+    """For a new connection to send its first request's head."""
+    connections: int = 4096
+    """At the agents' port; beyond it those that have not shown a session's key yet are closed, the oldest first."""
+    linger_s: float = 1.0
+    """For a client to stop sending after it was refused."""
+    requests_per_s: float = 50.0
+    """Of a session, in the long run."""
+    request_burst: int = 500
+    """Of a session, at once."""
     body_s: float = 30.0
     """To send a whole request body."""
     write_s: float = 60.0

@@ -7,7 +7,9 @@ arguments are compared as JSON values, ids of tool calls and reasoning are left 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from hashlib import blake2b
+from itertools import takewhile
 from typing import Any
 
 import msgspec
@@ -57,12 +59,20 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
         return out | {key: value for key, value in rest.items() if value}
 
 
+def join_text(texts: Iterable[str], role: str) -> str:
+    """Text blocks as one text. An assistant's blocks are pieces of one utterance, others' stand by themselves."""
+    return ("" if role == "assistant" else "\n").join(texts)
+
+
 class ModelCall(msgspec.Struct, frozen=True, kw_only=True):
     """What an agent asks for."""
 
     dialect: str
     messages: tuple[Message, ...]
     tools: list[dict[str, Any]] | None = None
+    """As chat templates expect them: {"type": "function", "function": {"name", "description", "parameters"}}."""
+    tool_kinds: dict[str, str] = {}
+    """Tools that the wire knows by another form than the policy, by their name here; the dialect's own words."""
     tools_allowed: bool = False
     """The reply may hold tool calls."""
     max_tokens: int | None = None
@@ -72,6 +82,17 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True):
     model: str = ""
     asked: str = ""
     """Sampling parameters as asked for, as JSON: recorded, never obeyed."""
+    thread: str = ""
+    """The agent's own name of this thread of its work, if it gives one: sub-agents have others."""
+
+    def system(self) -> str:
+        """What stands before the first message that is no instruction."""
+        leading = takewhile(lambda message: message.role == "system", self.messages)
+        return "\n".join(message.content for message in leading)
+
+    def tools_digest(self) -> bytes:
+        """16 bytes that are equal for equal tool sets."""
+        return blake2b(_json.encode(self.tools or []), digest_size=16).digest()
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,21 +100,26 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
 
     turn_id: str
     content: str
+    reasoning: str = ""
+    ill_formed: bool = False
+    """The policy began a tool call that does not parse; it is in the content, as it was written."""
     tool_calls: tuple[ToolCall, ...]
     finish_reason: str
     """stop | length | abort"""
+    matched_stop: str = ""
+    """The stop string of the agent that ended it."""
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
 
     def message(self) -> Message:
         """The reply as an echo of it comes back in the next request."""
-        return Message(role="assistant", content=self.content, tool_calls=self.tool_calls)
+        return Message(role="assistant", content=self.content, tool_calls=self.tool_calls, reasoning=self.reasoning)
 
 
 def chain(call: ModelCall) -> list[bytes]:
-    """Digest of tools + messages[:n] for n = 0..len(messages): equal digests are equal conversations."""
-    digests = [blake2b(_json.encode(call.tools or []), digest_size=16).digest()]
+    """Digest of messages[:n] for n = 0..len(messages): equal digests are equal conversations."""
+    digests = [b""]
     for message in call.messages:
         digests.append(extend(digests[-1], message))
     return digests

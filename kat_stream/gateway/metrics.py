@@ -5,7 +5,10 @@ from __future__ import annotations
 from prometheus_client import Counter, Gauge, Histogram
 
 CALLS = Counter("kat_gateway_calls_total", "Model calls recorded as turns", ["dialect", "finish"])
-FORKS = Counter("kat_gateway_forks_total", "Turns that did not extend the newest turn of their session", ["reason"])
+FORKS = Counter("kat_gateway_forks_total", "Turns that did not extend the newest turn of their thread", ["reason"])
+SIDE = Counter("kat_gateway_side_total", "Calls served and recorded, not trained", ["reason"])
+ILL_FORMED = Counter("kat_gateway_ill_formed_total", "Replies with a tool call that does not parse")
+TURNED_AWAY = Counter("kat_gateway_turned_away_total", "Connections closed before a request of a session", ["reason"])
 REFUSED = Counter("kat_gateway_refused_total", "Requests answered with an error", ["status"])
 COALESCED = Counter("kat_gateway_coalesced_total", "Retries that joined a call instead of making one")
 RESUMED = Counter("kat_gateway_resumed_total", "Calls sent to an engine again in mid-turn", ["reason"])

@@ -13,12 +13,13 @@ from typing import Protocol
 import msgspec
 
 from kat_stream.errors import LogUnavailable
-from kat_stream.gateway.messages import ModelCall, ToolCall
-from kat_stream.gateway.metrics import CALLS, FORKS, PUBLISH_SECONDS, TOKENS
+from kat_stream.gateway.messages import ModelCall
+from kat_stream.gateway.metrics import CALLS, FORKS, ILL_FORMED, PUBLISH_SECONDS, SIDE, TOKENS
 from kat_stream.gateway.paths import WIDTH
 from kat_stream.gateway.prompts import Prompt
 from kat_stream.gateway.sampling import Draft
 from kat_stream.gateway.sessions import Session
+from kat_stream.gateway.tools import Said
 from topics.record import Record, pack_floats, pack_ints
 from topics.turn import Turn
 
@@ -38,11 +39,12 @@ def make_turn(
     call: ModelCall,
     prompt: Prompt,
     draft: Draft,
-    content: str,
-    calls: tuple[ToolCall, ...],
+    said: Said,
+    side: str,
 ) -> Turn:
     """The record of a finished call; it takes the session's next index."""
     versions_known = draft.cover()
+    whole = draft.finish_reason != "abort" and bool(draft.ids) and versions_known
     about = session.about
     return Turn(
         run=about.run,
@@ -58,16 +60,23 @@ def make_turn(
         logprobs=pack_floats(draft.logprobs),
         spans=tuple(draft.spans),
         finish_reason=draft.finish_reason,
-        content=content,
-        tool_calls=msgspec.json.encode(calls).decode() if calls else "",
-        trainable=about.purpose == "train" and draft.finish_reason != "abort" and bool(draft.ids) and versions_known,
-        fork=prompt.fork,
+        content=said.content,
+        tool_calls=msgspec.json.encode(said.tool_calls).decode() if said.tool_calls else "",
+        trainable=about.purpose == "train" and whole and not side,
+        fork="" if side else prompt.why(),
         dialect=call.dialect,
         engine=draft.engine,
         cached_tokens=draft.cached_tokens,
         queued_s=draft.queued_s,
         seconds=draft.seconds,
         asked=call.asked,
+        reasoning=said.reasoning,
+        ill_formed=said.ill_formed,
+        side=side,
+        thread=prompt.thread,
+        conversation=prompt.digest,
+        messages=prompt.messages,
+        tools=prompt.tools,
     )
 
 
@@ -95,5 +104,9 @@ def count(turn: Turn, prompt_tokens: int) -> None:
     TOKENS.labels("prompt").inc(prompt_tokens)
     TOKENS.labels("cached").inc(turn.cached_tokens)
     TOKENS.labels("sampled").inc(len(turn.sampled_ids) // WIDTH)
+    if turn.side:
+        SIDE.labels(turn.side).inc()
+    if turn.ill_formed:
+        ILL_FORMED.inc()
     if turn.fork:
         FORKS.labels(turn.fork).inc()

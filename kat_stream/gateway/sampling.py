@@ -132,6 +132,9 @@ class Sampler:
                 self.draft.queued_s = time.monotonic() - began
             self._at, self.draft.engine = (state.engine, rid), state.url
             generation = await self._generate(state.engine, rid, left, start)
+        if len(generation.logprobs) != len(generation.output_ids) or (generation.text and not generation.output_ids):
+            # Text is not what was sampled: without the ids there is nothing to record, so there is no reply either.
+            raise EngineUnavailable(f"{state.url}: an answer without the ids or log-probabilities of its text")
         self.draft.close_part(start, generation)
         self.grown()
         if generation.finish_reason != "abort":

@@ -77,6 +77,11 @@ class Session:
     """Calls by the digest of their body, the newest last."""
     requests: int = 0
     """Being read or answered."""
+    body_bytes: int = 0
+    """Of those requests, in memory."""
+    allowance: float = 0.0
+    """Requests that may come at once, as of `allowed_at`."""
+    allowed_at: float = field(default_factory=time.monotonic)
     closed: bool = False
     completed: int = 0
     """Turns that were given an index."""
@@ -88,9 +93,19 @@ class Session:
         self.completed += 1
         return self.completed - 1
 
-    def answered(self) -> int:
-        """Turns that came to an end of their own."""
-        return sum(turn.finish_reason != "abort" for turn in self.turns)
+    def answered(self, *, side: bool = False) -> int:
+        """Turns of the task's own work, or side requests, that came to an end of their own."""
+        return sum(turn.finish_reason != "abort" and bool(turn.side) is side for turn in self.turns)
+
+    def spend(self, rate: float, burst: int) -> bool:
+        """Whether one more request keeps the session within `rate` a second, `burst` at once."""
+        now = time.monotonic()
+        self.allowance = min(float(burst), self.allowance + (now - self.allowed_at) * rate)
+        self.allowed_at = now
+        if self.allowance < 1:
+            return False
+        self.allowance -= 1
+        return True
 
     def remember(self, digest: bytes, call: Call, limit: int) -> None:
         """Keep a call for retries of it."""
@@ -122,7 +137,9 @@ class Sessions:
         """A new session; RequestRefused (503) when there are too many."""
         if len(self._open) >= self._limits.sessions:
             raise RequestRefused(f"{len(self._open)} sessions are open", status=503, code="too_many_sessions")
-        session = Session(secrets.token_hex(12), secrets.token_hex(24), about)
+        session = Session(
+            secrets.token_hex(12), secrets.token_hex(24), about, allowance=float(self._limits.request_burst)
+        )
         self._open[session.session_id] = session
         SESSIONS.set(len(self._open))
         return session
@@ -132,7 +149,7 @@ class Sessions:
         session = self._open.get(session_id) or self._closed.get(session_id)
         if session is None:
             raise RequestRefused("there is no such session", status=404, code="session_not_found")
-        if not compare_digest(session.key.encode(), key.encode()):
+        if not compare_digest(session.key.encode(), key.encode(errors="surrogateescape")):
             raise RequestRefused("Incorrect API key provided.", status=401, code="invalid_api_key")
         if session.closed:
             raise RequestRefused("this session has ended", status=409, code="session_ended")

@@ -1,67 +1,81 @@
-"""Tool calls in the policy's text: a registry of parsers, one a way of writing them.
+"""What a reply says: reasoning, content and tool calls; and which family's parsers read a policy.
 
-Invariant: a text that does not parse stays text, to the last character; nothing the policy wrote is repaired.
+Owns the registry of parsers. Invariant: ids of tool calls follow from the turn and consist of letters and digits only,
+as agents rewrite others.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-
-import msgspec
 
 from kat_stream.errors import ConfigError
 from kat_stream.gateway.messages import ToolCall
+from kat_stream.gateway.parsers import deepseek, glm, hermes, kimi, llama3, qwen3_coder, reasoning
+from kat_stream.gateway.parsers.base import Parsed, ToolParser, Tools
 
-Parsed = tuple[str, list[tuple[str, str]]]
-"""Visible content, and (name, arguments as JSON text) of each call."""
-
-
-@dataclass(frozen=True, slots=True)
-class ToolParser:
-    """How one family of models writes tool calls. `opening` starts a call: from there on a stream holds text back."""
-
-    opening: str
-    parse: Callable[[str], Parsed]
+AUTO = "auto"
 
 
-class _HermesCall(msgspec.Struct):
-    name: str
-    arguments: msgspec.Raw = msgspec.Raw(b"{}")
-
-
-_HERMES = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-_hermes_decoder = msgspec.json.Decoder(_HermesCall)
-
-
-def _hermes(text: str) -> Parsed:
-    """Hermes and Qwen: <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number of them."""
-    try:
-        decoded = [_hermes_decoder.decode(body) for body in _HERMES.findall(text)]
-    except msgspec.DecodeError:
-        return text, []
-    rest = _HERMES.sub("", text)
-    if not decoded or "<tool_call>" in rest or any(not bytes(call.arguments).startswith(b"{") for call in decoded):
-        return text, []
-    return rest.rstrip(), [(call.name, bytes(call.arguments).decode()) for call in decoded]
-
-
-def _none(text: str) -> Parsed:
+def _none(text: str, _tools: Tools | None = None) -> Parsed:
     return text, []
 
 
-PARSERS: dict[str, ToolParser] = {"none": ToolParser("", _none), "hermes": ToolParser("<tool_call>", _hermes)}
+NONE = ToolParser((), _none)
+PARSERS: dict[str, ToolParser] = {
+    "none": NONE,
+    "hermes": hermes.PARSER,
+    "qwen3-coder": qwen3_coder.PARSER,
+    "llama3": llama3.PARSER,
+    "deepseek": deepseek.PARSER,
+    "glm": glm.PARSER,
+    "kimi": kimi.PARSER,
+}
+# What a chat template that teaches or shows a family's calls contains; the first that is found decides.
+_SIGNS = (
+    ("<function=", "qwen3-coder"),
+    ("<arg_key>", "glm"),
+    ("<|tool_calls_section_begin|>", "kimi"),
+    ("<｜tool▁calls▁begin｜>", "deepseek"),
+    ("<tool_call>", "hermes"),
+    ("<|python_tag|>", "llama3"),
+    ('"parameters": ', "llama3"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A reply read: `ill_formed` if a tool call was begun that does not parse; it stays in the content."""
+
+    reasoning: str
+    content: str
+    tool_calls: tuple[ToolCall, ...]
+    ill_formed: bool
 
 
 def get_parser(name: str) -> ToolParser:
     """The parser of this name; ConfigError names those there are."""
     if name not in PARSERS:
-        raise ConfigError(f"gateway.tools: no parser {name!r}; there are: {', '.join(sorted(PARSERS))}")
+        raise ConfigError(f"gateway.tools: no parser {name!r}; there are: {AUTO}, {', '.join(sorted(PARSERS))}")
     return PARSERS[name]
 
 
-def read_reply(parser: ToolParser, text: str, turn_id: str) -> tuple[str, tuple[ToolCall, ...]]:
-    """Content and calls of a reply. Ids follow from the turn; letters and digits only, as agents rewrite others."""
-    content, calls = parser.parse(text)
-    return content, tuple(ToolCall(f"call{turn_id[:20]}{i}", name, args) for i, (name, args) in enumerate(calls))
+def family(template: str) -> str:
+    """The name of the parser for a chat template; `none` if it shows no tool calls."""
+    return next((name for sign, name in _SIGNS if sign in template), "none")
+
+
+def read_reply(
+    parser: ToolParser,
+    text: str,
+    turn_id: str,
+    *,
+    tools: Tools | None = None,
+    opened: bool = False,
+    thinks: bool = False,
+) -> Said:
+    """A whole reply. `thinks`: the policy reasons before it speaks; `opened`: in this reply the template began it."""
+    thought = reasoning.split(text, opened=opened) if thinks else reasoning.Thought("", text, True)
+    content, calls = parser.parse(thought.content, tools)
+    begun = parser.begins(thought.content if thought.closed else thought.reasoning)
+    named = tuple(ToolCall(f"call{turn_id[:20]}{i}", name, arguments) for i, (name, arguments) in enumerate(calls))
+    return Said(thought.reasoning, content, named, begun and not calls)

@@ -12,6 +12,8 @@ import json
 import multiprocessing
 import platform
 import time
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from multiprocessing.connection import Connection
 
 import aiohttp
@@ -26,6 +28,20 @@ from topics import Sampling, topic_named
 
 REPLY = "cat src/config.py"
 WIDE = Sampling(max_context=1 << 20)
+NEW = 300
+"""Tokens that each turn adds. The tokenizer of the tests writes a token a character."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """One case: `context` tokens at the start of each session, `new` more in each turn."""
+
+    at_once: int
+    sessions: int
+    turns: int
+    context: int
+    new: int
+    stream: bool
 
 
 def _engine(pipe: Connection) -> None:
@@ -38,45 +54,50 @@ def _engine(pipe: Connection) -> None:
     asyncio.run(serve())
 
 
-def _agents(pipe: Connection, data_url: str, control_url: str, sessions: int, turns: int, chars: int) -> None:
+def _agents(pipe: Connection, data_url: str, control_url: str, load: Load) -> None:
     async def one(http: aiohttp.ClientSession, number: int, seconds: list[float]) -> None:
         control = GatewayControl(control_url, http)
         handle = await control.open(run="b", group_id=f"g{number // 8}", rollout_id=f"r{number}", sampling=WIDE)
-        messages = [{"role": "system", "content": "Mend the repository."}, user(f"task {number // 8} " + "x" * chars)]
-        for _ in range(turns):
+        url, headers = f"{data_url}{handle.path}/v1/chat/completions", {"Authorization": f"Bearer {handle.key}"}
+        first = user(f"task {number // 8} " + "x" * load.context)
+        messages = [{"role": "system", "content": "Mend the repository."}, first]
+        for _ in range(load.turns):
             began = time.perf_counter()
-            url, headers = f"{data_url}{handle.path}/v1/chat/completions", {"Authorization": f"Bearer {handle.key}"}
-            async with http.post(url, json={"model": "m", "messages": messages}, headers=headers) as answer:
-                reply = (await answer.json())["choices"][0]["message"]["content"]
+            body = {"model": "m", "messages": messages, "stream": load.stream}
+            async with http.post(url, json=body, headers=headers) as answer:
+                text = await answer.text()
+                assert answer.status == 200 and REPLY.split()[0] in text, text
             seconds.append(time.perf_counter() - began)
-            messages = [*messages, {"role": "assistant", "content": reply}, user("y" * chars)]
+            messages = [*messages, {"role": "assistant", "content": REPLY}, user("y" * load.new)]
         await control.close(handle.session_id)
 
     async def run() -> list[float]:
         seconds: list[float] = []
-        async with aiohttp.ClientSession() as http:
-            for start in range(0, sessions, 16):
-                await asyncio.gather(*(one(http, n, seconds) for n in range(start, min(start + 16, sessions))))
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+            for start in range(0, load.sessions, load.at_once):
+                ours = range(start, min(start + load.at_once, load.sessions))
+                await asyncio.gather(*(one(http, n, seconds) for n in ours))
         return seconds
 
     pipe.send(asyncio.run(run()))
 
 
-async def _measure(engine_url: str, sessions: int, turns: int, chars: int) -> dict[str, float]:
+async def _measure(engine_url: str, load: Load) -> dict[str, float]:
     log = MemoryLog()
     await log.start()
     await log.apply_topics([topic_named("turns")])
     async with Router([engine_url]) as router:
         server = await start_gateway(
-            tokenizer=tokenizer(), log=log, router=router, config=GatewaySection(), model_name="policy"
+            tokenizer=tokenizer(), log=log, router=router, config=GatewaySection(tools="none"), model_name="policy"
         )
-        await asyncio.to_thread(_run_agents, server.data_url, server.control_url, 16, turns, chars)
+        warm = replace(load, sessions=min(load.at_once, 4))
+        await asyncio.to_thread(_run_agents, server.data_url, server.control_url, warm)
         began, wall = time.process_time(), time.perf_counter()
-        seconds = await asyncio.to_thread(_run_agents, server.data_url, server.control_url, sessions, turns, chars)
+        seconds = await asyncio.to_thread(_run_agents, server.data_url, server.control_url, load)
         used, wall = time.process_time() - began, time.perf_counter() - wall
         await server.close()
     await log.close()
-    calls = sessions * turns
+    calls = load.sessions * load.turns
     seconds.sort()
     return {
         "calls": calls,
@@ -87,10 +108,10 @@ async def _measure(engine_url: str, sessions: int, turns: int, chars: int) -> di
     }
 
 
-def _run_agents(data_url: str, control_url: str, sessions: int, turns: int, chars: int) -> list[float]:
+def _run_agents(data_url: str, control_url: str, load: Load) -> list[float]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_agents, args=(theirs, data_url, control_url, sessions, turns, chars))
+    process = context.Process(target=_agents, args=(theirs, data_url, control_url, load))
     process.start()
     seconds: list[float] = ours.recv()
     process.join()
@@ -99,8 +120,10 @@ def _run_agents(data_url: str, control_url: str, sessions: int, turns: int, char
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sessions", type=int, default=200)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=800, help="of each case (fewer with long contexts)")
+    parser.add_argument("--turns", type=int, default=10, help="of each session")
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 32, 256], help="sessions")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[2_000, 20_000, 100_000], help="tokens at the start")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -108,10 +131,11 @@ def main() -> None:
     engine.start()
     url = ours.recv()
     print(json.dumps({"machine": platform.machine(), "python": platform.python_version()}))
-    for chars in (80, 2000, 20000):
-        sessions = args.sessions if chars < 20000 else max(args.sessions // 8, 8)
-        result = asyncio.run(_measure(url, sessions, args.turns, chars))
-        print(json.dumps({"characters_a_message": chars, "turns": args.turns, **result}))
+    for at_once, tokens, stream in product(args.at_once, args.contexts, (False, True)):
+        calls = max(args.calls * 2_000 // tokens, args.turns * 2)
+        sessions = max(min(at_once, calls // args.turns), calls // args.turns)
+        load = Load(at_once, sessions, args.turns, tokens, NEW, stream)
+        print(json.dumps({**asdict(load), **asyncio.run(_measure(url, load))}), flush=True)
     ours.send("end")
     engine.join()
 

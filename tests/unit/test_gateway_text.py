@@ -16,7 +16,7 @@ from kat_stream.gateway.messages import Message, ToolCall, chain
 from kat_stream.gateway.render import Renderer
 from kat_stream.gateway.sampling import Draft
 from kat_stream.gateway.stream_text import StreamText
-from kat_stream.gateway.tools import PARSERS, get_parser, read_reply
+from kat_stream.gateway.tools import NONE, PARSERS, get_parser, read_reply
 from tests.contract.gateway_kit import by_bytes, tokenizer
 from topics import VersionSpan
 
@@ -26,11 +26,17 @@ CALL = '<tool_call>\n{"name": "bash", "arguments": {"command": "ls"}}\n</tool_ca
 
 def test_hermes_calls_are_taken_out_and_their_arguments_kept_as_written() -> None:
     text = 'I look.\n<tool_call>{"name":"a","arguments":{ "x" : 1}}</tool_call>\n' + CALL
-    content, calls = read_reply(HERMES, text, "ab12" * 8)
-    assert content == "I look." and [(c.name, c.arguments) for c in calls] == [
-        ("a", '{ "x" : 1}'),
-        ("bash", '{"command": "ls"}'),
-    ]
+    said = read_reply(HERMES, text, "ab12" * 8)
+    content, calls = said.content, said.tool_calls
+    assert (
+        not said.ill_formed
+        and content == "I look."
+        and [(c.name, c.arguments) for c in calls]
+        == [
+            ("a", '{ "x" : 1}'),
+            ("bash", '{"command": "ls"}'),
+        ]
+    )
     assert all(call.id.isalnum() for call in calls) and calls[0].id != calls[1].id
 
 
@@ -47,24 +53,25 @@ def test_hermes_calls_are_taken_out_and_their_arguments_kept_as_written() -> Non
     ],
 )
 def test_what_does_not_parse_stays_text(text: str) -> None:
-    assert HERMES.parse(text) == (text, [])
+    assert HERMES.parse(text, None) == (text, [])
+    assert read_reply(HERMES, text, "t").ill_formed == ("<tool_call>" in text)
 
 
 def test_an_unknown_parser_is_named() -> None:
-    with pytest.raises(ConfigError, match="hermes, none"):
+    with pytest.raises(ConfigError, match="auto, deepseek, glm, hermes"):
         get_parser("xml")
 
 
 @given(st.text(max_size=40))
 def test_parsers_never_fail(text: str) -> None:
     for parser in PARSERS.values():
-        content, calls = parser.parse(text)
+        content, calls = parser.parse(text, None)
         assert calls or content == text
 
 
 def _message(**fields: object) -> bytes:
     body = {"messages": [{"role": "assistant", **fields}]}
-    return ChatCompletions().read(json.dumps(body).encode()).messages[0].canonical()
+    return ChatCompletions().read(json.dumps(body).encode(), "").messages[0].canonical()
 
 
 def test_an_echo_that_changes_nothing_is_equal() -> None:
@@ -78,11 +85,13 @@ def test_an_echo_that_changes_nothing_is_equal() -> None:
     assert _message(content="x") != _message(content="x ")
 
 
-def test_conversations_with_other_tools_are_others() -> None:
-    read = ChatCompletions().read
-    plain = read(b'{"messages": [{"role": "user", "content": "x"}]}')
-    tools = read(b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"function": {"name": "f"}}]}')
-    assert chain(plain)[-1] != chain(tools)[-1] and len(chain(plain)) == 2
+def test_a_conversation_is_the_same_whatever_tools_there_are() -> None:
+    plain = ChatCompletions().read(b'{"messages": [{"role": "user", "content": "x"}]}', "")
+    tools = ChatCompletions().read(
+        b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"function": {"name": "f"}}]}', ""
+    )
+    assert chain(plain) == chain(tools) and len(chain(plain)) == 2
+    assert plain.tools_digest() != tools.tools_digest()
 
 
 def test_arguments_that_are_no_json_are_compared_as_text() -> None:
@@ -95,19 +104,46 @@ def renderer() -> Renderer:
     return Renderer(tokenizer())
 
 
-@given(st.text(st.sampled_from("ab <>/tool_calé😀\nEND"), max_size=30), st.booleans(), st.integers(1, 7))
-def test_deltas_begin_the_final_content(renderer: Renderer, text: str, tools: bool, step: int) -> None:
-    text = text.replace("END", "")
-    ids = by_bytes(text)
-    shown = StreamText(renderer, HERMES.opening if tools else "", ("END",))
-    said = "".join(shown.feed(ids[:n]) for n in [*range(0, len(ids), step), len(ids)])
-    content, _ = HERMES.parse(text) if tools else (text, [])
-    assert content.startswith(said) and len(said) == shown.shown
+PIECES = (
+    CALL,
+    "a",
+    "b ",
+    "<tool_call>",
+    "</tool_call>",
+    "<",
+    "to",
+    "é",
+    "😀",
+    "\n",
+    '{"name"',
+    "<think>",
+    "</think>",
+    "</th",
+)
+
+
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=9).map("".join),
+    st.sampled_from(sorted(PARSERS)),
+    st.integers(1, 7),
+    st.booleans(),
+    st.booleans(),
+)
+def test_deltas_begin_the_final_reply(
+    renderer: Renderer, text: str, name: str, step: int, thinks: bool, opened: bool
+) -> None:
+    ids, parser = by_bytes(text), PARSERS[name]
+    shown = StreamText(renderer, parser, ("END",), thinks=thinks, opened=opened)
+    deltas = [shown.feed(ids[:n]) for n in [*range(0, len(ids), step), len(ids)]]
+    reasoning, content = ("".join(parts) for parts in zip(*deltas, strict=True))
+    said = read_reply(parser, text, "t", thinks=thinks, opened=opened)
+    assert said.content.startswith(content) and len(content) == shown.shown.content
+    assert said.reasoning.startswith(reasoning) and len(reasoning) == shown.shown.reasoning
 
 
 def test_text_is_shown_as_soon_as_it_is_certain(renderer: Renderer) -> None:
-    shown = StreamText(renderer, "", ("END",))
-    assert [shown.feed(by_bytes(text, end=False)) for text in ("ab", "abE", "abEN", "abENc", "abENcEND")] == [
+    shown = StreamText(renderer, NONE, ("END",))
+    assert [shown.feed(by_bytes(text, end=False))[1] for text in ("ab", "abE", "abEN", "abENc", "abENcEND")] == [
         "ab",
         "",
         "",

@@ -1,7 +1,6 @@
 """OpenAI chat completions: request, reply, stream and errors. Wire facts: research/routing_streaming.md D1.
 
-Invariant: what cannot be served as asked (several choices, images) is refused by name; it is never served differently.
-Sampling parameters are the exception, by design: the session forces its own, and what was asked is recorded.
+Invariant: see dialects/base.py. Reasoning is `reasoning_content`, as the open servers and most agents call it.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ from typing import Any, Literal
 import msgspec
 
 from kat_stream.errors import RequestRefused
-from kat_stream.gateway.messages import Message, ModelCall, Reply, ToolCall
-
-_encode = msgspec.json.Encoder().encode
-_TYPES = {401: "authentication_error", 404: "not_found_error", 409: "conflict_error", 429: "rate_limit_error"}
+from kat_stream.gateway.dialects.base import decode, encode, event, function_tool, only_text, openai_error, positive
+from kat_stream.gateway.messages import Message, ModelCall, Reply, ToolCall, join_text
+from kat_stream.gateway.stream_text import Shown
 
 
 class _Part(msgspec.Struct):
@@ -40,6 +38,7 @@ class _Message(msgspec.Struct):
     tool_call_id: str | None = None
     name: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class _StreamOptions(msgspec.Struct):
@@ -69,6 +68,10 @@ class _Body(msgspec.Struct):
     tools: list[dict[str, Any]] | None = None
     stream: bool | None = False
     stream_options: _StreamOptions | None = None
+    # What only other wires have: their bodies must not be taken for a conversation without instructions.
+    system: Any = None
+    input: Any = None
+    contents: Any = None
 
 
 _body = msgspec.json.Decoder(_Body)
@@ -80,45 +83,42 @@ class ChatCompletions:
 
     name = "chat"
 
-    def read(self, body: bytes) -> ModelCall:
+    def read(self, body: bytes, target: str) -> ModelCall:
         """A request body as a model call; RequestRefused (400) names the field."""
-        try:
-            request, asked = _body.decode(body), _asked.decode(body)
-        except msgspec.ValidationError as error:
-            text, _, where = str(error).rpartition(" - at `$")
-            raise RequestRefused(f"invalid request: {error}", where.strip("`.") if text else "") from error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise RequestRefused(f"the request body is no valid JSON: {error}") from error
+        request, asked = decode(_body, body), decode(_asked, body)
+        for field in ("system", "input", "contents"):
+            if getattr(request, field) is not None:
+                raise RequestRefused(f"{field}: no field of chat completions; is this another API's request?", field)
         if not request.messages:
             raise RequestRefused("messages: at least one message is needed", "messages")
         if asked.n not in (None, 1):
             raise RequestRefused("n: only one choice a request; send several requests", "n")
         limit = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
-        if limit is not None and limit < 1:
-            raise RequestRefused("max_tokens: must be at least 1", "max_tokens")
-        _check_tools(request.tools)
+        tools = [_tool(tool, i) for i, tool in enumerate(request.tools or ())]
         stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
         return ModelCall(
             dialect=self.name,
             messages=tuple(_message(message, i) for i, message in enumerate(request.messages)),
-            tools=request.tools or None,
-            tools_allowed=bool(request.tools) and asked.tool_choice != "none",
-            max_tokens=limit,
+            tools=tools or None,
+            tools_allowed=bool(tools) and asked.tool_choice != "none",
+            max_tokens=positive(limit, "max_tokens"),
             stop=tuple(text for text in stop if text),
             stream=bool(request.stream),
             include_usage=bool(request.stream_options and request.stream_options.include_usage),
             model=asked.model,
-            asked=_encode(asked).decode(),
+            asked=encode(asked).decode(),
         )
 
     def reply(self, asked: ModelCall, reply: Reply) -> bytes:
         """A whole `chat.completion`."""
         message: dict[str, Any] = {"role": "assistant", "content": reply.content or None, "refusal": None}
+        if reply.reasoning:
+            message["reasoning_content"] = reply.reasoning
         if reply.tool_calls:
             message["tool_calls"] = [_call(call) for call in reply.tool_calls]
         elif not reply.content:
             message["content"] = ""
-        return _encode(
+        return encode(
             {
                 "id": f"chatcmpl{reply.turn_id}",
                 "object": "chat.completion",
@@ -129,19 +129,14 @@ class ChatCompletions:
             }
         )
 
-    def stream(self, asked: ModelCall, turn_id: str) -> ChatStream:
+    def stream(self, asked: ModelCall, turn_id: str, prompt_tokens: int) -> ChatStream:
         return ChatStream(asked, turn_id)
 
-    def error(self, error: RequestRefused) -> bytes:
-        """An error in OpenAI's shape."""
-        kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-        body = {"message": str(error), "type": kind, "param": error.param or None, "code": error.code or None}
-        return _encode({"error": body})
+    def counted(self, tokens: int) -> bytes:
+        return encode({"input_tokens": tokens})
 
-    def models(self, name: str) -> bytes:
-        """The list of the one model there is."""
-        model = {"id": name, "object": "model", "created": 0, "owned_by": "kat-stream"}
-        return _encode({"object": "list", "data": [model]})
+    def error(self, error: RequestRefused) -> bytes:
+        return openai_error(error)
 
 
 class ChatStream:
@@ -159,50 +154,49 @@ class ChatStream:
     def start(self) -> bytes:
         return self._delta({"role": "assistant", "content": ""})
 
+    def reasoning(self, delta: str) -> bytes:
+        return self._delta({"reasoning_content": delta})
+
     def text(self, delta: str) -> bytes:
         return self._delta({"content": delta})
 
-    def end(self, reply: Reply, shown: int) -> bytes:
+    def end(self, reply: Reply, shown: Shown) -> bytes:
         """What was not shown yet, tool calls whole, finish reason, usage if asked for."""
-        out = self.text(reply.content[shown:]) if len(reply.content) > shown else b""
+        out = self.reasoning(rest) if (rest := reply.reasoning[shown.reasoning :]) else b""
+        out += self.text(rest) if (rest := reply.content[shown.content :]) else b""
         for i, call in enumerate(reply.tool_calls):
             out += self._delta({"tool_calls": [{"index": i, **_call(call)}]})
         out += self._delta({}, _finish(reply))
         if self._asked.include_usage:
-            out += _event({**self._head, "choices": [], "usage": _usage(reply)})
+            out += event({**self._head, "choices": [], "usage": _usage(reply)})
         return out + b"data: [DONE]\n\n"
 
     def failed(self, error: RequestRefused) -> bytes:
-        return b"data: " + ChatCompletions().error(error) + b"\n\n"
+        return b"data: " + openai_error(error) + b"\n\n"
 
     def _delta(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
-        return _event({**self._head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + _encode(value) + b"\n\n"
+        return event({**self._head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
 
 
 def _message(message: _Message, index: int) -> Message:
     calls = tuple(ToolCall(call.id, call.function.name, _arguments(call.function)) for call in message.tool_calls or ())
     return Message(
         role="system" if message.role == "developer" else message.role,
-        content=_content(message.content, index),
+        content=_content(message, index),
         tool_calls=calls,
         tool_call_id=message.tool_call_id or "",
         name=message.name or "",
-        reasoning=message.reasoning_content or "",
+        reasoning=message.reasoning_content or message.reasoning or "",
     )
 
 
-def _content(content: str | list[_Part] | None, index: int) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    for i, part in enumerate(content):
+def _content(message: _Message, index: int) -> str:
+    if message.content is None or isinstance(message.content, str):
+        return message.content or ""
+    for i, part in enumerate(message.content):
         if part.type != "text":
-            where = f"messages[{index}].content[{i}]"
-            raise RequestRefused(f"{where}: the policy reads text only, not {part.type!r}", where)
-    return "".join(part.text for part in content)
+            raise only_text(part.type, f"messages[{index}].content[{i}]")
+    return join_text((part.text for part in message.content), message.role)
 
 
 def _arguments(function: _Function) -> str:
@@ -211,11 +205,12 @@ def _arguments(function: _Function) -> str:
     return value if isinstance(value, str) else bytes(function.arguments).decode()
 
 
-def _check_tools(tools: list[dict[str, Any]] | None) -> None:
-    for i, tool in enumerate(tools or ()):
-        function = tool.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RequestRefused(f"tools[{i}].function.name: every tool needs a name", f"tools[{i}].function.name")
+def _tool(tool: dict[str, Any], index: int) -> dict[str, Any]:
+    function = tool.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        where = f"tools[{index}].function.name"
+        raise RequestRefused(f"{where}: every tool needs a name", where)
+    return function_tool(function["name"], function.get("description"), function.get("parameters"))
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
