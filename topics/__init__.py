@@ -11,6 +11,7 @@ Records are frozen, grow only by appended fields with defaults, and travel as ms
 from topics.batch import GroupMember, PackedBatch, PackedRow
 from topics.catalogue import CATALOGUE, Topic, partition_of, topic_named, topic_of
 from topics.dead_letter import DeadLetter
+from topics.deferred import Deferred
 from topics.ledger import LedgerEntry
 from topics.policy_version import PolicyVersion, format_version, parse_version
 from topics.record import Record, decode, decode_any, encode, header_of
@@ -26,6 +27,7 @@ __all__ = [
     "CATALOGUE",
     "OUTCOMES",
     "DeadLetter",
+    "Deferred",
     "Environment",
     "GroupMember",
     "LedgerEntry",

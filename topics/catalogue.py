@@ -12,6 +12,7 @@ from zlib import crc32
 
 from topics.batch import PackedBatch
 from topics.dead_letter import DeadLetter
+from topics.deferred import Deferred
 from topics.ledger import LedgerEntry
 from topics.policy_version import PolicyVersion
 from topics.record import Record
@@ -25,6 +26,8 @@ from topics.turn import Turn
 
 GROUP_PARTITIONS = 12
 MIB = 1 << 20
+FOREVER = -1
+"""No message goes because it is old: `kat-stream topics trim` removes what is archived and needed by nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +35,14 @@ class Topic:
     name: str
     record: type[Record]
     key: str | None
-    """Field of the record that is the message key."""
+    """Field or property of the record that is the message key."""
     partition_by: str | None
     """Field that chooses the partition; None: partition 0."""
     cleanup: Literal["compact", "delete"]
     about: str
     partitions: int = GROUP_PARTITIONS
-    retention_ms: int = 7 * 24 * 3600 * 1000
+    retention_ms: int = FOREVER
+    """By time; a broker that removes by the clock does not know what an archive or a checkpoint still needs."""
     max_message_bytes: int = 16 * MIB
 
 
@@ -50,9 +54,12 @@ CATALOGUE: tuple[Topic, ...] = (
     Topic("rewards", Reward, "group_id", "group_id", "delete", "gradings"),
     Topic("scores", Score, "group_id", "group_id", "delete", "teacher or repeated log-probs"),
     Topic("batches", PackedBatch, "group_id", "group_id", "delete", "groups, tree-packed for the learner"),
-    Topic("policy.versions", PolicyVersion, "model", None, "compact", "weights that may be sampled", partitions=1),
+    Topic("policy.versions", PolicyVersion, "branch", None, "compact", "weights that may be sampled", partitions=1),
     Topic("train.steps", TrainStep, "run", None, "delete", "optimizer steps and their manifests", partitions=1),
     Topic("ledger", LedgerEntry, "rollout_id", "group_id", "compact", "newest fate of each rollout"),
+    Topic("retries.10s", Deferred, None, None, "delete", "tried again after 10 s, in the partition it came from"),
+    Topic("retries.60s", Deferred, None, None, "delete", "tried again after a minute"),
+    Topic("retries.600s", Deferred, None, None, "delete", "tried again after ten minutes"),
     Topic("dead.letters", DeadLetter, None, None, "delete", "what could not be read", partitions=1),
 )
 _BY_NAME = {topic.name: topic for topic in CATALOGUE}

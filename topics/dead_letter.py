@@ -1,4 +1,8 @@
-"""`dead.letters`: a message that a stage could not use, byte for byte, with where it came from and why."""
+"""`dead.letters`: a message that a stage could not use, byte for byte, with where it came from and why.
+
+A letter is identified by its offset (the topic has one partition). What was put back is marked by a second record whose
+`replayed` names the letter; it is written in the transaction that puts the message back.
+"""
 
 from __future__ import annotations
 
@@ -15,3 +19,5 @@ class DeadLetter(Record, frozen=True, kw_only=True, tag="DeadLetter/1"):
     value: bytes
     key: bytes = b""
     headers: tuple[tuple[str, bytes], ...] = ()
+    replayed: int = -1
+    """Offset of the letter that was put back: this record is its mark and no letter; -1: a letter."""

@@ -9,8 +9,7 @@ Invariant: both logs keep the same promises; the same contract tests run on both
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+from kat_stream.config import SecuritySection
 from kat_stream.errors import ConfigError
 from kat_stream.log.base import Committed, Delivered, Follower, Group, Log, Message, Position, TopicPartition
 from kat_stream.log.memory import MemoryLog
@@ -42,17 +41,36 @@ __all__ = [
 PREFIX = "kat."
 
 
-def open_log(url: str, *, prefix: str = PREFIX, security: Mapping[str, object] | None = None) -> Log:
+def open_log(
+    url: str,
+    *,
+    prefix: str = PREFIX,
+    security: SecuritySection | None = None,
+    blobs: str = "",
+    blob_limit_bytes: int = 900_000,
+) -> Log:
     """The log at `memory:` or `kafka:host:port[,host:port]`; call `start` before use and `close` after.
 
-    `prefix` goes before topic, group and transaction names on a broker. `security`: aiokafka's connection options.
-    ConfigError for any other URL.
+    `prefix` goes before topic, group and transaction names on a broker. `security`: who this process is.
+    `blobs`: a store (`file:DIRECTORY`, `s3://BUCKET/PREFIX`) for values over `blob_limit_bytes`; empty: all values are
+    on the log. ConfigError for any other URL.
     """
+    log = _open(url, prefix, security or SecuritySection())
+    if not blobs:
+        return log
+    from kat_stream.log.blobs import BlobStore
+    from kat_stream.log.claims import ClaimCheckedLog
+
+    return ClaimCheckedLog(log, BlobStore(blobs), blob_limit_bytes)
+
+
+def _open(url: str, prefix: str, security: SecuritySection) -> Log:
     scheme, _, rest = url.partition(":")
     if scheme == "memory" and not rest:
         return MemoryLog()
     if scheme == "kafka" and rest:
         from kat_stream.log.kafka import KafkaLog
+        from kat_stream.log.security import connection_options
 
-        return KafkaLog(rest, prefix=prefix, security=security or {})
+        return KafkaLog(rest, prefix=prefix, security=connection_options(security))
     raise ConfigError(f"log: {url!r} is neither memory: nor kafka:host:port[,host:port]")

@@ -66,11 +66,14 @@ class Delivered:
         name = self.headers.get("record", b"").decode(errors="replace")
         if not name:
             raise DecodeError(f"{self.position}: no `record` header says what these {len(self.value)} bytes are")
+        if reference := self.headers.get("blob"):
+            place = reference.decode(errors="replace")
+            raise DecodeError(f"{self.position}: its value is {place}, in a store that this reader was not given")
         try:
             return decode_any(name, self.value)
         except KeyError:
             raise DecodeError(f"{self.position}: this build does not know the record {name!r}") from None
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise DecodeError(f"{self.position}: not a {name}: {error}") from error
 
 
@@ -134,12 +137,20 @@ class Member(Protocol):
         """What this member owns; None while partitions move."""
 
     async def poll(self, *, limit: int, timeout_s: float) -> list[Delivered]:
-        """Up to `limit` messages; nothing if the assignment changed meanwhile. Never cancelled half-way."""
+        """Up to `limit` messages, the oldest over all partitions first; nothing if the assignment changed meanwhile.
+
+        Never cancelled half-way.
+        """
 
     async def keep_alive(self) -> None:
         """Tell the group that the loop lives although it takes nothing."""
 
     def seek(self, partition: TopicPartition, offset: int) -> None: ...
+
+    def pause(self, partition: TopicPartition) -> None:
+        """Poll nothing from this partition until `resume`, or until the assignment changes."""
+
+    def resume(self, partition: TopicPartition) -> None: ...
 
     async def position(self, partition: TopicPartition) -> int | None:
         """The next offset to be polled, past transaction markers; None if the partition is not ours any more."""
@@ -196,10 +207,11 @@ class Log(Protocol):
 
     async def beginning_offsets(self, topic: str) -> dict[int, int]: ...
 
-    async def committed(self, group: str) -> dict[TopicPartition, int]: ...
+    async def committed(self, group: str) -> dict[TopicPartition, int]:
+        """A group's places, for onlookers: one that an open transaction is about to move is given as it was."""
 
     async def commits(self, group: str) -> dict[TopicPartition, Committed]:
-        """As `committed`, with the metadata."""
+        """Places with their metadata, for who goes on from there: waits for transactions that are about to move one."""
 
     async def topics(self) -> dict[str, int]:
         """Topics that exist, with their partition counts."""
@@ -215,4 +227,8 @@ class Log(Protocol):
         """
 
     async def writer(self, writer_id: str, *, group: str) -> Writer:
-        """Open the writer of this id and fence any earlier one; its committed transactions are visible on return."""
+        """Open the writer of this id and fence any earlier one; its committed transactions are visible on return.
+
+        If this log has a member in `group`, offsets are committed as what that member was when it polled last: after it
+        lost its partitions they are refused (FencedError), whatever the writer's id.
+        """

@@ -1,34 +1,51 @@
-"""A real Apache Kafka on this machine without Docker: `kat-stream broker up | down | status`.
+"""A real Apache Kafka on this machine without Docker, of one node or several: `kat-stream broker up | down | status`.
 
-Owns a state directory: data, config, broker.log, broker.json (pid and address). Invariant: `up` returns when the broker
-answers a Metadata request, and leaves nothing running when it fails; the data survive `down` and kill -9.
+Owns a state directory: cluster.json (who belongs to it, and where) and a folder for each node. Invariant: `up` returns
+when every node answers and sees the others, and leaves nothing running that it started when it fails; the data survive
+`down` and kill -9. A cluster keeps its size and its nodes' identities.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
-import shutil
-import signal
 import socket
-import struct
-import subprocess
 import time
 import uuid
 from base64 import urlsafe_b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kat_stream.errors import ConfigError, DeadlineExceeded
-from kat_stream.log.jars import classpath, java, ops_kafka
+from kat_stream.log.broker_node import POLL_S, READY_S, STOP_S, Node, answers
 
-READY_S = 90.0
-STOP_S = 20.0
+__all__ = ["Cluster", "Node", "Status", "answers", "cluster_of", "down", "status", "up"]
+
 PORT_S = 5.0
-JVM = ("-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+MAX_REPLICAS = 3
+TOGETHER_S = 6.0
+"""How long nodes may take that stop together: the last ones wait in vain for a majority to agree to their leaving."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The nodes of a state directory; each can be started, stopped, killed and paused on its own."""
+
+    name: str
+    """Kafka's cluster id."""
+    nodes: tuple[Node, ...]
+
+    @property
+    def bootstrap(self) -> str:
+        """`host:port[,host:port]` of all nodes."""
+        return ",".join(node.address for node in self.nodes)
+
+    def node(self, number: int) -> Node:
+        """From 1."""
+        return self.nodes[number - 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,91 +53,122 @@ class Status:
     """`bootstrap` is where it listens or listened last; empty if it never ran here."""
 
     running: bool
+    """Whether any node runs."""
     bootstrap: str = ""
     pid: int = 0
+    """The first running node's."""
+    nodes: tuple[tuple[int, str, int], ...] = ()
+    """Number, address and pid of each node; pid 0: it is down."""
 
 
-def up(state_dir: Path, port: int = 0) -> str:
-    """Start a broker, or find it running; returns `host:port`. Port 0: the port it had before, or a free one.
+def up(
+    state_dir: Path,
+    port: int = 0,
+    nodes: int = 0,
+    *,
+    settings: Mapping[str, str] | None = None,
+    format_options: Sequence[str] = (),
+) -> str:
+    """Start a cluster, or what is missing of it; returns `host:port[,host:port]`.
 
-    ConfigError: Java or Maven is missing, or the port is taken. DeadlineExceeded: not ready in time; see broker.log.
+    `port`: of the first node, the others follow it; 0: the ports of last time, or free ones. `nodes`: 0: as many as
+    last time, or one. `settings`: further lines of server.properties, in which @NODE@, @PORT@ and @CONTROLLER_PORT@ are
+    filled in. `format_options`: further arguments of Kafka's StorageTool, used when the data directories are made.
+    ConfigError: Java or Maven is missing, a port is taken, or the directory holds a cluster of another size.
+    DeadlineExceeded: not ready in time; see broker.log.
     """
     state_dir = state_dir.resolve()
     state_dir.mkdir(parents=True, exist_ok=True)
     with _locked(state_dir):
-        before = status(state_dir)
-        if before.running:
-            _wait_ready(before, state_dir)
-            return before.bootstrap
-        port = _choose_port(port, before.bootstrap)
-        _write_config(state_dir, port, _free_port())
-        _format(state_dir)
-        started = _start(state_dir, f"127.0.0.1:{port}")
+        cluster = _placed(state_dir, port, nodes)
+        down_before = [node for node in cluster.nodes if not node.pid]
+        for node in down_before:
+            node.configure({**_sized(cluster), **(settings or {})})
+        _save(state_dir, cluster)
+        _format(cluster, down_before, format_options)
         try:
-            _wait_ready(started, state_dir)
+            for node in down_before:
+                node.launch()
+            for node in cluster.nodes:
+                node.wait_ready(frozenset(other.number for other in cluster.nodes))
         except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
-            os.kill(started.pid, signal.SIGKILL)
+            for node in down_before:
+                node.kill()
             raise
-        return started.bootstrap
+        return cluster.bootstrap
 
 
 def down(state_dir: Path) -> bool:
-    """Stop the broker of this directory (SIGTERM, after a while SIGKILL); False if none was running."""
-    before = status(state_dir)
-    if not before.running:
-        return False
-    os.kill(before.pid, signal.SIGTERM)
-    give_up = time.monotonic() + STOP_S
-    while _alive(before.pid):
-        if time.monotonic() > give_up:
-            os.kill(before.pid, signal.SIGKILL)
-            give_up += STOP_S
-        time.sleep(0.05)
-    return True
+    """Stop every node of this directory (SIGTERM, after a while SIGKILL); False if none was running."""
+    cluster = cluster_of(state_dir)
+    running = [node for node in cluster.nodes if node.pid] if cluster else []
+    for node in running:
+        node.terminate()
+    patience_s = STOP_S if len(running) == 1 else TOGETHER_S
+    give_up = time.monotonic() + patience_s
+    for node in running:
+        node.stop(give_up - time.monotonic())
+    return bool(running)
 
 
 def status(state_dir: Path) -> Status:
     """What runs from this directory. A pid that now belongs to another process does not count."""
-    try:
-        record = json.loads((state_dir / "broker.json").read_text())
-    except FileNotFoundError:
+    cluster = cluster_of(state_dir)
+    if cluster is None:
         return Status(running=False)
-    pid = record["pid"]
-    running = _alive(pid) and _start_time(pid) == record["started"]
-    return Status(running, record["bootstrap"], pid if running else 0)
+    nodes = tuple((node.number, node.address, node.pid) for node in cluster.nodes)
+    pids = [pid for _, _, pid in nodes if pid]
+    return Status(bool(pids), cluster.bootstrap, pids[0] if pids else 0, nodes)
 
 
-def answers(port: int) -> bool:
-    """Whether a broker at this port answers a Metadata request with itself; an open port comes earlier."""
-    header = struct.pack(">hhih", 3, 1, 1, 3) + b"kat"
-    request = header + struct.pack(">i", 0)
+def cluster_of(state_dir: Path) -> Cluster | None:
+    """The cluster that was made in this directory; None if there never was one."""
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
-            connection.settimeout(2)
-            connection.sendall(struct.pack(">i", len(request)) + request)
-            reply = _read_exactly(connection, struct.unpack(">i", _read_exactly(connection, 4))[0])
-    except OSError:
-        return False
-    correlation, brokers = struct.unpack(">ii", reply[:8])
-    return bool(correlation == 1 and brokers > 0)
+        record = json.loads((state_dir / "cluster.json").read_text())
+    except FileNotFoundError:
+        return None
+    return Cluster(record["name"], tuple(_node(state_dir, **node) for node in record["nodes"]))
 
 
-def _read_exactly(connection: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        more = connection.recv(count - len(data))
-        if not more:
-            raise ConnectionResetError("the broker closed the connection")
-        data += more
-    return data
+def _node(state_dir: Path, number: int, port: int, controller_port: int, directory_id: str) -> Node:
+    return Node(number, state_dir.resolve() / f"node-{number}", port, controller_port, directory_id)
 
 
-def _choose_port(port: int, before: str) -> int:
-    """A port asked for must be free; otherwise the one of last time if it is, so that clients find the broker again."""
-    if port and not _is_free(port):
-        raise ConfigError(f"broker: port {port} is in use")
-    last = int(before.rpartition(":")[2] or 0)
-    return port or (last if last and _becomes_free(last) else _free_port())
+def _save(state_dir: Path, cluster: Cluster) -> None:
+    nodes = [{key: value for key, value in asdict(node).items() if key != "folder"} for node in cluster.nodes]
+    temporary = state_dir / ".cluster.json"
+    temporary.write_text(json.dumps({"name": cluster.name, "nodes": nodes}, indent=1))
+    temporary.replace(state_dir / "cluster.json")
+
+
+def _placed(state_dir: Path, port: int, count: int) -> Cluster:
+    """The cluster of this directory, or a new one, every node that is down at ports that are free now."""
+    known = cluster_of(state_dir)
+    if known is None:
+        numbers = range(1, (count or 1) + 1)
+        known = Cluster(_identity(), tuple(_node(state_dir, number, 0, 0, _identity()) for number in numbers))
+    if count and count != len(known.nodes):
+        made = f"{state_dir} holds a cluster of {len(known.nodes)} nodes"
+        raise ConfigError(f"broker: {made}; for one of {count} take another --state-dir")
+    return replace(known, nodes=tuple(_at_free_ports(node, known, port) for node in known.nodes))
+
+
+def _at_free_ports(node: Node, cluster: Cluster, first_port: int) -> Node:
+    """A port asked for must be free; otherwise the one of last time if it is, so that clients find the broker again.
+
+    The controllers of several nodes know each other's ports, so these cannot move.
+    """
+    asked = first_port + node.number - 1 if first_port else 0
+    if node.pid:
+        if asked not in (0, node.port):
+            raise ConfigError(f"broker: node {node.number} runs at port {node.port}; stop it before it can move")
+        return node
+    if asked and not _becomes_free(asked):
+        raise ConfigError(f"broker: port {asked} is in use")
+    controller = node.controller_port
+    if controller and len(cluster.nodes) > 1 and not _becomes_free(controller):
+        raise ConfigError(f"broker: port {controller}, where node {node.number} votes, is in use by another process")
+    return replace(node, port=asked or _free_port(node.port), controller_port=_free_port(controller))
 
 
 def _becomes_free(port: int) -> bool:
@@ -143,54 +191,44 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _free_port() -> int:
+def _free_port(before: int) -> int:
+    """The port of last time if it is free, otherwise any."""
+    if before and _becomes_free(before):
+        return before
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _write_config(state_dir: Path, port: int, controller_port: int) -> None:
-    text = (ops_kafka() / "server.properties").read_text()
-    filled = {"PORT": str(port), "CONTROLLER_PORT": str(controller_port), "DATA": str(state_dir / "data")}
-    for name, value in filled.items():
-        text = text.replace(f"@{name}@", value)
-    (state_dir / "server.properties").write_text(text)
-    shutil.copy(ops_kafka() / "log4j2.properties", state_dir / "log4j2.properties")
+def _identity() -> str:
+    """A Kafka uuid; one that begins with a dash would look like an option."""
+    return urlsafe_b64encode(b"\x01" + uuid.uuid4().bytes[1:]).rstrip(b"=").decode()
 
 
-def _format(state_dir: Path) -> None:
-    if (state_dir / "data" / "meta.properties").exists():
-        return
-    cluster = urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
-    arguments = ["format", "--standalone", "-t", cluster, "-c", str(state_dir / "server.properties")]
-    command = [java(), *JVM, "-cp", classpath(), "kafka.tools.StorageTool", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=READY_S)
-    if done.returncode != 0:
-        raise ConfigError(f"broker: {state_dir} could not be formatted:\n{(done.stdout + done.stderr)[-2000:]}")
+def _sized(cluster: Cluster) -> dict[str, str]:
+    """Settings that follow from the number of nodes.
+
+    One node must come back fast after kill -9, before which its old session has to run out; several must not call a
+    node dead that only was slow on a busy machine (research/kafka_real.md 5.2, 5.7).
+    """
+    alone = len(cluster.nodes) == 1
+    replicas = min(MAX_REPLICAS, len(cluster.nodes))
+    sizes = {"replication.factor": replicas, "min.isr": max(1, replicas - 1), "num.partitions": 1 if alone else 3}
+    internal = ("transaction.state.log", "share.coordinator.state.topic")
+    return {
+        "controller.quorum.bootstrap.servers": ",".join(f"127.0.0.1:{node.controller_port}" for node in cluster.nodes),
+        **{f"{topic}.{key}": str(value) for topic in internal for key, value in sizes.items()},
+        "offsets.topic.replication.factor": str(replicas),
+        "offsets.topic.num.partitions": str(sizes["num.partitions"]),
+        "broker.session.timeout.ms": "1000" if alone else "3000",
+        "broker.heartbeat.interval.ms": "200" if alone else "500",
+    }
 
 
-def _start(state_dir: Path, bootstrap: str) -> Status:
-    """Detached: it outlives this process and does not get its Ctrl-C. Recorded at once: two on one data directory
-    destroy it, so not even a kill -9 of this process may leave one that nobody knows."""
-    logging = f"-Dlog4j2.configurationFile={state_dir / 'log4j2.properties'}"
-    config = str(state_dir / "server.properties")
-    command = [java(), *JVM, logging, "-cp", classpath(), "kafka.Kafka", config]
-    with (state_dir / "broker.log").open("ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    record = {"pid": process.pid, "bootstrap": bootstrap, "started": _start_time(process.pid)}
-    (state_dir / "broker.json").write_text(json.dumps(record))
-    return Status(True, bootstrap, process.pid)
-
-
-def _wait_ready(broker: Status, state_dir: Path) -> None:
-    give_up = time.monotonic() + READY_S
-    while not answers(int(broker.bootstrap.rpartition(":")[2])):
-        if not _alive(broker.pid):
-            tail = (state_dir / "broker.log").read_text(errors="replace")[-2000:]
-            raise ConfigError(f"broker: Kafka has ended; the end of {state_dir / 'broker.log'}:\n{tail}")
-        if time.monotonic() > give_up:
-            raise DeadlineExceeded(f"Kafka at {broker.bootstrap} ({state_dir / 'broker.log'})", READY_S)
-        time.sleep(0.05)
+def _format(cluster: Cluster, nodes: Sequence[Node], options: Sequence[str]) -> None:
+    voters = ",".join(f"{n.number}@127.0.0.1:{n.controller_port}:{n.directory_id}" for n in cluster.nodes)
+    with ThreadPoolExecutor(max(1, len(nodes))) as pool:
+        list(pool.map(lambda node: node.format(cluster.name, voters, options), nodes))
 
 
 @contextmanager
@@ -201,7 +239,7 @@ def _locked(state_dir: Path) -> Iterator[None]:
         while not _try_lock(lock.fileno()):
             if time.monotonic() > give_up:
                 raise DeadlineExceeded(f"another `broker up` in {state_dir}", READY_S)
-            time.sleep(0.05)
+            time.sleep(POLL_S)
         yield
 
 
@@ -211,20 +249,3 @@ def _try_lock(handle: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _alive(pid: int) -> bool:
-    """Whether the process runs; a zombie child of ours is reaped and counts as gone."""
-    try:
-        return os.waitpid(pid, os.WNOHANG)[0] != pid
-    except ChildProcessError:
-        return _start_time(pid) != ""
-
-
-def _start_time(pid: int) -> str:
-    """The kernel's start time of a process, which tells it from a later one with the same pid; empty if it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-    return "" if fields[0] == "Z" else fields[19]

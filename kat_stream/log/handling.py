@@ -1,7 +1,8 @@
-"""One message through a handler, to the end: retries in place, then a dead letter.
+"""One message through a handler, to the end: short retries in place, long ones through a tier, then a dead letter.
 
 Invariant: `settle` returns what can be written as it is, or Hold; what a handler cannot use leaves as a DeadLetter with
 the raw bytes, and an error that nobody classified leaves as itself, because it is a bug and the stage must stop.
+Attempts are counted in the header `attempt`, over all ways to try again.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import anyio
 from kat_stream.errors import DataError, DecodeError, KatError
 from kat_stream.log import trace
 from kat_stream.log.base import Delivered, Message, Position
+from kat_stream.log.dead_letter_cap import DeadLetterCap
 from kat_stream.log.message import seal
 from kat_stream.log.outcome import Emit, Hold, Reject, Retry, WorkHandler
+from kat_stream.log.retries import IN_PLACE_S, attempt_of, defer, numbered
 from topics.dead_letter import DeadLetter
 
 logger = logging.getLogger(__name__)
@@ -39,9 +42,15 @@ class Handling:
     stage: str
     handle: WorkHandler
     max_attempts: int
+    cap: DeadLetterCap
+    tiers: bool
+    """Whether a long retry may leave its place: not where a group's messages must stay in order."""
 
     async def settle(self, delivered: Delivered) -> Settled | Hold:
-        """Handle until there is a final outcome; dead letters are messages to write like any other."""
+        """Handle until there is a final outcome; dead letters and deferred messages are written like any other.
+
+        TooManyDeadLetters instead of one dead letter too many.
+        """
         token = trace.current.set(delivered.headers.get("traceparent"))
         try:
             return await self._attempts(delivered)
@@ -49,7 +58,7 @@ class Handling:
             trace.current.reset(token)
 
     async def _attempts(self, delivered: Delivered) -> Settled | Hold:
-        attempt = 1
+        attempt = attempt_of(delivered)
         while True:
             outcome = await self._once(delivered, attempt)
             if isinstance(outcome, Retry) and attempt >= self.max_attempts:
@@ -57,11 +66,15 @@ class Handling:
             if isinstance(outcome, Reject):
                 return self._bury(delivered, outcome)
             if not isinstance(outcome, Retry):
+                self.cap.handled()
                 return outcome
+            attempt += 1
+            delivered = numbered(delivered, attempt)
             again = (self.stage, delivered.position, outcome.after_s, outcome.reason)
             logger.warning("%s: %s again in %.1f s: %s", *again)
+            if self.tiers and outcome.after_s >= IN_PLACE_S:
+                return self._defer(delivered, outcome)
             await anyio.sleep(outcome.after_s)
-            attempt += 1
 
     async def _once(self, delivered: Delivered, attempt: int) -> Settled | Hold | Retry | Reject:
         try:
@@ -75,7 +88,12 @@ class Handling:
             pause = min(FIRST_RETRY_S * 2 ** (attempt - 1), LONGEST_RETRY_S)
             return Retry(pause, f"{type(error).__name__}: {error}")
 
+    def _defer(self, delivered: Delivered, retry: Retry) -> Settled:
+        self.cap.handled()
+        return Settled((defer(delivered, self.stage, retry.after_s, retry.reason, _run_of(delivered)),))
+
     def _bury(self, delivered: Delivered, reject: Reject) -> Settled:
+        self.cap.bury(self.stage, f"{reject.error_type}: {reject.reason}")
         logger.error("%s: dead letter %s: %s: %s", self.stage, delivered.position, reject.error_type, reject.reason)
         return Settled((seal(dead_letter(delivered, self.stage, reject)),))
 

@@ -6,7 +6,9 @@ writers it opened. Invariant: acknowledged means acks=all; readers see committed
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from weakref import WeakValueDictionary
 
 from kat_stream.log.base import (
     Committed,
@@ -24,9 +26,13 @@ from kat_stream.log.kafka_client import Broker
 from kat_stream.log.kafka_follower import KafkaFollower
 from kat_stream.log.kafka_member import KafkaMember
 from kat_stream.log.kafka_producer import KafkaPublisher, KafkaWriter
+from kat_stream.log.kafka_topics import Difference
 from kat_stream.log.message import check, seal
 from topics.catalogue import Topic
 from topics.record import Record
+
+STATIC_MEMBER = "KAT_STATIC_MEMBER"
+"""Environment: this process's name where the platform guarantees that it has one holder; see ops/runbooks/groups.md."""
 
 
 class KafkaLog:
@@ -40,8 +46,18 @@ class KafkaLog:
         security: Mapping[str, object] | None = None,
         session_timeout_ms: int = 6000,
         heartbeat_interval_ms: int = 1000,
+        max_poll_interval_ms: int = 300_000,
     ) -> None:
-        self._broker = Broker(bootstrap, prefix, security or {}, session_timeout_ms, heartbeat_interval_ms)
+        self._broker = Broker(
+            bootstrap,
+            prefix,
+            security or {},
+            session_timeout_ms,
+            heartbeat_interval_ms,
+            max_poll_interval_ms,
+            os.environ.get(STATIC_MEMBER, ""),
+        )
+        self._members: WeakValueDictionary[str, KafkaMember] = WeakValueDictionary()
         self._admin = KafkaAdmin(self._broker)
         self._publisher = KafkaPublisher(self._broker)
 
@@ -54,6 +70,14 @@ class KafkaLog:
 
     async def apply_topics(self, topics: Iterable[Topic]) -> list[str]:
         return await self._admin.apply_topics(topics)
+
+    async def compare_topics(self, topics: Iterable[Topic]) -> list[Difference]:
+        """How the broker's topics differ from these; see `kafka_topics`."""
+        return await self._admin.compare_topics(topics)
+
+    async def align_topics(self, differences: Sequence[Difference]) -> None:
+        """Set the settings among the differences; LogError if a partition count differs."""
+        await self._admin.align_topics(differences)
 
     async def publish(self, *records: Record, deadline_s: float = 30.0) -> None:
         await self.append(*[seal(record) for record in records], deadline_s=deadline_s)
@@ -80,8 +104,12 @@ class KafkaLog:
     async def beginning_offsets(self, topic: str) -> dict[int, int]:
         return await self._admin.beginning_offsets(topic)
 
+    async def delete_before(self, topic: str, offsets: dict[int, int]) -> None:
+        """Remove a topic's messages below the given offset of each partition; LogError for a compacted topic."""
+        await self._admin.delete_before(topic, offsets)
+
     async def committed(self, group: str) -> dict[TopicPartition, int]:
-        return {partition: place.offset for partition, place in (await self.commits(group)).items()}
+        return await self._admin.committed(group)
 
     async def commits(self, group: str) -> dict[TopicPartition, Committed]:
         return await self._admin.commits(group)
@@ -99,9 +127,10 @@ class KafkaLog:
             await self._admin.count(topic)
         joined = KafkaMember(self._broker, group, member, topics, on_revoked, together)
         await joined.start()
+        self._members[group] = joined
         return joined
 
     async def writer(self, writer_id: str, *, group: str) -> Writer:
-        opened = KafkaWriter(self._broker, writer_id, group)
+        opened = KafkaWriter(self._broker, writer_id, group, self._members.get(group))
         await opened.start()
         return opened

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment
-from aiokafka.errors import for_code
+from aiokafka.errors import TopicAuthorizationFailedError, for_code
 from aiokafka.protocol.commit import OffsetFetchRequest
 
 from kat_stream.errors import LogError, LogUnavailable
 from kat_stream.log.base import Committed, Group, TopicPartition
-from kat_stream.log.kafka_client import CONNECT_S, Broker, stopped, translated
-from kat_stream.log.message import OVERHEAD, largest
+from kat_stream.log.kafka_client import CONNECT_S, Broker, refused_at_the_door, stopped
+from kat_stream.log.kafka_generation import UNSTABLE, StableOffsetFetch
+from kat_stream.log.kafka_topics import REPLICAS, Difference, KafkaTopics, settings_of
 from topics.catalogue import Topic
 
 ASK_S = 15.0
 ALREADY_EXISTS = 36
-REPLICAS = 3
-"""Copies of a topic where there are as many brokers."""
 
 
 class KafkaAdmin:
@@ -40,14 +39,18 @@ class KafkaAdmin:
         options = self._broker.options()
         self._admin = AIOKafkaAdminClient(**options)
         self._offsets = AIOKafkaConsumer(**options, isolation_level="read_committed", enable_auto_commit=False)
-        with translated(f"no Kafka answers at {self._broker.bootstrap}"):
-            async with asyncio.timeout(CONNECT_S):
-                try:
+        try:
+            with self._broker.translated(f"no Kafka answers at {self._broker.bootstrap}"):
+                async with asyncio.timeout(CONNECT_S):
                     await self._admin.start()
                     await self._offsets.start()
-                except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
-                    await self.close()
-                    raise
+        except LogUnavailable:
+            await self.close()
+            await refused_at_the_door(self._broker)
+            raise
+        except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
+            await self.close()
+            raise
 
     async def close(self) -> None:
         await stopped(self._offsets.stop())
@@ -65,6 +68,12 @@ class KafkaAdmin:
             await self._create(missing)
         return [topic.name for topic in missing]
 
+    async def compare_topics(self, topics: Iterable[Topic]) -> list[Difference]:
+        return await KafkaTopics(self._broker, self._admin).compare(topics)
+
+    async def align_topics(self, differences: Sequence[Difference]) -> None:
+        await KafkaTopics(self._broker, self._admin).align(differences)
+
     async def topics(self) -> dict[str, int]:
         described = await self._ask("topics", lambda: self._admin.describe_topics())
         prefix = self._broker.prefix
@@ -77,8 +86,15 @@ class KafkaAdmin:
         if topic not in self._known:
             await self.topics()
         if topic not in self._known:
+            await self._ask(f"topic {topic}", lambda: self._may_see(topic))
             raise LogError(f"topic {topic} does not exist: apply the topics first")
         return self._known[topic]
+
+    async def _may_see(self, topic: str) -> None:
+        """A list of all topics leaves out what we may not see; asked by its name, the broker says so."""
+        name = self._broker.named(topic)
+        if (await self._admin.describe_topics([name]))[0]["error_code"] == TopicAuthorizationFailedError.errno:
+            raise TopicAuthorizationFailedError(name)
 
     async def end_offsets(self, topic: str) -> dict[int, int]:
         return await self._offsets_of(topic, self._offsets.end_offsets)
@@ -86,16 +102,30 @@ class KafkaAdmin:
     async def beginning_offsets(self, topic: str) -> dict[int, int]:
         return await self._offsets_of(topic, self._offsets.beginning_offsets)
 
+    async def delete_before(self, topic: str, offsets: dict[int, int]) -> None:
+        wanted = {
+            self._broker.there(TopicPartition(topic, number)): RecordsToDelete(before_offset=offset)
+            for number, offset in offsets.items()
+        }
+        await self._ask(f"removing messages of {topic}", lambda: self._admin.delete_records(wanted))
+
     async def commits(self, group: str) -> dict[TopicPartition, Committed]:
-        """Not aiokafka's list_consumer_group_offsets: it takes a group error for a group without offsets."""
-        reply = await self._ask(f"offsets of group {group}", lambda: self._fetch_commits(self._broker.named(group)))
-        found = {}
-        for topic, partitions in reply.topics:
-            name = topic.removeprefix(self._broker.prefix)
-            for partition, offset, metadata, _ in partitions:
-                if offset >= 0:
-                    found[TopicPartition(name, partition)] = Committed(offset, metadata or "")
+        """Every place that is stable, or has been since the call began; LogUnavailable if one does not become so."""
+        found: dict[TopicPartition, Committed] = {}
+        topics = {self._broker.named(topic): range(count) for topic, count in (await self.topics()).items()}
+        question = StableOffsetFetch(self._broker.named(group), topics)
+        await self._ask(f"offsets of group {group}", lambda: self._settle_commits(group, question, found))
         return found
+
+    async def committed(self, group: str) -> dict[TopicPartition, int]:
+        """Not aiokafka's list_consumer_group_offsets: it takes a group error for a group without offsets."""
+        question = OffsetFetchRequest(self._broker.named(group), None)
+        reply = await self._ask(f"offsets of group {group}", lambda: self._ask_coordinator(group, question))
+        for _, partitions in reply.topics:
+            _raise_for([code for *_, code in partitions], group)
+        places = ((topic, number, offset) for topic, partitions in reply.topics for number, offset, *_ in partitions)
+        prefix = self._broker.prefix
+        return {TopicPartition(t.removeprefix(prefix), number): offset for t, number, offset in places if offset >= 0}
 
     async def groups(self) -> list[Group]:
         listed = await self._ask("groups", lambda: self._admin.list_consumer_groups())
@@ -122,13 +152,28 @@ class KafkaAdmin:
         prefix = self._broker.prefix
         return tuple(sorted(TopicPartition(t.removeprefix(prefix), p) for t, numbers in decoded for p in numbers))
 
-    async def _fetch_commits(self, group: str) -> Any:
-        node = await self._admin.find_coordinator(group)
-        reply = await self._admin._send_request(OffsetFetchRequest(group, None), node)
-        codes = [reply.error_code, *(partition[3] for _, partitions in reply.topics for partition in partitions)]
-        for code in codes:
-            if code:
-                raise for_code(code)(f"group {group}")
+    async def _settle_commits(
+        self, group: str, question: StableOffsetFetch, found: dict[TopicPartition, Committed]
+    ) -> None:
+        """Add the places that are stable now. A busy group is never stable everywhere at once."""
+        reply = await self._ask_coordinator(group, question)
+        unstable = []
+        for topic, partitions, _ in reply.topics:
+            for number, offset, _, metadata, code, _ in partitions:
+                place = TopicPartition(topic.removeprefix(self._broker.prefix), number)
+                if code == UNSTABLE:
+                    unstable += [place] if place not in found else []
+                    continue
+                _raise_for([code], group)
+                if offset >= 0:
+                    found[place] = Committed(offset, metadata or "")
+        if unstable:
+            raise LogUnavailable(f"group {group}: open transactions are about to move {unstable}")
+
+    async def _ask_coordinator(self, group: str, question: Any) -> Any:
+        node = await self._admin.find_coordinator(self._broker.named(group))
+        reply = await self._admin._send_request(question, node)
+        _raise_for([reply.error_code], group)
         return reply
 
     async def _offsets_of(self, topic: str, ask: Callable[..., Awaitable[dict[Any, int]]]) -> dict[int, int]:
@@ -140,9 +185,12 @@ class KafkaAdmin:
     async def _create(self, topics: list[Topic]) -> None:
         nodes = (await self._ask("brokers", lambda: self._admin.describe_cluster()))["brokers"]
         new = [self._new_topic(topic, min(REPLICAS, len(nodes))) for topic in topics]
-        with translated("creating topics"):
+        with self._broker.translated("creating topics", "Create"):
             async with asyncio.timeout(ASK_S):
                 reply = await self._admin.create_topics(new)
+                for name, code, _ in reply.topic_errors:
+                    if code == TopicAuthorizationFailedError.errno:
+                        raise TopicAuthorizationFailedError(name)
         for name, code, message in reply.topic_errors:
             if code not in (0, ALREADY_EXISTS):
                 raise LogError(f"topic {name}: {for_code(code).__name__} {message or ''}")
@@ -156,26 +204,24 @@ class KafkaAdmin:
             raise LogUnavailable(f"created, but not in the metadata yet: {sorted(missing)}")
 
     def _new_topic(self, topic: Topic, replicas: int) -> NewTopic:
-        config = {
-            "cleanup.policy": topic.cleanup,
-            "max.message.bytes": str(largest(topic) + OVERHEAD),
-            "min.insync.replicas": str(max(1, replicas - 1)),
-        }
-        if topic.cleanup == "delete":
-            config["retention.ms"] = str(topic.retention_ms)
-        else:
-            config["min.cleanable.dirty.ratio"] = "0.1"
-        return NewTopic(self._broker.named(topic.name), topic.partitions, replicas, topic_configs=config)
+        name = self._broker.named(topic.name)
+        return NewTopic(name, topic.partitions, replicas, topic_configs=settings_of(topic, replicas))
 
     async def _ask[T](self, what: str, question: Callable[[], Awaitable[T]]) -> T:
         """Ask until there is an answer: a fresh broker or a moved coordinator refuses for a moment."""
         give_up = time.monotonic() + ASK_S
         while True:
             try:
-                with translated(what):
+                with self._broker.translated(what):
                     async with asyncio.timeout(ASK_S):
                         return await question()
             except LogUnavailable:
                 if time.monotonic() > give_up:
                     raise
             await asyncio.sleep(0.05)
+
+
+def _raise_for(codes: Iterable[int], group: str) -> None:
+    for code in codes:
+        if code:
+            raise for_code(code)(f"group {group}")

@@ -7,6 +7,7 @@ FencedError, DataError or LogError. Topics, groups and transactional ids carry t
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Awaitable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ from typing import Any
 import aiokafka
 import anyio
 from aiokafka import errors as kafka_errors
+from aiokafka.conn import create_conn
 
-from kat_stream.errors import DataError, FencedError, LogError, LogUnavailable
+from kat_stream.errors import AccessDenied, DataError, FencedError, LogError, LogUnavailable
 from kat_stream.log.base import TopicPartition
 
 CONNECT_S = 15.0
@@ -26,6 +28,17 @@ FENCED = (
     kafka_errors.IllegalStateError,
     kafka_errors.ProducerFenced,
     kafka_errors.InvalidProducerEpoch,
+)
+DENIED = (
+    kafka_errors.TopicAuthorizationFailedError,
+    kafka_errors.GroupAuthorizationFailedError,
+    kafka_errors.TransactionalIdAuthorizationFailed,
+    kafka_errors.ClusterAuthorizationFailedError,
+)
+DOOR = (
+    kafka_errors.AuthenticationFailedError,
+    kafka_errors.SaslAuthenticationFailed,
+    kafka_errors.UnsupportedSaslMechanismError,
 )
 UNAVAILABLE = (
     TimeoutError,
@@ -42,14 +55,37 @@ class Broker:
 
     bootstrap: str
     prefix: str = "kat."
-    security: Mapping[str, Any] = field(default_factory=dict)
+    security: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """aiokafka's connection options: security_protocol, ssl_context, sasl_*."""
     session_timeout_ms: int = 6000
     """A member that is silent this long is dead; its partitions move."""
     heartbeat_interval_ms: int = 1000
+    max_poll_interval_ms: int = 300_000
+    """A member that does not poll this long is dead although its heart beats."""
+    static_member: str = ""
+    """A name that exactly one live process has (a StatefulSet's pod): it keeps its partitions through a restart. Two
+    processes with one name take the partitions from each other for ever (research/kafka_real.md 1.5)."""
 
     def options(self, retry_backoff_ms: int = 20) -> dict[str, Any]:
         return {"bootstrap_servers": self.bootstrap, "retry_backoff_ms": retry_backoff_ms, **self.security}
+
+    @property
+    def principal(self) -> str:
+        """Who we are to the broker, as its access lists name users."""
+        name = self.security.get("sasl_plain_username", "")
+        return f"User:{name}" if name else "this client (by its certificate, or anonymous)"
+
+    @contextmanager
+    def translated(self, what: str, operation: str = "Describe") -> Iterator[None]:
+        """aiokafka's errors as ours; `what` says what was tried, `operation` what right it takes."""
+        try:
+            with translated(what):
+                yield
+        except LogError as error:
+            if isinstance(error.__cause__, DENIED):
+                resource = _resource(error.__cause__, self.prefix)
+                raise AccessDenied(self.principal, operation, resource, what) from error.__cause__
+            raise
 
     def named(self, name: str) -> str:
         """The broker's name for a topic, group or transaction of ours."""
@@ -78,6 +114,15 @@ def translated(what: str) -> Iterator[None]:
         raise kind(f"{what}: {_text(error)}") from error
 
 
+def _resource(error: BaseException, prefix: str) -> str:
+    """`topic kat.turns` of a refusal. aiokafka gives one name, a set of names, or none."""
+    kind = type(error).__name__.partition("Authorization")[0]
+    kind = {"TransactionalId": "transactional id"}.get(kind, kind.lower())
+    given = error.args[0] if error.args else ""
+    names = sorted(given) if isinstance(given, list | set | frozenset | tuple) else [str(given)]
+    return f"{kind} {', '.join(name for name in names if name) or f'(under {prefix})'}"
+
+
 def _text(error: BaseException) -> str:
     return f"{type(error).__name__} {error}".strip()
 
@@ -97,6 +142,27 @@ async def whole[T](work: Coroutine[Any, Any, T]) -> T:
         if not task.cancelled():
             task.exception()
         raise
+
+
+async def refused_at_the_door(broker: Broker) -> None:
+    """Say why a secured broker did not let us in, if that is the reason: aiokafka only says `Unable to bootstrap`.
+
+    AccessDenied: user, password or mechanism. LogError: the certificates, or a broker that does not speak TLS there.
+    """
+    if not broker.security:
+        return
+    host, _, port = broker.bootstrap.split(",")[0].rpartition(":")
+    what = f"{broker.bootstrap} does not let us in"
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            connection = await create_conn(host, int(port), request_timeout_ms=int(CONNECT_S * 1000), **broker.security)
+        connection.close()
+    except DOOR as error:
+        raise AccessDenied(broker.principal, "log in to", f"this cluster ({_text(error)})", what) from error
+    except ssl.SSLError as error:
+        raise LogError(f"{what}: TLS: {_text(error)}; see log.security.ca_file and cert_file") from error
+    except (OSError, kafka_errors.KafkaError):
+        return  # nobody is there: the caller says so
 
 
 async def stopped(stop: Awaitable[object]) -> None:

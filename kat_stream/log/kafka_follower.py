@@ -14,7 +14,7 @@ from aiokafka import AIOKafkaConsumer
 from kat_stream.log.base import Delivered, Start, TopicPartition
 from kat_stream.log.follower import BaseFollower
 from kat_stream.log.kafka_admin import KafkaAdmin
-from kat_stream.log.kafka_client import CONNECT_S, Broker, stopped, translated
+from kat_stream.log.kafka_client import CONNECT_S, Broker, stopped
 from kat_stream.log.kafka_member import delivered
 
 FETCH = 500
@@ -61,7 +61,7 @@ class KafkaFollower(BaseFollower):
             fetch_max_wait_ms=100,
         )
         try:
-            with translated(f"following {', '.join(self._topics)}"):
+            with self._broker.translated(f"following {', '.join(self._topics)}", "Read"):
                 async with asyncio.timeout(CONNECT_S):
                     await consumer.start()
                 consumer.assign([self._broker.there(partition) for partition in starts])
@@ -85,7 +85,7 @@ class KafkaFollower(BaseFollower):
         if self._fetching is None:
             poll = self._consumer.getmany(timeout_ms=int(timeout_s * 1000), max_records=FETCH)
             self._fetching = asyncio.ensure_future(poll)
-        with translated(f"reading {', '.join(self._topics)}"):
+        with self._broker.translated(f"reading {', '.join(self._topics)}", "Read"):
             await asyncio.wait([self._fetching])
             fetched, self._fetching = self._fetching, None
             got = fetched.result()

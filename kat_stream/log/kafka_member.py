@@ -2,36 +2,40 @@
 
 Invariant: a message is handed out only if the assignment did not change while it was fetched; a poll is never
 cancelled; ownership comes from the callbacks, never from `assignment()` (research/kafka_real.md 1.7, 2.4).
+`position` is what was handed out, not what was fetched. `holder` is what this member was at its last poll, not what it
+is now: a member that lost its partitions and came back must not commit what it polled before.
 """
 
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aiokafka
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
-from aiokafka.coordinator.assignors.range import RangePartitionAssignor
-from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.errors import IllegalStateError
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from kat_stream.errors import LogError
 from kat_stream.log.base import Committed, Delivered, OnRevoked, Position, TopicPartition
-from kat_stream.log.kafka_client import Broker, stopped, translated, whole
+from kat_stream.log.fair import FairBuffer
+from kat_stream.log.kafka_assignor import Claim, assignor
+from kat_stream.log.kafka_client import Broker, stopped, whole
+from kat_stream.log.kafka_generation import NOBODY, Holder
 
 FETCH_BYTES = 1 << 16
-"""A partition's share of what is fetched ahead. aiokafka hands out one partition's share to the end before the next
-one's: a large share would let a group that came first wait behind hundreds of others. A larger message comes whole."""
+"""A partition's share of what is fetched ahead; a larger message comes whole."""
+FETCH = 10_000
+"""Messages taken from aiokafka at once: all that it has, so that age decides and not the partition."""
+NOWHERE = aiokafka.TopicPartition("", 0)
+"""Asked for its messages, aiokafka finds none, and knows that the loop lives."""
 JOIN_S = 60.0
 COMMIT_S = 10.0
 POSITION_S = 1.0
 """A position is known at once after a seek; it is not while partitions move."""
 REBALANCE_TIMEOUT_MS = 60_000
 """How long the group waits for a member that hands over; aiokafka's default is the session timeout."""
-MAX_POLL_INTERVAL_MS = 300_000
 
 
 def delivered(broker: Broker, record: ConsumerRecord[Any, Any]) -> Delivered:
@@ -48,6 +52,10 @@ class KafkaMember:
     ) -> None:
         self.epoch = 0
         self.assigned: frozenset[TopicPartition] | None = None
+        self.holder = NOBODY
+        self._admitted = NOBODY
+        self._buffer = FairBuffer()
+        self._assignor = assignor(together)
         self._broker = broker
         self._group = group
         self._on_revoked = on_revoked
@@ -55,6 +63,7 @@ class KafkaMember:
         self._consumer = AIOKafkaConsumer(
             **broker.options(),
             group_id=broker.named(group),
+            group_instance_id=_static_id(broker, group),
             client_id=name,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
@@ -62,17 +71,17 @@ class KafkaMember:
             session_timeout_ms=broker.session_timeout_ms,
             heartbeat_interval_ms=broker.heartbeat_interval_ms,
             rebalance_timeout_ms=REBALANCE_TIMEOUT_MS,
-            max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
+            max_poll_interval_ms=broker.max_poll_interval_ms,
             fetch_max_wait_ms=100,
             max_partition_fetch_bytes=FETCH_BYTES,
-            partition_assignment_strategy=(_strategy(together),),
+            partition_assignment_strategy=(self._assignor,),
         )
         self._consumer.subscribe([broker.named(topic) for topic in topics], listener=_Listener(self))
 
     async def start(self) -> None:
         """Returns when the group has admitted this member."""
         try:
-            with translated(f"joining group {self._group}"):
+            with self._broker.translated(f"joining group {self._group}", "Read"):
                 async with asyncio.timeout(JOIN_S):
                     await self._consumer.start()
         except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
@@ -83,25 +92,49 @@ class KafkaMember:
         if self._failure is not None:
             raise LogError(f"group {self._group}: handing over failed") from self._failure
         epoch = self.epoch
-        with translated(f"polling for group {self._group}"):
-            got = await whole(self._consumer.getmany(timeout_ms=int(timeout_s * 1000), max_records=limit))
+        with self._broker.translated(f"polling for group {self._group}", "Read"):
+            got = await whole(self._fetch(timeout_s))
         if self.epoch != epoch:
             return []
-        return [delivered(self._broker, record) for records in got.values() for record in records]
+        self.holder = self._admitted
+        for place, records in got.items():
+            self._buffer.put(self._broker.here(place), [delivered(self._broker, record) for record in records])
+        return self._buffer.take(limit)
+
+    async def _fetch(self, timeout_s: float) -> dict[aiokafka.TopicPartition, list[ConsumerRecord[Any, Any]]]:
+        """What aiokafka has for the partitions of which nothing waits here; waits only if nothing waits at all."""
+        mine = self.assigned or frozenset()
+        wanted = [self._broker.there(partition) for partition in mine if self._buffer.wants(partition)] or [NOWHERE]
+        timeout_ms = 0 if self._buffer.ready else int(timeout_s * 1000)
+        try:
+            got: dict[aiokafka.TopicPartition, list[ConsumerRecord[Any, Any]]] = await self._consumer.getmany(
+                *wanted, timeout_ms=timeout_ms, max_records=FETCH
+            )
+        except BaseException:  # aiokafka would count this poll as running for ever and never miss a dead loop (2.4)
+            self._consumer._subscription._fetch_count = 0
+            raise
+        return got
 
     async def keep_alive(self) -> None:
-        """An empty poll: without one for MAX_POLL_INTERVAL_MS aiokafka leaves the group."""
-        mine = self._consumer.assignment()
-        self._consumer.pause(*mine)
-        with translated(f"polling for group {self._group}"):
-            await whole(self._consumer.getmany(timeout_ms=0))
-        self._consumer.resume(*(mine & self._consumer.assignment()))
+        """A poll of nothing: without one for `max_poll_interval_ms` aiokafka leaves the group."""
+        with self._broker.translated(f"polling for group {self._group}", "Read"):
+            await whole(self._consumer.getmany(NOWHERE, timeout_ms=0))
 
     def seek(self, partition: TopicPartition, offset: int) -> None:
-        with translated(f"seeking in {partition}"):
+        self._buffer.drop(partition)
+        with self._broker.translated(f"seeking in {partition}", "Read"):
             self._consumer.seek(self._broker.there(partition), offset)
 
+    def pause(self, partition: TopicPartition) -> None:
+        self._buffer.pause(partition)
+
+    def resume(self, partition: TopicPartition) -> None:
+        self._buffer.resume(partition)
+
     async def position(self, partition: TopicPartition) -> int | None:
+        waiting = self._buffer.position(partition)
+        if waiting is not None:
+            return waiting
         try:
             async with asyncio.timeout(POSITION_S):
                 return int(await self._consumer.position(self._broker.there(partition)))
@@ -110,7 +143,7 @@ class KafkaMember:
 
     async def commit(self, commits: Mapping[TopicPartition, Committed]) -> None:
         offsets = {self._broker.there(p): OffsetAndMetadata(*place) for p, place in commits.items()}
-        with translated(f"commit of group {self._group}"):
+        with self._broker.translated(f"commit of group {self._group}", "Read"):
             async with asyncio.timeout(COMMIT_S):
                 await self._consumer.commit(offsets)
 
@@ -121,6 +154,7 @@ class KafkaMember:
         """From the listener. aiokafka swallows what a listener raises: keep it for the next poll."""
         self.assigned = None
         self.epoch += 1
+        self._buffer.clear()
         try:
             await self._on_revoked(frozenset(self._broker.here(partition) for partition in revoked))
         except Exception as error:  # whatever it is, the next poll raises it
@@ -129,8 +163,12 @@ class KafkaMember:
 
     def receive(self, assigned: set[aiokafka.TopicPartition]) -> None:
         """From the listener. No heartbeats run during this callback: the stage's loop does the long part."""
+        coordinator = self._consumer._coordinator
+        self._admitted = Holder(coordinator.generation, coordinator.member_id, coordinator._group_instance_id)
+        self._assignor.claim = Claim(coordinator.generation, frozenset((p.topic, p.partition) for p in assigned))
         self.assigned = frozenset(self._broker.here(partition) for partition in assigned)
         self.epoch += 1
+        self._buffer.clear()
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -144,7 +182,6 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
         self._member.receive(assigned)
 
 
-def _strategy(together: bool) -> type[Any]:
-    """Range gives equal numbers of all topics to one member; sticky keeps its state in the class: one a consumer."""
-    sticky: type[Any] = type(f"Sticky{uuid.uuid4().hex}", (StickyPartitionAssignor,), {})
-    return RangePartitionAssignor if together else sticky
+def _static_id(broker: Broker, group: str) -> str | None:
+    """Static membership: a process that comes back within the session timeout has its partitions at once."""
+    return f"{group}.{broker.static_member}" if broker.static_member else None

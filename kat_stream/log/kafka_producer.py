@@ -17,7 +17,9 @@ from aiokafka.structs import OffsetAndMetadata
 
 from kat_stream.errors import DataError, LogError, LogUnavailable
 from kat_stream.log.base import Committed, Message, TopicPartition
-from kat_stream.log.kafka_client import CONNECT_S, Broker, stopped, translated, whole
+from kat_stream.log.kafka_client import CONNECT_S, Broker, stopped, whole
+from kat_stream.log.kafka_generation import NOBODY, bind
+from kat_stream.log.kafka_member import KafkaMember
 from kat_stream.log.message import OVERHEAD, largest
 from topics.catalogue import CATALOGUE
 
@@ -68,7 +70,7 @@ class KafkaPublisher:
 
     async def append(self, messages: Sequence[Message], deadline_s: float) -> None:
         """LogUnavailable: not acknowledged within `deadline_s`, the messages may still be written."""
-        with translated(f"publishing {len(messages)} messages ({deadline_s:g} s)"):
+        with self._broker.translated(f"publishing {len(messages)} messages ({deadline_s:g} s)", "Write"):
             async with asyncio.timeout(deadline_s):
                 producer = await self._running()
                 try:
@@ -116,7 +118,7 @@ async def _started(producer: AIOKafkaProducer) -> None:
 class KafkaWriter:
     """The `Writer` protocol: one transactional producer with a stable id. `start` fences the earlier holder."""
 
-    def __init__(self, broker: Broker, writer_id: str, group: str) -> None:
+    def __init__(self, broker: Broker, writer_id: str, group: str, member: KafkaMember | None) -> None:
         self._broker = broker
         self._group = group
         self._id = writer_id
@@ -126,9 +128,10 @@ class KafkaWriter:
             transactional_id=broker.named(writer_id),
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
         )
+        bind(self._producer, lambda: member.holder if member is not None else NOBODY)
 
     async def start(self) -> None:
-        with translated(f"opening the writer {self._id}"):
+        with self._broker.translated(f"opening the writer {self._id}", "Write"):
             await _started(self._producer)
 
     async def commit(self, messages: Sequence[Message], commits: Mapping[TopicPartition, Committed]) -> None:
@@ -151,7 +154,7 @@ class KafkaWriter:
 
     async def _commit(self, messages: Sequence[Message], commits: Mapping[TopicPartition, Committed]) -> None:
         try:
-            with translated(f"transaction of {self._id}"):
+            with self._broker.translated(f"transaction of {self._id}", "Write"):
                 async with asyncio.timeout(COMMIT_S):
                     await self._transaction(messages, commits)
         except (DataError, LogError):

@@ -6,7 +6,7 @@ Invariant: reading lag joins no group and moves no offset. What is finished beyo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from kat_stream.errors import DeadlineExceeded
@@ -18,22 +18,52 @@ AGE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
+class PartitionLag:
+    """What is unfinished in one partition; there is no such thing without an unfinished offset."""
+
+    partition: int
+    first: int
+    """The first unfinished offset."""
+    messages: int
+    seconds: float | None = None
+    """Age of the message there; None if it was not asked for, 0 if only transaction markers are left."""
+
+
+@dataclass(frozen=True, slots=True)
 class Lag:
     """What one group has still to finish in one topic."""
 
     group: str
     topic: str
-    messages: int
-    oldest: tuple[tuple[TopicPartition, int], ...] = ()
-    """The first unfinished offset of each partition that has any."""
-    seconds: float | None = None
-    """Age of the oldest unfinished message; None if it was not asked for, 0 without any."""
+    partitions: tuple[PartitionLag, ...] = ()
+    """Those with anything unfinished."""
+    aged: bool = False
+    """Whether ages were asked for."""
+
+    @property
+    def messages(self) -> int:
+        return sum(partition.messages for partition in self.partitions)
+
+    @property
+    def seconds(self) -> float | None:
+        """Age of the oldest unfinished message; None if it was not asked for, 0 without any."""
+        return max((partition.seconds or 0.0 for partition in self.partitions), default=0.0) if self.aged else None
 
 
 async def lags(log: Log, *, ages: bool = False) -> list[Lag]:
     """Lag of every group in every topic that it has read or owns. `ages` reads one message a lagging partition."""
     found = [lag for group in await log.groups() for lag in await _lags_of(log, group)]
     return [await _aged(log, lag) for lag in found] if ages else found
+
+
+async def lag_behind(log: Log, group: str, topic: str, places: Mapping[int, int]) -> Lag:
+    """Lag of a reader that keeps its places elsewhere: partition -> next offset. Partitions left out: from the start.
+
+    Such places do not pass transaction markers: where only these are left, nothing is.
+    """
+    commits = {TopicPartition(topic, number): Committed(offset) for number, offset in places.items()}
+    lag = await _aged(log, await _lag_in(log, group, topic, commits))
+    return replace(lag, partitions=tuple(one for one in lag.partitions if one.seconds))
 
 
 async def _lags_of(log: Log, group: Group) -> list[Lag]:
@@ -43,36 +73,37 @@ async def _lags_of(log: Log, group: Group) -> list[Lag]:
     return [await _lag_in(log, group.name, topic, commits) for topic in topics]
 
 
-async def _lag_in(log: Log, group: str, topic: str, commits: dict[TopicPartition, Committed]) -> Lag:
+async def _lag_in(log: Log, group: str, topic: str, commits: Mapping[TopicPartition, Committed]) -> Lag:
     begins, ends = await log.beginning_offsets(topic), await log.end_offsets(topic)
-    messages, oldest = 0, []
-    for number, end in ends.items():
-        partition = TopicPartition(topic, number)
-        place = commits.get(partition, Committed(begins[number]))
+    unfinished = []
+    for number, end in sorted(ends.items()):
+        place = commits.get(TopicPartition(topic, number), Committed(begins[number]))
         first = max(place.offset, begins[number])
         if first < end:
             finished = sum(stop - start for start, stop in decode_runs(place))
-            messages += max(0, end - first - finished)
-            oldest.append((partition, first))
-    return Lag(group, topic, messages, tuple(oldest))
+            unfinished.append(PartitionLag(number, first, max(0, end - first - finished)))
+    return Lag(group, topic, tuple(unfinished))
 
 
 async def _aged(log: Log, lag: Lag) -> Lag:
-    waiting = dict(lag.oldest)
-    timestamps = await _first_timestamps(log, lag.topic, waiting) if waiting else []
-    return replace(lag, seconds=max(0.0, time.time() - min(timestamps) / 1000) if timestamps else 0.0)
+    first = await _first_timestamps(log, lag) if lag.partitions else {}
+    now_ms = time.time() * 1000
+    ages = {number: max(0.001, (now_ms - timestamp_ms) / 1000) for number, timestamp_ms in first.items()}
+    partitions = [replace(one, seconds=ages.get(one.partition, 0.0)) for one in lag.partitions]
+    return replace(lag, partitions=tuple(partitions), aged=True)
 
 
-async def _first_timestamps(log: Log, topic: str, waiting: dict[TopicPartition, int]) -> Iterable[int]:
-    """Milliseconds; fewer than partitions if only transaction markers are left there or time runs out."""
-    numbers = [partition.partition for partition in waiting]
+async def _first_timestamps(log: Log, lag: Lag) -> dict[int, int]:
+    """Partition -> milliseconds; without partitions in which only markers are left, or for which time ran out."""
+    numbers = [partition.partition for partition in lag.partitions]
+    start = {(lag.topic, partition.partition): partition.first for partition in lag.partitions}
     found: dict[int, int] = {}
-    async with log.follow([topic], start=waiting, partitions=numbers) as follower:  # type: ignore[arg-type]
+    async with log.follow([lag.topic], start=start, partitions=numbers) as follower:
         try:
             async for delivered in follower.catch_up(AGE_S):
                 found.setdefault(delivered.position.partition, delivered.timestamp_ms)
                 if len(found) == len(numbers):
                     break
         except DeadlineExceeded:
-            return found.values()
-    return found.values()
+            return found
+    return found

@@ -94,6 +94,7 @@ class MemoryMember:
         self._together = together
         self._moving = False
         self._positions: dict[TopicPartition, int] = {}
+        self._paused: set[TopicPartition] = set()
 
     @property
     def assigned(self) -> frozenset[TopicPartition] | None:
@@ -119,22 +120,37 @@ class MemoryMember:
     def receive(self, units: set[tuple[TopicPartition, ...]]) -> None:
         self.owned = frozenset(partition for unit in units for partition in unit)
         self._positions = {p: self._group.committed.get(p, Committed(0)).offset for p in self.owned}
+        self._paused.clear()
         self._moving = False
         self.epoch += 1
         self._log.wake()
 
     async def poll(self, *, limit: int, timeout_s: float) -> list[Delivered]:
         epoch = self.epoch
-        await self._log.wait_for(lambda: self.epoch != epoch or self._log.readable(self._positions), timeout_s)
+        await self._log.wait_for(lambda: self.epoch != epoch or self._log.readable(self._active()), timeout_s)
         if self.epoch != epoch:
             return []
-        return self._log.take(self._positions, limit)
+        positions = self._active()
+        taken = self._log.take(positions, limit)
+        self._positions.update(positions)
+        return taken
+
+    def _active(self) -> dict[TopicPartition, int]:
+        if not self._paused:
+            return self._positions
+        return {partition: at for partition, at in self._positions.items() if partition not in self._paused}
 
     async def keep_alive(self) -> None:
         """A member of this process lives as long as the process."""
 
     def seek(self, partition: TopicPartition, offset: int) -> None:
         self._positions[partition] = offset
+
+    def pause(self, partition: TopicPartition) -> None:
+        self._paused.add(partition)
+
+    def resume(self, partition: TopicPartition) -> None:
+        self._paused.discard(partition)
 
     async def position(self, partition: TopicPartition) -> int | None:
         return self._positions.get(partition)

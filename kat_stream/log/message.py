@@ -13,18 +13,19 @@ from kat_stream.log.base import Message
 from kat_stream.log.trace import traceparent_of
 from topics.catalogue import Topic, key_of, partition_of, topic_named, topic_of
 from topics.dead_letter import DeadLetter
+from topics.deferred import Deferred
 from topics.record import Record, encode, header_of
 
 OVERHEAD = 64 * 1024
 """Room for batch framing, headers and incompressible data, between our limit and the broker's."""
 WRAPPING = 1 << 20
-"""A dead letter holds a whole message of any other topic, plus this."""
+"""A dead letter or a deferred message holds a whole message of any other topic, plus this."""
 
 
 @cache
 def largest(topic: Topic) -> int:
     """Bytes of key, value and headers that a message may have."""
-    return topic.max_message_bytes + (WRAPPING if topic.record is DeadLetter else 0)
+    return topic.max_message_bytes + (WRAPPING if topic.record in (DeadLetter, Deferred) else 0)
 
 
 @cache

@@ -2,7 +2,8 @@
 
     Emit(*records, done=())    finished; these records follow from it, and these held messages are finished with it
     Hold()                     transform only: stays open until a later Emit names its position
-    Retry(after_s, reason)     again, here, after a pause; a dead letter once the attempts are used up
+    Retry(after_s, reason)     again after a pause: under 2 s, or in a transform, here; else through a delay tier, which
+                               rounds up to 10, 60 or 600 s; a dead letter once the attempts are used up
     Reject(reason)             a dead letter now
 
 A DataError raised by a handler counts as Reject, a retriable KatError as Retry; anything else stops the stage.

@@ -24,9 +24,18 @@ def trace_id_of(rollout_id: str) -> str:
 def traceparent_of(record: Record) -> bytes:
     """`00-<trace>-<span>-01` with a new span."""
     rollout_id = getattr(record, "rollout_id", "")
-    return f"00-{trace_id_of(rollout_id) if rollout_id else _inherited()}-{os.urandom(8).hex()}-01".encode()
+    return _span(trace_id_of(rollout_id)) if rollout_id else fresh(current.get())
 
 
-def _inherited() -> str:
-    parent = (current.get() or b"").split(b"-")
+def fresh(parent: bytes | None) -> bytes:
+    """A new span of the parent's trace, or of a new trace."""
+    return _span(_trace_of(parent))
+
+
+def _span(trace_id: str) -> bytes:
+    return f"00-{trace_id}-{os.urandom(8).hex()}-01".encode()
+
+
+def _trace_of(traceparent: bytes | None) -> str:
+    parent = (traceparent or b"").split(b"-")
     return parent[1].decode() if len(parent) == 4 else os.urandom(16).hex()

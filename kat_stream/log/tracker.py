@@ -4,7 +4,7 @@ Invariant: the committed offset is the low-watermark of open messages, and what 
 the commit's metadata, so that after a restart exactly the unfinished messages are delivered again.
 Metadata: `r1:` and run lengths, open and finished in turn, starting at the offset: `r1:2,5,1,3` = 2 open, 5 finished,
 1 open, 3 finished. ASCII, at most METADATA_LIMIT characters (the broker refuses more than 4096); what does not fit is
-repeated after a restart.
+repeated after a restart. A transform adds ` o1:` and the offset from which its own output is read back (remembered.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from kat_stream.log.base import Committed
 
 METADATA_LIMIT = 3000
 _TAG = "r1:"
+_OUTPUT = "o1:"
 
 
 class Tracker:
@@ -83,11 +84,27 @@ def encode_runs(low: int, runs: list[tuple[int, int]]) -> str:
 
 def decode_runs(committed: Committed) -> list[tuple[int, int]]:
     """The runs of `encode_runs`; metadata that is not ours says nothing."""
-    if not committed.metadata.startswith(_TAG):
+    text = _part(committed, _TAG)
+    if not text:
         return []
-    lengths = [int(part) for part in committed.metadata[len(_TAG) :].split(",")]
+    lengths = [int(part) for part in text.split(",")]
     runs, at = [], committed.offset
     for unfinished, finished in zip(lengths[::2], lengths[1::2], strict=True):
         runs.append((at + unfinished, at + unfinished + finished))
         at = runs[-1][1]
     return runs
+
+
+def with_output(committed: Committed, offset: int) -> Committed:
+    """The place, and from where the stage's own output is to be read back."""
+    return Committed(committed.offset, f"{committed.metadata} {_OUTPUT}{offset}".strip())
+
+
+def output_of(committed: Committed) -> int:
+    """What `with_output` added; 0 if nothing did."""
+    return int(_part(committed, _OUTPUT) or 0)
+
+
+def _part(committed: Committed, tag: str) -> str:
+    parts = (part for part in committed.metadata.split(" ") if part.startswith(tag))
+    return next(parts, "").removeprefix(tag)

@@ -11,16 +11,18 @@ in the commit's metadata. Lanes of partitions that come back after a rebalance g
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 
 import anyio
 
 from kat_stream.errors import DeadlineExceeded, FencedError, LogUnavailable
-from kat_stream.log.base import Delivered, Log, Member, Message, Position, TopicPartition, Writer
+from kat_stream.log.base import Committed, Delivered, Log, Member, Message, Position, TopicPartition, Writer
+from kat_stream.log.dead_letter_cap import NORMAL, DeadLetterCap, DeadLetterLimit
 from kat_stream.log.handling import Handling, Settled
 from kat_stream.log.outcome import TransformHandler
-from kat_stream.log.tracker import Tracker
+from kat_stream.log.remembered import Remembered
+from kat_stream.log.tracker import Tracker, output_of, with_output
 from kat_stream.log.work import LEAVE_S, MOVING_S, POLL_S, RETRY_S, REVOKE_DRAIN_S, readable_from
 
 logger = logging.getLogger(__name__)
@@ -42,14 +44,18 @@ async def run_transform(
     remember: str | None = None,
     batch: int = 100,
     max_attempts: int = 5,
+    dead_letters: DeadLetterLimit = NORMAL,
 ) -> None:
     """Handle messages until `stopping`. Topics are joined by partition number, so a handler sees whole groups.
 
-    `remember`: a topic of the stage's own, of the same partition count; its messages in a partition are given to
-    `handler.assigned` so that it knows what it wrote. `batch`: messages a transaction, at most.
-    Raises what the handler raised if it is neither a DataError nor retriable; nothing of that batch is visible.
+    `remember`: a topic that only this stage writes, of the same partition count. What a restart can still meet of its
+    messages, and the newest KEEP of each partition, are given to `handler.assigned` so that it knows what it wrote.
+    `batch`: messages a transaction, at most. Retries wait in place: a group's messages stay in order.
+    Raises what the handler raised if it is neither a DataError nor retriable, and TooManyDeadLetters; nothing of that
+    batch is visible.
     """
-    stage = _Transform(log, topics, Handling(group, handler.handle, max_attempts), handler, remember)
+    handling = Handling(group, handler.handle, max_attempts, DeadLetterCap(dead_letters), tiers=False)
+    stage = _Transform(log, topics, handling, handler, remember)
     stage.member = await log.join(topics, group=group, member=member, on_revoked=stage.on_revoked, together=True)
     try:
         while not stopping.is_set():
@@ -69,14 +75,23 @@ async def run_transform(
 class _Lane:
     """One partition number: its writer and what is open in each topic."""
 
-    def __init__(self, partition: int, writer: Writer, trackers: dict[TopicPartition, Tracker]) -> None:
+    def __init__(
+        self,
+        partition: int,
+        writer: Writer,
+        starts: Mapping[TopicPartition, Committed],
+        output: _Output | None,
+    ) -> None:
         self.partition = partition
-        self.trackers = trackers
+        self.trackers = {p: Tracker(start) for p, start in starts.items()}
         self._writer = writer
-        self._committed = {p: tracker.commit() for p, tracker in trackers.items()}
+        self._committed = dict(starts)
+        self._output = output
 
     async def process(self, batch: Iterable[Delivered], handling: Handling) -> None:
         """Handle a batch in order, then make it visible. FencedError and LogUnavailable end the lane."""
+        if self._output is not None:
+            await self._output.mark(self.trackers)
         messages: list[Message] = []
         for delivered in batch:
             position = delivered.position
@@ -96,10 +111,36 @@ class _Lane:
 
     async def _commit(self, messages: Sequence[Message]) -> None:
         places = {p: tracker.commit() for p, tracker in self.trackers.items()}
+        if self._output is not None:
+            places = self._output.noted(places, messages)
         new = {p: place for p, place in places.items() if place != self._committed[p]}
         if messages or new:
             await self._writer.commit(messages, new)
             self._committed.update(new)
+
+
+class _Output:
+    """The stage's own topic in one partition: how far back it must be read after a restart."""
+
+    def __init__(self, log: Log, topic: str, partition: int, remembered: Remembered) -> None:
+        self._log = log
+        self._topic = topic
+        self._partition = partition
+        self._remembered = remembered
+
+    async def mark(self, trackers: Mapping[TopicPartition, Tracker]) -> None:
+        if self._remembered.due:
+            end = (await self._log.end_offsets(self._topic))[self._partition]
+            self._remembered.mark(end, {p: tracker.position for p, tracker in trackers.items()})
+
+    def noted(
+        self, places: Mapping[TopicPartition, Committed], messages: Iterable[Message]
+    ) -> dict[TopicPartition, Committed]:
+        """The places to commit with these messages."""
+        self._remembered.wrote(sum(message.topic == self._topic for message in messages))
+        self._remembered.forget({p: place.offset for p, place in places.items()})
+        start = self._remembered.start
+        return {p: with_output(place, start) if start else place for p, place in places.items()}
 
 
 class _Transform:
@@ -184,13 +225,25 @@ class _Transform:
         async with AsyncExitStack() as opened:
             writers = {number: await self._open_writer(number, opened) for number in numbers}
             stored = await self._log.commits(self._handling.stage)
-            remembered = await self._replay(numbers)
             starts = await readable_from(self._log, [p for p in mine if p.partition in writers], stored)
+            lanes = {n: {p: start for p, start in starts.items() if p.partition == n} for n in numbers}
+            froms = {n: min(map(output_of, lane.values()), default=0) for n, lane in lanes.items()}
+            written = await self._replay(froms)
+            ends = {topic: await self._log.end_offsets(topic) for topic in self._topics}
             for number, writer in writers.items():
-                self._handler.assigned(number, remembered[number])
-                trackers = {p: Tracker(start) for p, start in starts.items() if p.partition == number}
-                self._lanes[number] = _Lane(number, writer, trackers)
+                self._handler.assigned(number, written[number])
+                end = {p: ends[p.topic][p.partition] for p in lanes[number]}
+                output = self._output(number, froms[number], written[number], end)
+                self._lanes[number] = _Lane(number, writer, lanes[number], output)
             opened.pop_all()
+
+    def _output(
+        self, number: int, start: int, written: Sequence[Delivered], ends: Mapping[TopicPartition, int]
+    ) -> _Output | None:
+        if self._remember is None:
+            return None
+        remembered = Remembered(start, [delivered.position.offset for delivered in written], ends)
+        return _Output(self._log, self._remember, number, remembered)
 
     async def _open_writer(self, number: int, opened: AsyncExitStack) -> Writer:
         group = self._handling.stage
@@ -198,13 +251,16 @@ class _Transform:
         opened.push_async_callback(writer.close)
         return writer
 
-    async def _replay(self, numbers: Sequence[int]) -> dict[int, list[Delivered]]:
-        remembered: dict[int, list[Delivered]] = {number: [] for number in numbers}
-        if self._remember is not None and numbers:
-            async with self._log.follow([self._remember], partitions=numbers) as follower:
+    async def _replay(self, froms: Mapping[int, int]) -> dict[int, list[Delivered]]:
+        """What lies in the stage's own topic, from these offsets on; retention may have removed the first of it."""
+        written: dict[int, list[Delivered]] = {number: [] for number in froms}
+        if self._remember is not None and froms:
+            begins = await self._log.beginning_offsets(self._remember)
+            start = {(self._remember, number): max(offset, begins[number]) for number, offset in froms.items()}
+            async with self._log.follow([self._remember], start=start, partitions=list(froms)) as follower:
                 async for delivered in follower.catch_up(REPLAY_S):
-                    remembered[delivered.position.partition].append(delivered)
-        return remembered
+                    written[delivered.position.partition].append(delivered)
+        return written
 
     async def _skip_markers(self) -> list[int]:
         """Partition numbers where the reader stands beyond what is recorded: transaction markers are not lag.

@@ -5,11 +5,13 @@ acknowledged, and finished messages beyond the low-watermark are in the commit's
 was unfinished. At-least-once: what follows from a message carries its id, and readers drop what they know.
 When partitions move, intake stops, running tasks may finish until the drain deadline, then the place is committed;
 tasks of partitions that came back go on, those of lost partitions are cancelled, as the new owner starts them again.
+A partition of a delay tier rests until its head is due; other stages' messages in it are passed over.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import anyio
@@ -17,8 +19,10 @@ import anyio.abc
 
 from kat_stream.errors import FencedError, LogUnavailable
 from kat_stream.log.base import Committed, Delivered, Log, Member, Position, TopicPartition
+from kat_stream.log.dead_letter_cap import NORMAL, DeadLetterCap, DeadLetterLimit
 from kat_stream.log.handling import Handling, Settled
 from kat_stream.log.outcome import WorkHandler
+from kat_stream.log.retries import TIERS, is_for, restored, wait_s
 from kat_stream.log.tracker import Tracker
 
 logger = logging.getLogger(__name__)
@@ -45,13 +49,16 @@ async def run_work(
     max_in_flight: int = 8,
     drain_s: float = 30.0,
     max_attempts: int = 5,
+    dead_letters: DeadLetterLimit = NORMAL,
 ) -> None:
     """Handle messages until `stopping`, at most `max_in_flight` at once; then drain for `drain_s` and leave the group.
 
-    Raises what a handler raised if it is neither a DataError nor retriable, after logging it: the stage has stopped.
+    The delay tiers are read in the same group. Raises what a handler raised if it is neither a DataError nor retriable,
+    and TooManyDeadLetters, after logging it: the stage has stopped.
     """
-    stage = _Work(log, Handling(group, handler, max_attempts), stopping, max_in_flight, drain_s)
-    stage.member = await log.join(topics, group=group, member=member, on_revoked=stage.on_revoked)
+    handling = Handling(group, handler, max_attempts, DeadLetterCap(dead_letters), tiers=True)
+    stage = _Work(log, handling, stopping, max_in_flight, drain_s)
+    stage.member = await log.join([*topics, *TIERS], group=group, member=member, on_revoked=stage.on_revoked)
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(stage.guarded, stage.commit_loop)
@@ -78,6 +85,8 @@ class _Work:
         self._drain_s = drain_s
         self._trackers: dict[TopicPartition, Tracker] = {}
         self._committed: dict[TopicPartition, Committed] = {}
+        self._resting: dict[TopicPartition, float] = {}
+        """Partitions of tiers, and when (monotonic) their head is due."""
         self._epoch = -1
         self._changed = anyio.Event()
         self._uncommitted = False
@@ -109,6 +118,7 @@ class _Work:
         elif free <= 0:
             await self._wait_for_a_slot()
         else:
+            self._wake()
             batch = await self.member.poll(limit=free, timeout_s=POLL_S)
             for delivered in batch:
                 self._start(tasks, delivered)
@@ -173,8 +183,22 @@ class _Work:
             return
         for partition in mine:
             self.member.seek(partition, self._trackers[partition].position)
+        self._resting.clear()
         self._epoch = epoch
         self._notify()
+
+    def _wake(self) -> None:
+        now = time.monotonic()
+        for partition in [partition for partition, until in self._resting.items() if until <= now]:
+            del self._resting[partition]
+            self.member.resume(partition)
+
+    def _rest(self, position: Position, seconds: float) -> None:
+        """Its head is not due: read it again then."""
+        partition = position.topic_partition
+        self._resting[partition] = time.monotonic() + seconds
+        self.member.seek(partition, position.offset)
+        self.member.pause(partition)
 
     def _drop(self, partition: TopicPartition) -> None:
         del self._trackers[partition], self._committed[partition]
@@ -185,16 +209,21 @@ class _Work:
     def _start(self, tasks: anyio.abc.TaskGroup, delivered: Delivered) -> None:
         position = delivered.position
         tracker = self._trackers.get(position.topic_partition)
-        if tracker is None:
+        if tracker is None or position.topic_partition in self._resting:
             return
-        if tracker.take(position.offset):
+        early_s = wait_s(delivered, self._handling.stage)
+        if early_s > 0:
+            self._rest(position, early_s)
+        elif not tracker.take(position.offset):  # finished in an earlier life: the place may move over it
+            self._notify()
+        elif is_for(delivered, self._handling.stage):
             self.running[position] = anyio.CancelScope()
-            tasks.start_soon(self._run, delivered, tracker)
-        else:  # finished in an earlier life: the place may move over it
+            tasks.start_soon(self._run, position, restored(delivered), tracker)
+        else:
+            tracker.finish(position.offset)
             self._notify()
 
-    async def _run(self, delivered: Delivered, tracker: Tracker) -> None:
-        position = delivered.position
+    async def _run(self, position: Position, delivered: Delivered, tracker: Tracker) -> None:
         scope = self.running[position]
         try:
             with scope:

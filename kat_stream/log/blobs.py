@@ -1,0 +1,210 @@
+"""Values by content: a store of blobs in a directory or in S3, through fsspec.
+
+    <url>/<first two hex digits>/<sha256>        a blob; <url>/kat-blobs says that this is a store
+Invariants: a blob is whole or not there, its name is the hash of its bytes, and `get` hands out nothing else. Putting
+twice is putting once, and makes the blob young again, so that a sweep keeps what was just referred to.
+fsspec's calls block, so each runs in a worker thread, and every call has a deadline. S3's address and keys come from
+where every S3 client takes them: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ~/.aws.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache, partial
+from hashlib import sha256
+from typing import Any, Self
+
+import anyio
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from kat_stream.errors import BlobError, BlobUnavailable, ConfigError, DeadlineExceeded, KatError
+
+DEADLINE_S = 30.0
+AT_ONCE = 8
+"""Calls of one process at the same time."""
+MARKER = "kat-blobs"
+"""Tells a store in which a blob is missing from a place where there is no store: not mounted, another bucket."""
+_REFERENCE = re.compile(rb"blob:([0-9a-f]{64}):([0-9]{1,12})(?![0-9])")
+_S3_CLIENT = {
+    "connect_timeout": 5,
+    "read_timeout": 20,
+    "retries": {"max_attempts": 2},
+    # Checksums in trailers are new, and many S3 servers refuse them; we check the hash ourselves.
+    "request_checksum_calculation": "when_required",
+    "response_checksum_validation": "when_required",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BlobRef:
+    """What refers to a blob: its hash and size. As text `blob:<sha256>:<bytes>`, in headers and inside records."""
+
+    sha256: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"blob:{self.sha256}:{self.size}"
+
+    @classmethod
+    def of(cls, data: bytes) -> Self:
+        return cls(sha256(data).hexdigest(), len(data))
+
+    @classmethod
+    def parse(cls, text: bytes) -> Self:
+        """BlobError for anything but one reference."""
+        match = _REFERENCE.fullmatch(text)
+        if match is None:
+            raise BlobError(f"{text[:100]!r} refers to no blob")
+        return cls(match[1].decode(), int(match[2]))
+
+
+def references(data: bytes) -> set[BlobRef]:
+    """Every reference in these bytes, whatever record they are."""
+    return {BlobRef(match[1].decode(), int(match[2])) for match in _REFERENCE.finditer(data)}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlob:
+    """A blob as the store lists it."""
+
+    sha256: str
+    size: int
+    modified_unix_s: float
+
+
+class BlobStore:
+    """Blobs at an fsspec URL: `file:DIRECTORY` or `s3://BUCKET/PREFIX`. ConfigError if nothing serves the URL."""
+
+    def __init__(self, url: str, *, deadline_s: float = DEADLINE_S) -> None:
+        self.url = url
+        self._deadline_s = deadline_s
+        self._fs, self._root = _open(url)
+        self._marked = False
+        self._slots = anyio.CapacityLimiter(AT_ONCE)
+
+    async def put(self, data: bytes) -> BlobRef:
+        """Store the bytes; they are there when this returns. BlobUnavailable: they may be there."""
+        ref = await self._call("hashing", lambda: BlobRef.of(data))
+        await self._call(f"putting {ref}", partial(self._put, ref, data))
+        return ref
+
+    async def get(self, ref: BlobRef) -> bytes:
+        """The bytes. BlobError: other bytes, or none in a store that answers. BlobUnavailable: the store does not."""
+        return await self._call(f"getting {ref}", partial(self._get, ref))
+
+    async def stored(self) -> list[StoredBlob]:
+        """Every blob, in the order of names."""
+        return await self._call("listing", self._list)
+
+    async def remove(self, blob: StoredBlob, *, not_after_unix_s: float) -> bool:
+        """Remove a blob unless it was put again since: False if it is younger than that, or gone."""
+        return await self._call(f"removing {blob.sha256}", partial(self._remove, blob, not_after_unix_s))
+
+    async def _call[T](self, what: str, work: Callable[[], T]) -> T:
+        try:
+            with anyio.fail_after(self._deadline_s):
+                return await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._slots)
+        except TimeoutError:
+            error = DeadlineExceeded(what, self._deadline_s)
+            raise BlobUnavailable(f"{self.url}: {error}") from error
+        except KatError:
+            raise
+        except Exception as error:  # a store's client library has errors of its own: all say that it did not work
+            raise BlobUnavailable(f"{self.url}: {what}: {type(error).__name__}: {error}") from error
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name[:2]}/{name}"
+
+    def _put(self, ref: BlobRef, data: bytes) -> None:
+        if not self._marked:
+            self._write(f"{self._root}/{MARKER}", b"")
+            self._marked = True
+        self._write(self._path(ref.sha256), data)
+
+    def _write(self, path: str, data: bytes) -> None:
+        """Whole or not at all: an object store does that by itself, in a directory a rename does."""
+        if not isinstance(self._fs, LocalFileSystem):
+            self._fs.pipe_file(path, data)
+            return
+        self._fs.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH120 - fsspec's paths are text
+        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+        with open(temporary, "wb") as file:  # noqa: PTH123 - fsspec's paths are text
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)  # noqa: PTH105 - fsspec's paths are text
+
+    def _get(self, ref: BlobRef) -> bytes:
+        try:
+            data: bytes = self._fs.cat_file(self._path(ref.sha256), start=0, end=ref.size + 1)
+        except FileNotFoundError:
+            if not self._fs.exists(f"{self._root}/{MARKER}"):
+                raise
+            raise BlobError(f"{self.url}: no {ref}") from None
+        if BlobRef.of(data) != ref:
+            raise BlobError(f"{self.url}: what lies there is not {ref}")
+        return data
+
+    def _list(self) -> list[StoredBlob]:
+        found = self._fs.find(self._root, detail=True) if self._fs.exists(f"{self._root}/{MARKER}") else {}
+        blobs = [
+            StoredBlob(path.rpartition("/")[2], info["size"], _modified(info))
+            for path, info in found.items()
+            if not path.endswith(MARKER)
+        ]
+        return sorted(blobs, key=lambda blob: blob.sha256)
+
+    def _remove(self, blob: StoredBlob, not_after_unix_s: float) -> bool:
+        try:
+            if _modified(self._fs.info(self._path(blob.sha256))) > not_after_unix_s:
+                return False
+            self._fs.rm_file(self._path(blob.sha256))
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def _open(url: str) -> tuple[Any, str]:
+    protocol = url.partition(":")[0]
+    if protocol != "file" and "://" not in url:
+        raise ConfigError(f"blobs.url: {url!r} is neither file:DIRECTORY nor s3://BUCKET/PREFIX")
+    try:
+        fs, root = fsspec.url_to_fs(url) if protocol == "file" else _remote(url, protocol, _environment())
+    except ImportError as error:
+        raise ConfigError(f"blobs.url: for {url} install kat-stream[s3] ({error})") from error
+    except ValueError as error:
+        raise ConfigError(f"blobs.url: {url!r} is neither file:DIRECTORY nor s3://BUCKET/PREFIX: {error}") from error
+    return fs, root.rstrip("/")
+
+
+@cache
+def _remote(url: str, protocol: str, environment: tuple[tuple[str, str], ...]) -> tuple[Any, str]:
+    """A client of a store, kept for as long as the process lives.
+
+    s3fs closes a client that is thrown away on whatever event loop runs at that moment, which breaks that loop's tasks.
+    fsspec's own cache does not see that the environment, with address and keys, is another.
+    """
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if protocol == "s3":
+        options["config_kwargs"] = _S3_CLIENT
+    fs, root = fsspec.url_to_fs(url, **options)
+    return fs, root
+
+
+def _environment() -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+
+
+def _modified(info: dict[str, Any]) -> float:
+    """Unix seconds; a store that does not say when has only young blobs."""
+    when = info.get("mtime") or info.get("LastModified")
+    if isinstance(when, datetime):
+        return when.timestamp()
+    return float(when) if when else time.time()

@@ -1,0 +1,248 @@
+"""The stage loops as properties: any order of completion, any crash point, any coming and going of members."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import anyio
+import anyio.lowlevel
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kat_stream.log import Delivered, Emit, MemoryLog, Outcome, run_transform, run_work
+from kat_stream.log.base import TopicPartition
+from kat_stream.log.remembered import KEEP, STRIDE, Remembered
+from tests.contract.log_records import SIZE, GroupJoin, entry, everything, reward
+from topics import CATALOGUE, Reward
+
+COUNT = 12
+WAIT_S = 20.0
+slow = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+orders = st.permutations(range(COUNT))
+crashes = st.lists(st.integers(1, COUNT), max_size=4)
+
+
+async def opened() -> MemoryLog:
+    log = MemoryLog()
+    await log.apply_topics(CATALOGUE)
+    return log
+
+
+def score_of(delivered: Delivered) -> int:
+    record = delivered.record()
+    assert isinstance(record, Reward)
+    return int(record.score)
+
+
+class WorkLife:
+    """One life of a worker: tasks end in a chosen order; after `crash_after` of them the process is gone."""
+
+    def __init__(self, log: MemoryLog, order: Sequence[int], crash_after: int, finished: set[int]) -> None:
+        self.log, self.order, self.crash_after = log, list(order), crash_after
+        self.finished, self.before = finished, frozenset(finished)
+        self.began: list[int] = []
+        self.ended = 0
+        self._turn = anyio.Event()
+        self.over = anyio.Event()
+
+    async def handle(self, delivered: Delivered) -> Outcome:
+        number = score_of(delivered)
+        self.began.append(number)
+        while self._next() != number:
+            await self._turn.wait()
+        if self.ended >= self.crash_after:
+            self.over.set()
+            await anyio.sleep_forever()
+        return Emit(entry("g", str(number)))
+
+    def _next(self) -> int:
+        return next((n for n in self.order if n not in self.finished), -1)
+
+    def acknowledged(self, number: int) -> None:
+        self.finished.add(number)
+        self.ended += 1
+        turn, self._turn = self._turn, anyio.Event()
+        turn.set()
+        if len(self.finished) == COUNT:
+            self.over.set()
+
+    async def run(self) -> None:
+        stopping = anyio.Event()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._follow)
+            tasks.start_soon(
+                lambda: run_work(
+                    self.log,
+                    ["rewards"],
+                    group="w",
+                    member="m",
+                    handler=self.handle,
+                    stopping=stopping,
+                    max_in_flight=COUNT,
+                    drain_s=0.0,
+                )
+            )
+            with anyio.fail_after(WAIT_S):
+                await self.over.wait()
+            stopping.set()
+            await anyio.sleep(0.02)
+            tasks.cancel_scope.cancel()
+
+    async def _follow(self) -> None:
+        async for delivered in self.log.follow(["ledger"]):
+            number = int(delivered.record().rollout_id)  # type: ignore[attr-defined]
+            if number not in self.finished:
+                self.acknowledged(number)
+
+
+@slow
+@given(orders, crashes)
+def test_work_loses_nothing_and_repeats_only_what_was_unfinished(order: list[int], crash_points: list[int]) -> None:
+    async def scenario() -> None:
+        log, finished = await opened(), set[int]()
+        await log.publish(*[reward(number) for number in range(COUNT)])
+        for crash_after in [*crash_points, COUNT + 1]:
+            if len(finished) < COUNT:
+                life = WorkLife(log, order, crash_after, finished)
+                await life.run()
+                assert life.before.isdisjoint(life.began)
+                assert len(set(life.began)) == len(life.began)
+        assert finished == set(range(COUNT))
+        counts = Counter(d.record().rollout_id for d in await everything(log, "ledger"))  # type: ignore[attr-defined]
+        assert counts == Counter(str(number) for number in range(COUNT))
+
+    anyio.run(scenario)
+
+
+GROUPS = 4
+
+
+@slow
+@given(st.permutations(range(GROUPS * SIZE)), st.lists(st.integers(1, GROUPS * SIZE), max_size=5), st.integers(1, 5))
+def test_transform_emits_each_group_exactly_once(order: list[int], crash_points: list[int], batch: int) -> None:
+    async def scenario() -> None:
+        log = await opened()
+        await log.publish(*[reward(n, f"g{n % GROUPS}") for n in order])
+        for crash_after in [*crash_points, 10**6]:
+            left = crash_after
+
+            def dies(record: Reward) -> None:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise RuntimeError("the process dies here")
+
+            await transform_life(log, GroupJoin(dies), batch)
+        groups = Counter(d.record().group_id for d in await everything(log, "ledger"))  # type: ignore[attr-defined]
+        assert groups == Counter(f"g{n}" for n in range(GROUPS))
+
+    anyio.run(scenario)
+
+
+async def transform_life(log: MemoryLog, handler: GroupJoin, batch: int) -> None:
+    """Until every group is written, or the handler dies."""
+    stopping = anyio.Event()
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(
+                lambda: run_transform(
+                    log,
+                    ["rewards"],
+                    group="t",
+                    member="m",
+                    handler=handler,
+                    stopping=stopping,
+                    remember="ledger",
+                    batch=batch,
+                )
+            )
+            with anyio.fail_after(WAIT_S):
+                while len(await everything(log, "ledger")) < GROUPS:
+                    await anyio.sleep(0.001)
+            stopping.set()
+    except* RuntimeError:
+        pass
+
+
+steps = st.lists(st.sampled_from(["join", "leave", "publish"]), min_size=3, max_size=10)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(steps)
+def test_members_come_and_go_in_any_order(plan: list[str]) -> None:
+    """Work done is not repeated, groups are written once, whoever owns which partition when."""
+
+    async def scenario() -> None:
+        log, worked = await opened(), Counter[int]()
+        published = 0
+
+        async def work(delivered: Delivered) -> Outcome:
+            await anyio.lowlevel.checkpoint()
+            worked[score_of(delivered)] += 1
+            return Emit()
+
+        async def member(stop: anyio.Event, name: str) -> None:
+            async with anyio.create_task_group() as loops:
+                loops.start_soon(
+                    lambda: run_work(log, ["rewards"], group="w", member=name, handler=work, stopping=stop)
+                )
+                loops.start_soon(
+                    lambda: run_transform(
+                        log,
+                        ["rewards"],
+                        group="t",
+                        member=name,
+                        handler=GroupJoin(),
+                        stopping=stop,
+                        remember="ledger",
+                        batch=4,
+                    )
+                )
+
+        members: list[anyio.Event] = []
+        async with anyio.create_task_group() as tasks:
+            for number, step in enumerate(["join", *plan, "publish", "join"]):
+                if step == "join":
+                    members.append(anyio.Event())
+                    tasks.start_soon(member, members[-1], f"m{number}")
+                elif step == "leave" and len(members) > 1:
+                    members.pop(0).set()
+                elif step == "publish":
+                    await log.publish(*[reward(i, f"g{i // SIZE}") for i in range(published, published + 4 * SIZE)])
+                    published += 4 * SIZE
+                await anyio.sleep(0.005)
+            with anyio.fail_after(WAIT_S):
+                while len(worked) < published or len(await everything(log, "ledger")) < published // SIZE:
+                    await anyio.sleep(0.01)
+            for stop in members:
+                stop.set()
+        assert worked == Counter(range(published))
+        groups = Counter(d.record().group_id for d in await everything(log, "ledger"))  # type: ignore[attr-defined]
+        assert groups == Counter(f"g{n}" for n in range(published // SIZE))
+
+    anyio.run(scenario)
+
+
+PLACE = TopicPartition("rewards", 0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 90), st.integers(0, 400)), max_size=60))
+def test_what_is_remembered_covers_the_open_and_the_newest_and_little_more(life: list[tuple[int, int]]) -> None:
+    """Each step: so many outputs were written, and so many of the messages taken are still open."""
+    remembered, written, taken, low = Remembered(0, [], {}), 0, 0, 0
+    wrote_at: list[int] = []
+    for count, open_ in life:
+        if remembered.due:
+            remembered.mark(written, {PLACE: taken})
+        wrote_at += [taken] * count
+        taken += count
+        written += count
+        low = max(low, taken - open_)
+        remembered.wrote(count)
+        remembered.forget({PLACE: low})
+        needed = next((offset for offset, at in enumerate(wrote_at) if at >= low), written)
+        assert remembered.start <= needed
+        assert remembered.start <= max(0, written - KEEP)
+        if open_ == 0:
+            assert written - remembered.start <= KEEP + STRIDE + 2 * 90
