@@ -1,4 +1,4 @@
-"""`kat-stream broker`: a real Apache Kafka on this machine, without Docker."""
+"""`kat-stream broker`: a real Apache Kafka on this machine, one node or several, without Docker."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from kat_stream.cli.common import add_command, add_group
 
 STATE_DIR = Path(".kat/broker")
+MOST_NODES = 9
 
 
 def register(subparsers: Any) -> None:
@@ -16,29 +17,38 @@ def register(subparsers: Any) -> None:
         subparsers,
         "broker",
         help="a real Apache Kafka on this machine, without Docker",
-        description="Starts one Kafka node from Maven's jars (Java 17 or newer and Maven are needed), for work and "
-        "tests. Its data live in the state directory and survive a stop.",
+        description="Starts Kafka from Maven's jars (Java 17 or newer and Maven are needed), for work and tests: one "
+        "node, or a cluster that survives the loss of a node. Its data live in the state directory and survive a stop.",
     )
     up_parser = add_command(
         group,
         "up",
         up,
         help="start it, or say where it runs",
-        description="Returns when the broker answers, and prints its address for --log or log.url.",
-        examples=["broker up", "broker up --port 9092 --state-dir /var/tmp/kafka"],
+        description="Returns when every node answers, and prints the address for --log or log.url. Doing it twice "
+        "changes nothing; a node that died is started again. Three nodes keep three copies of every record and go on "
+        "when one is lost. A state directory keeps its number of nodes.",
+        examples=[
+            "broker up",
+            "broker up --nodes 3 --state-dir .kat/cluster",
+            "broker up --port 9092 --state-dir /var/tmp/kafka",
+        ],
     )
-    port = "where it listens (default: the port of last time, or a free one)"
+    port = "where the first node listens, the others follow it (default: the ports of last time, or free ones)"
     up_parser.add_argument("--port", type=int, default=0, help=port)
+    nodes = "how many brokers (default: as many as last time, or one)"
+    up_parser.add_argument("--nodes", type=_nodes, default=0, help=nodes)
     down_parser = add_command(
-        group, "down", down, help="stop it", description="Stops the broker; its data stay.", examples=["broker down"]
+        group, "down", down, help="stop it", description="Stops every node; its data stay.", examples=["broker down"]
     )
     status_parser = add_command(
         group,
         "status",
         status,
         help="whether it runs, and where",
-        description="Prints the address of the running broker. The exit code is 1 if none runs.",
-        examples=["broker status"],
+        description="Prints the address of the running broker and a line for each node. The exit code is 1 if a node "
+        "is down or there is none.",
+        examples=["broker status", "broker status --state-dir .kat/cluster"],
     )
     state_dir = f"its data and settings (default: {STATE_DIR})"
     for parser in (up_parser, down_parser, status_parser):
@@ -48,7 +58,7 @@ def register(subparsers: Any) -> None:
 def up(args: argparse.Namespace) -> int:
     from kat_stream.log import broker
 
-    print(f"kafka:{broker.up(args.state_dir, args.port)}")
+    print(f"kafka:{broker.up(args.state_dir, args.port, args.nodes)}")
     return 0
 
 
@@ -63,5 +73,17 @@ def status(args: argparse.Namespace) -> int:
     from kat_stream.log import broker
 
     found = broker.status(args.state_dir)
-    print(f"kafka:{found.bootstrap}, pid {found.pid}" if found.running else f"no broker runs in {args.state_dir}")
-    return 0 if found.running else 1
+    if not found.running:
+        print(f"no broker runs in {args.state_dir}")
+        return 1
+    print(f"kafka:{found.bootstrap}")
+    for number, address, pid in found.nodes:
+        print(f"node {number}: {address}, {f'pid {pid}' if pid else 'down'}")
+    return 0 if all(pid for _, _, pid in found.nodes) else 1
+
+
+def _nodes(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= MOST_NODES:
+        raise argparse.ArgumentTypeError(f"{number}: between 1 and {MOST_NODES}")
+    return number

@@ -1,14 +1,18 @@
-"""`kat-stream lag`: how far each consumer group is behind."""
+"""`kat-stream lag`: how far each stage of a run is behind."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from kat_stream.cli.common import add_command, add_log_options, add_run_option, broker_log, table
+from kat_stream.cli.common import add_command, add_log_options, broker_log, table
 
 if TYPE_CHECKING:
+    from kat_stream.log import Log
     from kat_stream.log.lag import Lag
+
+WATCH_S = 2.0
 
 
 def register(subparsers: Any) -> None:
@@ -16,39 +20,75 @@ def register(subparsers: Any) -> None:
         subparsers,
         "lag",
         lag,
-        help="how far each group is behind, in messages and seconds",
-        description="Prints for each consumer group and topic how many messages are not finished yet, and how "
-        "old the oldest of them is. Work that is done beyond a slow message is not lag. Reading it "
-        "disturbs nobody. A run on the in-memory log shows its lag in its own progress view.",
-        examples=["lag", "lag --log kafka:localhost:9092", "lag --json | jq '.[] | select(.messages > 100)'"],
+        help="how far each stage is behind, in messages and seconds",
+        description="Prints for each stage of a run and each topic how many messages are not finished yet, and how old "
+        "the oldest of them is. The trainer counts from the positions of its newest step, the archiver from its files. "
+        "Work that is done beyond a slow message is not lag. Reading it disturbs nobody. With --log and no RUN, all "
+        "consumer groups on that broker. A running `kat-stream run` exports the same as kat_lag_messages and "
+        "kat_lag_seconds. A run on the in-memory log shows its lag in its own progress view.",
+        examples=[
+            "lag",
+            "lag mine --watch",
+            "lag --log kafka:localhost:9092",
+            "lag --json | jq '.[] | select(.seconds > 60)'",
+        ],
     )
-    parser.add_argument("--json", action="store_true", help="a list of {group, topic, messages, seconds}")
-    add_run_option(parser)
+    parser.add_argument("run", metavar="RUN", nargs="?", default="", help="a run's folder, its name, or `latest`")
+    parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:g} s, until Ctrl-C")
+    form = "a list of {group, topic, messages, seconds, partitions}"
+    parser.add_argument("--json", action="store_true", help=form)
     add_log_options(parser)
 
 
 def lag(args: argparse.Namespace) -> int:
-    import json
-
     import anyio
 
-    found = anyio.run(_lag, args)
-    if args.json:
-        rows = [{"group": x.group, "topic": x.topic, "messages": x.messages, "seconds": x.seconds} for x in found]
-        print(json.dumps(rows))
-        return 0
-    ages = [(x, "-" if x.seconds is None else f"{x.seconds:.1f}") for x in found]
-    lines = [(x.group, x.topic, str(x.messages), age) for x, age in ages]
-    print(table([("GROUP", "TOPIC", "MESSAGES", "SECONDS"), *lines]) if lines else "no consumer groups")
+    anyio.run(_lag, args)
     return 0
 
 
-async def _lag(args: argparse.Namespace) -> list[Lag]:
-    from kat_stream.log.lag import lags
+async def _lag(args: argparse.Namespace) -> None:
+    import anyio
 
     log = broker_log(args)
     await log.start()
     try:
-        return await lags(log, ages=True)
+        _show(await _ask(log, args), args.json)
+        while args.watch:
+            await anyio.sleep(WATCH_S)
+            _show(await _ask(log, args), args.json)
     finally:
-        await log.close()
+        with anyio.CancelScope(shield=True):
+            await log.close()
+
+
+async def _ask(log: Log, args: argparse.Namespace) -> list[Lag]:
+    from kat_stream.log.lag import lags
+    from kat_stream.observe.stage_lag import stage_lags
+    from kat_stream.runs import find_run, load_run
+
+    if not args.run and (args.log or args.config or args.set):
+        return await lags(log, ages=True)
+    run_dir = find_run(args.run or "latest")
+    return await stage_lags(log, load_run(run_dir).run.name, run_dir)
+
+
+def _show(found: Iterable[Lag], as_json: bool) -> None:
+    import json
+    from dataclasses import asdict
+
+    if as_json:
+        rows = [{**asdict(lag), "messages": lag.messages, "seconds": lag.seconds} for lag in found]
+        print(json.dumps(rows), flush=True)
+        return
+    lines = [(lag.group, lag.topic, str(lag.messages), f"{lag.seconds or 0:.1f}", _worst(lag)) for lag in found]
+    head = ("STAGE", "TOPIC", "MESSAGES", "SECONDS", "OLDEST IN")
+    print(table([head, *lines]) if lines else "no consumer groups", flush=True)
+
+
+def _worst(lag: Lag) -> str:
+    """Where the oldest unfinished message is."""
+    if not lag.messages:
+        return "-"
+    oldest = max(lag.partitions, key=lambda partition: partition.seconds or 0.0)
+    return f"partition {oldest.partition} at {oldest.first}"

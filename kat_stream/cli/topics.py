@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
 
+from kat_stream.cli import topics_acl, trim
 from kat_stream.cli.common import add_command, add_group, add_log_options, broker_log, table
+
+if TYPE_CHECKING:
+    from kat_stream.log.kafka import KafkaLog
+    from kat_stream.log.kafka_topics import Difference
 
 DAY_MS = 24 * 3600 * 1000
 
@@ -31,20 +38,25 @@ def register(subparsers: Any) -> None:
         group,
         "apply",
         apply,
-        help="create the topics that a broker lacks",
-        description="Creates missing topics. One that exists with another number of partitions is an error: records "
-        "of a group would not meet any more. Doing it twice changes nothing.",
-        examples=["topics apply --log kafka:localhost:9092", "topics apply --config my.toml"],
+        help="create the topics that a broker lacks and set what differs",
+        description="Creates missing topics and sets retention, cleanup, message size and min.insync.replicas to the "
+        "catalogue's values. Nothing is ever deleted. A topic with another number of partitions is an error and "
+        "nothing is changed: records of a group would not meet any more. Doing it twice changes nothing.",
+        examples=["topics apply --log kafka:localhost:9092", "topics apply --config my.toml --dry-run"],
     )
+    apply_parser.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
     diff_parser = add_command(
         group,
         "diff",
         diff,
         help="what a broker has that differs from the catalogue",
-        description="Prints one line for each topic that is missing (-) or has another number of partitions (!). "
-        "The exit code is 1 if there is any.",
+        description="Prints one line for each thing that differs: a topic is missing (-), `apply` sets it (~), "
+        "`apply` cannot change it (!), or the catalogue does not know the topic (?). The exit code is 1 if there is "
+        "any of the first three.",
         examples=["topics diff --log kafka:localhost:9092"],
     )
+    topics_acl.register(group)
+    trim.register(group)
     add_log_options(apply_parser)
     add_log_options(diff_parser)
 
@@ -54,59 +66,75 @@ def list_(args: argparse.Namespace) -> int:
 
     rows = [("TOPIC", "RECORD", "KEY", "PARTITIONS", "KEPT", "ABOUT")]
     for topic in CATALOGUE:
-        kept = "newest of a key" if topic.cleanup == "compact" else f"{topic.retention_ms // DAY_MS} days"
+        kept = "newest of a key" if topic.cleanup == "compact" else _kept(topic.retention_ms)
         rows.append((topic.name, header_of(topic.record), topic.key or "-", str(topic.partitions), kept, topic.about))
     print(table(rows))
     return 0
 
 
+def _kept(retention_ms: int) -> str:
+    return "until trimmed" if retention_ms < 0 else f"{retention_ms // DAY_MS} days"
+
+
 def apply(args: argparse.Namespace) -> int:
     import anyio
 
-    created = anyio.run(_apply, args)
-    for name in created:
-        print(f"created {name}")
-    if not created:
-        print("nothing to do: all topics are there")
+    done = anyio.run(_apply, args)
+    for line in done:
+        print(line)
+    if not done:
+        print("nothing to do: all topics are as in the catalogue")
     return 0
 
 
 def diff(args: argparse.Namespace) -> int:
     import anyio
 
-    lines = anyio.run(_diff, args)
-    for line in lines:
-        print(line)
-    if not lines:
+    differences = anyio.run(_diff, args)
+    for difference in differences:
+        print(difference)
+    if not differences:
         print("no difference")
-    return 1 if lines else 0
+    return 1 if any(difference.what != "unknown" for difference in differences) else 0
 
 
 async def _apply(args: argparse.Namespace) -> list[str]:
+    """What was done, or would be: created topics, then settings, then what an operator has to do."""
+    from kat_stream.log.kafka_topics import refuse_repartition
     from topics import CATALOGUE
 
-    log = broker_log(args)
-    await log.start()
-    try:
-        return await log.apply_topics(CATALOGUE)
-    finally:
-        await log.close()
+    async with _kafka(args) as log:
+        differences = [one for one in await log.compare_topics(CATALOGUE) if one.what != "unknown"]
+        refuse_repartition(differences)
+        if not args.dry_run:
+            await log.apply_topics(CATALOGUE)
+            await log.align_topics(differences)
+    return [_done(difference, "would be " if args.dry_run else "") for difference in differences]
 
 
-async def _diff(args: argparse.Namespace) -> list[str]:
+def _done(difference: Difference, would: str) -> str:
+    if difference.what == "missing":
+        return f"{would}created {difference.topic}"
+    if difference.mendable:
+        return f"{would}set {difference.topic}: {difference.what} {difference.there} -> {difference.wanted}"
+    return f"{difference}; move it with Kafka's kafka-reassign-partitions"
+
+
+async def _diff(args: argparse.Namespace) -> list[Difference]:
     from topics import CATALOGUE
 
+    async with _kafka(args) as log:
+        return await log.compare_topics(CATALOGUE)
+
+
+@asynccontextmanager
+async def _kafka(args: argparse.Namespace) -> AsyncIterator[KafkaLog]:
+    from kat_stream.log.kafka import KafkaLog
+
     log = broker_log(args)
+    assert isinstance(log, KafkaLog)  # `broker_log` has refused every other
     await log.start()
     try:
-        there = await log.topics()
+        yield log
     finally:
         await log.close()
-    lines = []
-    for topic in CATALOGUE:
-        count = there.get(topic.name)
-        if count is None:
-            lines.append(f"- {topic.name}: missing")
-        elif count != topic.partitions:
-            lines.append(f"! {topic.name}: {count} partitions, the catalogue says {topic.partitions}")
-    return lines
