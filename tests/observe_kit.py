@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from kat_stream.log.base import Delivered, Position
 from kat_stream.log.message import seal
 from topics import (
@@ -223,6 +225,16 @@ def step(
     )
 
 
+def said(number: int, asked: Sequence[RolloutRequest], trained: Sequence[str], stale: Sequence[str]) -> list[Record]:
+    """What the trainer says in the ledger with its step."""
+    names = {**dict.fromkeys(trained, "trained"), **dict.fromkeys(stale, "stale")}
+    return [
+        msgspec.structs.replace(entry(one, names[one.rollout_id], stage="trainer"), step=number, lineage="a")
+        for one in asked
+        if one.rollout_id in names
+    ]
+
+
 def version(number: int, lineage: str = "a") -> PolicyVersion:
     path = f"weights/{lineage}.{number}"
     return PolicyVersion(run=RUN, model="policy", lineage=lineage, number=number, path=path, checksum="ab" * 32)
@@ -267,7 +279,7 @@ class FabricatedRun:
         trained = [one.rollout_id for one, fate in zip(asked, fates, strict=True) if fate == "trained"]
         stale = [one.rollout_id for one, fate in zip(asked, fates, strict=True) if fate == "stale in the step"]
         if trained or stale:
-            self.add(step(number, [group_id], trained, stale), version(number))
+            self.add(step(number, [group_id], trained, stale), version(number), *said(number, asked, trained, stale))
 
     def evaluation(self, round_: int, fates: Sequence[str]) -> None:
         asked = [request(f"{RUN}-e{round_:05d}-{i:04d}", 0, 1, "eval", round_) for i in range(len(fates))]

@@ -10,9 +10,12 @@ of the later stage wins: optimizer step, then group, then grading, then rollout.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import msgspec
+
+from kat_stream.observe.heads import BatchHead, Head, RequestHead, RewardHead, TrajectoryHead
 from kat_stream.observe.lineages import surviving
 from topics import LedgerEntry, PackedBatch, Record, Reward, RolloutRequest, TrainStep, Trajectory
 
@@ -66,6 +69,8 @@ class _Facts:
     group: tuple[int, str, str] = (-1, "", "")
     word: tuple[int, str, str] = (-1, "", "")
     """From ledger entries, which have no order among stages."""
+    said: set[tuple[str, str, str, int]] = field(default_factory=set)
+    """(stage, state, lineage, step) of ledger entries: a second account, which must agree with the first."""
 
 
 @dataclass(slots=True)
@@ -75,8 +80,8 @@ class Ledger:
     _facts: dict[str, _Facts] = field(default_factory=lambda: defaultdict(_Facts))
     _steps: dict[tuple[str, int], TrainStep] = field(default_factory=dict)
 
-    def apply(self, record: Record) -> None:
-        """Take in one record, again or for the first time."""
+    def apply(self, record: Record | Head) -> None:
+        """Take in one record, or its head, again or for the first time."""
         handler = _HANDLERS.get(type(record))
         if handler is not None:
             handler(self, record)
@@ -119,12 +124,36 @@ class Ledger:
         summary = self.summary()
         if summary.requested != summary.accounted:
             problems.append(f"{summary.requested} requested, but {summary.accounted} accounted for")
-        return problems
+        return problems + self.disagreements()
 
-    def _of_request(self, record: RolloutRequest) -> None:
+    def disagreements(self) -> list[str]:
+        """Where the topic `ledger` and the stages' own records tell different stories; a sentence each."""
+        trained = {one: (step.lineage, step.step) for step in surviving(self._steps.values()) for one in step.trained}
+        found = []
+        for rollout_id, facts in sorted(self._facts.items()):
+            found += [f"{rollout_id}: {what}" for what in self._differs(rollout_id, facts, trained.get(rollout_id))]
+        return found
+
+    def _differs(self, rollout_id: str, facts: _Facts, trained: tuple[str, int] | None) -> Iterator[str]:
+        packer = {state for stage, state, _, _ in facts.said if stage == "packer"}
+        # A batch that cannot be used is filtered before any step.
+        words = {said[1:] for said in facts.said if said[0] == "trainer" and said[1] != "filtered"}
+        for state, lineage, step in sorted(words):
+            made = self._steps.get((lineage, step))
+            if made is None or rollout_id not in (made.trained if state == "trained" else made.stale):
+                yield f"ledger says {state} in step {step} of lineage {lineage}, train.steps does not"
+        if trained is not None and ("trained", *trained) not in words:
+            yield f"train.steps says trained in step {trained[1]} of lineage {trained[0]}, ledger does not"
+        decided = facts.group[1] or facts.grading[1]
+        if packer and decided not in packer:
+            yield f"ledger says {' and '.join(sorted(packer))}, {_source(facts)} says {decided or 'nothing'}"
+        if facts.group[1] and not packer and not words:
+            yield f"batches says {facts.group[1]}, ledger says nothing"
+
+    def _of_request(self, record: RolloutRequest | RequestHead) -> None:
         self._facts[record.rollout_id].purpose = record.purpose
 
-    def _of_trajectory(self, record: Trajectory) -> None:
+    def _of_trajectory(self, record: Trajectory | TrajectoryHead) -> None:
         # A trajectory carries its request: the account holds where retention has eaten the request itself.
         facts = self._facts[record.rollout_id]
         facts.purpose = record.request.purpose
@@ -132,7 +161,7 @@ class Ledger:
         reason = record.error_class or record.outcome if state == "failed" else ""
         facts.rollout = max(facts.rollout, (record.attempt, _WINS[state], state, reason))
 
-    def _of_reward(self, record: Reward) -> None:
+    def _of_reward(self, record: Reward | RewardHead) -> None:
         facts = self._facts[record.rollout_id]
         if record.status == "failed":
             word = (0, "failed", record.error_class or "verifier")
@@ -141,7 +170,7 @@ class Ledger:
             word = (1, "evaluated" if record.purpose == "eval" else "graded", "")
         facts.grading = max(facts.grading, word)
 
-    def _of_batch(self, record: PackedBatch) -> None:
+    def _of_batch(self, record: PackedBatch | BatchHead) -> None:
         for member in record.members:
             facts = self._facts[member.rollout_id]
             facts.group = max(facts.group, _word(member.fate, member.reason))
@@ -154,6 +183,7 @@ class Ledger:
     def _of_entry(self, record: LedgerEntry) -> None:
         # `trained` is left to train.steps, which alone knows whether the step is on the surviving branch.
         facts = self._facts[record.rollout_id]
+        facts.said.add((record.stage, record.state, record.lineage, record.step))
         if record.state not in ("requested", "trained"):
             facts.word = max(facts.word, _word(record.state, record.reason))
 
@@ -177,24 +207,36 @@ class Ledger:
         return sorted((rollout_id, made) for rollout_id, made in steps.items() if len(made) > 1)
 
 
-_HANDLERS: dict[type[Record], Callable[[Ledger, Record], None]] = {
+_HANDLERS: dict[type[msgspec.Struct], Callable[[Ledger, Record | Head], None]] = {
     RolloutRequest: Ledger._of_request,  # type: ignore[dict-item]
     Trajectory: Ledger._of_trajectory,  # type: ignore[dict-item]
     Reward: Ledger._of_reward,  # type: ignore[dict-item]
     PackedBatch: Ledger._of_batch,  # type: ignore[dict-item]
     TrainStep: Ledger._of_step,  # type: ignore[dict-item]
     LedgerEntry: Ledger._of_entry,  # type: ignore[dict-item]
+    RequestHead: Ledger._of_request,  # type: ignore[dict-item]
+    TrajectoryHead: Ledger._of_trajectory,  # type: ignore[dict-item]
+    RewardHead: Ledger._of_reward,  # type: ignore[dict-item]
+    BatchHead: Ledger._of_batch,  # type: ignore[dict-item]
 }
 
 
+def _source(facts: _Facts) -> str:
+    return "batches" if facts.group[1] else "rewards"
+
+
 def _word(state: str, reason: str) -> tuple[int, str, str]:
-    """A reason such as `too_long: 812 tokens` is counted by its head."""
+    """A reason such as `too_long: 812 tokens` is counted by its head; a state that nobody knows says nothing."""
+    if state not in _WINS:
+        return -1, "", ""
     return _WINS[state], state, reason.partition(":")[0]
 
 
 def _fate(facts: _Facts) -> Fate:
     """The fate of a rollout that no surviving step names: the latest stage's word that is final, else where it is."""
     rollout = facts.rollout[1:]
+    if facts.group[1] == "packed" and facts.word[1] == "filtered":
+        return _closed(*facts.word[1:])  # the trainer could not read the batch
     grading = (_WINS[facts.grading[1]], *facts.grading[1:]) if facts.grading[1] else (-1, "", "")
     for _, state, reason in (facts.group, grading):
         if state in TERMINAL or state == "packed":

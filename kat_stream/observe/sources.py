@@ -1,7 +1,9 @@
-"""Where a viewer reads the records of a run: the live log, or the archive in the run's folder.
+"""Where a viewer reads the records of a run: its archive, then its log from where the archive ends.
 
-Invariant: a source gives only records of its run, and a message that cannot be read is passed over and counted, never
-an exception: views must work on a run that went wrong.
+A log that lives in the run's own process, or is away, leaves the archive alone.
+Invariant: a message comes once, however the archive grows and the log is trimmed meanwhile; a source gives only records
+of its run, and a message that cannot be read is passed over and counted, never an exception: views must work on a run
+that went wrong.
 """
 
 from __future__ import annotations
@@ -11,15 +13,20 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from zlib import crc32
 
+from kat_stream.config import SecuritySection
 from kat_stream.errors import DataError, DecodeError, LogUnavailable
 from kat_stream.log import Delivered, Log, open_log
+from kat_stream.observe.heads import HEADS, Head, columns_of, head_of, head_of_row
 from kat_stream.observe.ledger import Ledger
 from kat_stream.observe.state import RunState
-from kat_stream.runs import load_run
-from topics import CATALOGUE, Record
+from kat_stream.runs import blobs_url, load_run
+from topics import CATALOGUE, Record, topic_named
 
 ALL_TOPICS = tuple(topic.name for topic in CATALOGUE)
+LOG_ID = "kafka"
+"""What an archive calls a broker's offsets (kat_stream/service.py:Context.log_id)."""
 CATCH_UP_S = 120.0
 """Longest time to read what is on a live log."""
 
@@ -35,8 +42,14 @@ class Source(Protocol):
     def run(self) -> str:
         """Empty: every run on the log."""
 
-    def messages(self, topics: Sequence[str] = ALL_TOPICS) -> AsyncIterator[Delivered]:
-        """Everything that is there now, by topic, partition and offset within each partition."""
+    def messages(self, topics: Sequence[str] = ALL_TOPICS, group_id: str = "") -> AsyncIterator[Delivered]:
+        """Everything that is there now, each partition in the order of its offsets.
+
+        With a `group_id`, of topics by group only what may be of that group.
+        """
+
+    def heads(self) -> AsyncIterator[Head]:
+        """What an account needs of the run's records, in no order, perhaps twice."""
 
 
 @dataclass(slots=True)
@@ -50,23 +63,78 @@ class ArchiveSource:
     def where(self) -> str:
         return str(self.directory)
 
-    async def messages(self, topics: Sequence[str] = ALL_TOPICS) -> AsyncIterator[Delivered]:
-        for delivered in archived_messages(self.directory, topics):
+    async def messages(self, topics: Sequence[str] = ALL_TOPICS, group_id: str = "") -> AsyncIterator[Delivered]:
+        for delivered in archived_messages(self.directory, topics, group_id):
             yield delivered
+
+    async def heads(self) -> AsyncIterator[Head]:
+        for head in archived_heads(self.directory, self.run):
+            yield head
 
 
 @dataclass(slots=True)
 class LogSource:
-    """A log that is started."""
+    """A log that is started, after what an archive has of it."""
 
     log: Log
     where: str
     run: str
+    archive: Path | None = None
 
-    async def messages(self, topics: Sequence[str] = ALL_TOPICS) -> AsyncIterator[Delivered]:
-        async with self.log.follow(topics, start="earliest") as follower:
+    async def messages(self, topics: Sequence[str] = ALL_TOPICS, group_id: str = "") -> AsyncIterator[Delivered]:
+        starts = await self._starts(topics)
+        if self.archive is not None:
+            for delivered in archived_messages(self.archive, topics, group_id):
+                place = delivered.position.topic_partition
+                if delivered.position.offset < starts.get(place, 0):
+                    yield delivered
+        for some, partitions in _by_partitions(topics, group_id):
+            async for delivered in self._rest(some, starts, partitions):
+                yield delivered
+
+    async def heads(self) -> AsyncIterator[Head]:
+        topics = tuple(HEADS)
+        starts = await self._starts(topics)
+        if self.archive is not None:
+            for head in archived_heads(self.archive, self.run):
+                yield head
+        async for delivered in self._rest(topics, starts, None):
+            found = head_of(delivered)
+            if found is not None and self.run in ("", found.run):
+                yield found
+
+    async def _rest(
+        self, topics: Sequence[str], starts: Mapping[tuple[str, int], int], partitions: Sequence[int] | None
+    ) -> AsyncIterator[Delivered]:
+        async with self.log.follow(topics, start=starts, partitions=partitions) as follower:
             async for delivered in follower.catch_up(CATCH_UP_S):
                 yield delivered
+
+    async def _starts(self, topics: Sequence[str]) -> dict[tuple[str, int], int]:
+        """Where the archive ends. DataError if the log does not go on there: messages are lost, or it is another."""
+        if self.archive is None:
+            return {}
+        from kat_stream.archive import archived_positions
+
+        starts = archived_positions(self.archive, LOG_ID, topics)
+        for topic in {topic for topic, _ in starts}:
+            begins, ends = await self.log.beginning_offsets(topic), await self.log.end_offsets(topic)
+            for partition, begin in begins.items():
+                after = starts.get((topic, partition), begin)
+                if not begin <= after <= ends[partition]:
+                    there = f"{self.where} has {begin} to {ends[partition]}"
+                    raise DataError(f"{topic}[{partition}]: the archive ends at offset {after}, {there}")
+        return starts
+
+
+def _by_partitions(topics: Sequence[str], group_id: str) -> list[tuple[list[str], list[int] | None]]:
+    """Topics with the partitions to read of them: of a group's topics the group's one."""
+    grouped = [name for name in topics if group_id and topic_named(name).partition_by == "group_id"]
+    others = [name for name in topics if name not in grouped]
+    found: list[tuple[list[str], list[int] | None]] = [(others, None)] if others else []
+    if grouped:
+        found.append((grouped, [crc32(group_id.encode()) % topic_named(grouped[0]).partitions]))
+    return found
 
 
 @dataclass(slots=True)
@@ -87,7 +155,7 @@ class Unreadable:
 
 @asynccontextmanager
 async def open_source(
-    run_dir: Path | None, url: str = "", security: Mapping[str, object] | None = None
+    run_dir: Path | None, url: str = "", security: SecuritySection | None = None
 ) -> AsyncIterator[Source]:
     """The log at `url`, else the run's own log while it answers, else the run's archive.
 
@@ -98,37 +166,50 @@ async def open_source(
     run = config.run.name if config else ""
     if config and not url and config.log.url.startswith("kafka:"):
         url, security = config.log.url, config.log.security
-    log = await _answering(url, security, needed=run_dir is None or not (run_dir / "archive").is_dir())
+    blobs = blobs_url(config, run_dir) if config and run_dir else ""
+    log = await _answering(url, security, blobs, needed=run_dir is None or not (run_dir / "archive").is_dir())
     if log is None:
         assert run_dir is not None
         yield _archive(run_dir, run)
         return
     try:
-        yield LogSource(log, url, run)
+        archive = run_dir / "archive" if run_dir and (run_dir / "archive").is_dir() else None
+        yield LogSource(log, url, run, archive)
     finally:
         await log.close()
 
 
 async def read_records(
-    source: Source, topics: Sequence[str] = ALL_TOPICS, unreadable: Unreadable | None = None
+    source: Source, topics: Sequence[str] = ALL_TOPICS, unreadable: Unreadable | None = None, group_id: str = ""
 ) -> AsyncIterator[tuple[Record, int]]:
     """Every record of the source's run that is there now, with its timestamp in ms."""
     passed_over = unreadable or Unreadable()
-    async for delivered in source.messages(topics):
+    async for delivered in source.messages(topics, group_id):
         record = passed_over.read(delivered)
         if record is not None and source.run in ("", record.run):
             yield record, delivered.timestamp_ms
 
 
-def archived_messages(directory: Path, topics: Sequence[str] = ALL_TOPICS) -> Iterator[Delivered]:
+def archived_messages(directory: Path, topics: Sequence[str] = ALL_TOPICS, group_id: str = "") -> Iterator[Delivered]:
     """The messages in a run's `archive/`; DataError if it is not there or the extra `archive` is not installed."""
     if not directory.is_dir():
         raise DataError(f"{directory}: no archive; the run has written nothing yet")
     try:
-        from kat_stream.archive import read_archive
+        from kat_stream.archive import GroupFilter, read_archive
     except ModuleNotFoundError as error:
         raise DataError(f"{directory}: to read it, install kat-stream[archive] ({error.name} is missing)") from error
-    return read_archive(directory, topics)
+    return read_archive(directory, topics, GroupFilter(group_id) if group_id else None)
+
+
+def archived_heads(directory: Path, run: str) -> Iterator[Head]:
+    """What an account needs of a run's archive, from the columns alone."""
+    from kat_stream.archive import read_rows
+
+    for topic in HEADS:
+        for row in read_rows(directory, topic, columns_of(topic)):
+            head = head_of_row(topic, row) if run in ("", row["run"]) else None
+            if head is not None:
+                yield head
 
 
 def archived_records(run_dir: Path, topics: Sequence[str] = ALL_TOPICS) -> Iterator[tuple[Record, int]]:
@@ -151,17 +232,25 @@ def archived_state(run_dir: Path) -> RunState:
 
 def archived_ledger(run_dir: Path) -> Ledger:
     """The account of a run, from its archive."""
-    ledger = Ledger()
-    for record, _ in archived_records(run_dir):
-        ledger.apply(record)
+    ledger, directory = Ledger(), run_dir / "archive"
+    for head in archived_heads(directory, load_run(run_dir).run.name) if directory.is_dir() else ():
+        ledger.apply(head)
     return ledger
 
 
-async def _answering(url: str, security: Mapping[str, object] | None, *, needed: bool) -> Log | None:
+async def read_ledger(source: Source) -> Ledger:
+    """The account of the source's run now."""
+    ledger = Ledger()
+    async for head in source.heads():
+        ledger.apply(head)
+    return ledger
+
+
+async def _answering(url: str, security: SecuritySection | None, blobs: str, *, needed: bool) -> Log | None:
     """The started log at `url`; None if it is away and the archive can stand in for it."""
     if not url:
         return None
-    log = open_log(url, security=security)
+    log = open_log(url, security=security, blobs=blobs)
     try:
         await log.start()
     except LogUnavailable:

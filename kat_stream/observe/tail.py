@@ -16,6 +16,7 @@ from kat_stream.log.base import Delivered
 from kat_stream.observe.text import clock, number, one_line, plural, readable, versions
 from topics import (
     DeadLetter,
+    Deferred,
     GroupMember,
     LedgerEntry,
     PackedBatch,
@@ -142,6 +143,10 @@ def _dead(r: DeadLetter) -> str:
     return f"{where}  {r.stage}: {r.error_type}: {one_line(r.message, 80)} ({len(r.value)} B)"
 
 
+def _deferred(r: Deferred) -> str:
+    return f"{r.topic} {r.partition}/{r.offset}  {r.stage}: attempt {r.attempt} to come: {one_line(r.reason, 80)}"
+
+
 _WORDS: dict[type[Record], Callable[[Any], str]] = {
     Task: _task,
     RolloutRequest: _request,
@@ -154,4 +159,5 @@ _WORDS: dict[type[Record], Callable[[Any], str]] = {
     TrainStep: _step,
     LedgerEntry: _entry,
     DeadLetter: _dead,
+    Deferred: _deferred,
 }

@@ -16,13 +16,19 @@ import msgspec
 from topics import Record, VersionSpan
 from topics.record import floats, ints
 
-INT32_FIELDS = frozenset({"prompt_ids", "sampled_ids", "ids", "pos", "parent", "end", "turn_len", "index"})
+INT32_FIELDS = frozenset({"prompt_ids", "sampled_ids", "ids", "pos", "parent", "end", "turn_len", "index", "member"})
 FLOAT32_FIELDS = frozenset({"logprobs", "advantage", "weight"})
 _BARS = "▁▂▃▄▅▆▇█"
 
 
+END_OF_CALENDAR_MS = 253_402_300_800_000
+"""The year 10000."""
+
+
 def clock(timestamp_ms: int) -> str:
-    """`HH:MM:SS.mmm` in UTC."""
+    """`HH:MM:SS.mmm` in UTC; dashes for a time that no calendar has: a producer's clock may say anything."""
+    if not 0 <= timestamp_ms < END_OF_CALENDAR_MS:
+        return "--:--:--.---"
     return datetime.fromtimestamp(timestamp_ms / 1000, UTC).strftime("%H:%M:%S.%f")[:-3]
 
 

@@ -33,6 +33,7 @@ from topics.record import floats, ints
 Decode = Callable[[Sequence[int]], str]
 UNTOLD = (Task, PolicyVersion, DeadLetter)
 """Records that are of no single rollout."""
+TOLD_TOPICS = ("rollout.requests", "turns", "trajectories", "rewards", "scores", "batches", "train.steps", "ledger")
 RATIO_METRICS = ("loss", "mean_ratio", "clip_fraction", "log_ratio_abs", "masked_fraction")
 _TOKENS_A_LINE = 8
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kat_stream.archive import ArchiveWriter, read_archive
-from kat_stream.errors import DataError
+from kat_stream.archive import ArchiveWriter, GroupFilter, claimed, read_archive, read_rows
+from kat_stream.archive.columns import record_columns
+from kat_stream.errors import ArchiveInUse, DataError
 from kat_stream.log.base import Delivered, Position
 from tests.observe_kit import FabricatedRun
 from topics import CATALOGUE
@@ -20,10 +21,16 @@ def sorted_as_read(delivered: list[Delivered]) -> list[Delivered]:
     return sorted(delivered, key=lambda d: (ORDER[d.position.topic], *d.position[1:]))
 
 
-def bare(delivered: Delivered) -> Delivered:
-    """As the archive gives it back: of the headers it keeps the record's name."""
-    headers = {"record": delivered.headers["record"]} if "record" in delivered.headers else {}
-    return Delivered(delivered.position, delivered.key, delivered.value, headers, delivered.timestamp_ms)
+def read(directory: Path) -> list[Delivered]:
+    """What the archive holds, sorted, after a look at the order: topic after topic, offset after offset."""
+    found = list(read_archive(directory))
+    topics = [ORDER[one.position.topic] for one in found]
+    assert topics == sorted(topics)
+    last: dict[tuple[str, int], int] = {}
+    for topic, partition, offset in (one.position for one in found):
+        assert offset > last.get((topic, partition), -1)
+        last[topic, partition] = offset
+    return sorted_as_read(found)
 
 
 def archive(directory: Path, delivered: list[Delivered], log_id: str = "") -> list[bool]:
@@ -36,7 +43,7 @@ def archive(directory: Path, delivered: list[Delivered], log_id: str = "") -> li
 def test_everything_comes_back_in_order(tmp_path: Path, small_run: FabricatedRun) -> None:
     delivered = small_run.delivered()
     archive(tmp_path, delivered)
-    assert list(read_archive(tmp_path)) == sorted_as_read([bare(one) for one in delivered])
+    assert read(tmp_path) == sorted_as_read(delivered)
     assert [one.position.topic for one in read_archive(tmp_path, ["rewards"])] == ["rewards"] * sum(
         one.position.topic == "rewards" for one in delivered
     )
@@ -53,7 +60,7 @@ def test_a_restart_adds_nothing_twice_and_goes_on(tmp_path: Path, small_run: Fab
     assert writer.next_offsets() == after
     assert [writer.add(one) for one in delivered] == [False] * half + [True] * (len(delivered) - half)
     writer.flush()
-    assert list(read_archive(tmp_path)) == sorted_as_read([bare(one) for one in delivered])
+    assert read(tmp_path) == sorted_as_read(delivered)
 
 
 def test_what_was_not_flushed_is_added_again_after_a_crash(tmp_path: Path, small_run: FabricatedRun) -> None:
@@ -66,13 +73,13 @@ def test_what_was_not_flushed_is_added_again_after_a_crash(tmp_path: Path, small
         writer.add(one)
     del writer
     archive(tmp_path, delivered)
-    assert list(read_archive(tmp_path)) == sorted_as_read([bare(one) for one in delivered])
+    assert read(tmp_path) == sorted_as_read(delivered)
 
 
 def test_files_that_overlap_are_read_once(tmp_path: Path, small_run: FabricatedRun) -> None:
     archive(tmp_path, small_run.delivered())
-    for path in list((tmp_path / "rewards").iterdir()):
-        shutil.copy(path, path.with_name(f"part-0-copy{path.suffix}"))
+    for path in list((tmp_path / "rewards").rglob("part-*.parquet")):
+        shutil.copy(path, path.with_name(f"part-1-copy{path.suffix}"))
     rewards = [one for one in small_run.delivered() if one.position.topic == "rewards"]
     assert len(list(read_archive(tmp_path, ["rewards"]))) == len(rewards)
 
@@ -86,9 +93,12 @@ def test_a_new_in_memory_log_begins_again_at_0_and_both_halves_stay(tmp_path: Pa
 
 
 def test_bytes_that_are_no_record_are_kept(tmp_path: Path) -> None:
-    garbage = Delivered(Position("turns", 3, 0), None, b"\xc1\x00garbage", {}, 1_790_000_000_000)
+    headers = {"record": b"Turn/99", "retry": b"\xff\x00"}
+    garbage = Delivered(Position("turns", 3, 0), None, b"\xc1\x00garbage", headers, 1_790_000_000_000)
     archive(tmp_path, [garbage])
     assert list(read_archive(tmp_path)) == [garbage]
+    (row,) = read_rows(tmp_path, "turns", ["record", "rollout_id", "sampled_ids", "spans"])
+    assert row == {"run": "", "record": "Turn/99", "rollout_id": None, "sampled_ids": None, "spans": None}
 
 
 def test_columns_can_be_queried_without_decoding(tmp_path: Path, small_run: FabricatedRun) -> None:
@@ -96,22 +106,33 @@ def test_columns_can_be_queried_without_decoding(tmp_path: Path, small_run: Fabr
     import pyarrow.parquet as pq
 
     archive(tmp_path, small_run.delivered())
-    table = pq.read_table(tmp_path / "trajectories", columns=["run", "record", "rollout_id"])
+    table = pq.read_table(tmp_path / "trajectories", columns=["run", "day", "record", "rollout_id"])
     wanted = small_run.by_fate["trained"][0]
     (row,) = table.filter(pc.equal(table["rollout_id"], wanted)).to_pylist()
-    assert row == {"run": "demo", "record": "Trajectory/1", "rollout_id": wanted}
+    assert row == {"run": "demo", "day": "2026-09-21", "record": "Trajectory/1", "rollout_id": wanted}
 
 
 def test_a_temporary_file_of_a_crash_is_ignored(tmp_path: Path, small_run: FabricatedRun) -> None:
     archive(tmp_path, small_run.delivered())
-    (tmp_path / "turns" / ".part-1-x.parquet.tmp").write_bytes(b"PAR1")
+    (folder,) = (tmp_path / "turns").glob("run=*/day=*")
+    (folder / ".part-1-x.parquet.tmp").write_bytes(b"PAR1")
     assert len(list(read_archive(tmp_path))) == len(small_run.delivered())
+    ArchiveWriter(tmp_path)
+    assert not list(folder.glob(".part*"))
 
 
 def test_a_foreign_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "turns").mkdir()
-    (tmp_path / "turns" / "part-1-x.parquet").write_bytes(b"not parquet")
+    folder = tmp_path / "turns" / "run=demo" / "day=2026-01-01"
+    folder.mkdir(parents=True)
+    (folder / "part-1-x.parquet").write_bytes(b"not parquet")
     with pytest.raises(DataError, match=r"part-1-x\.parquet: no archive of a topic"):
+        list(read_archive(tmp_path))
+
+
+def test_an_archive_of_the_first_release_is_refused_not_overlooked(tmp_path: Path) -> None:
+    (tmp_path / "turns").mkdir()
+    (tmp_path / "turns" / "part-1-x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"part-1-x\.parquet: an archive of kat-stream 0\.1\.0"):
         list(read_archive(tmp_path))
 
 
@@ -133,3 +154,70 @@ def test_records_of_another_run_on_the_same_log_are_left_out(tmp_path: Path, sma
     assert [ours.add(one) for one in delivered] == [True] * len(delivered)
     assert [theirs.add(one) for one in delivered] == [False] * len(delivered)
     assert theirs.flush() == []
+    again = ArchiveWriter(tmp_path / "b", run="other")
+    assert again.next_offsets() == ours.next_offsets()
+
+
+def test_many_small_files_become_few_and_say_the_same(tmp_path: Path, small_run: FabricatedRun) -> None:
+    delivered = [one for one in small_run.delivered() if one.position.topic in ("rewards", "policy.versions")]
+    writer = ArchiveWriter(tmp_path)
+    for one in delivered:
+        writer.add(one)
+        writer.flush()
+        writer.merge()
+        assert list(read_archive(tmp_path, [one.position.topic]))[-1].position.topic == one.position.topic
+    assert max(len(list(path.rglob("*.parquet"))) for path in tmp_path.iterdir() if path.is_dir()) < 16
+    assert read(tmp_path) == sorted_as_read(delivered)
+    writer.merge(all_small=True)
+    assert {len(list(path.rglob("*.parquet"))) for path in tmp_path.iterdir() if path.is_dir()} == {1}
+    assert read(tmp_path) == sorted_as_read(delivered)
+    assert ArchiveWriter(tmp_path).next_offsets() == writer.next_offsets()
+
+
+def test_a_clock_that_jumps_over_midnight_disorders_nothing(tmp_path: Path) -> None:
+    """Messages of one partition in turn on two days: two files of one flush, read as one sequence."""
+    day_ms = 86_400_000
+    messages = [
+        Delivered(Position("turns", 0, offset), None, b"x", {}, 1_790_000_000_000 + day_ms * (offset % 2))
+        for offset in range(40)
+    ]
+    writer = ArchiveWriter(tmp_path, run="demo")
+    for one in messages:
+        writer.add(one)
+        if one.position.offset % 4 == 3:
+            writer.flush()
+            writer.merge()
+    assert list(read_archive(tmp_path)) == messages
+    assert len(list((tmp_path / "turns" / "run=demo").iterdir())) == 2
+
+
+def test_one_group_is_found_by_its_columns(tmp_path: Path, small_run: FabricatedRun) -> None:
+    delivered = small_run.delivered()
+    archive(tmp_path, delivered)
+    found = list(read_archive(tmp_path, ["turns", "trajectories", "train.steps"], GroupFilter("demo-t000002")))
+    assert {one.position.topic for one in found} == {"turns", "trajectories", "train.steps"}
+    groups = {getattr(one.record(), "group_id", "demo-t000002") for one in found}
+    assert groups == {"demo-t000002"}
+    assert sum(one.position.topic == "trajectories" for one in found) == 4
+
+
+def test_a_second_archiver_of_the_same_folder_is_refused(tmp_path: Path) -> None:
+    busy = pytest.raises(ArchiveInUse, match=r"another archiver writes here \(pid \d+")
+    with claimed(tmp_path), busy, claimed(tmp_path, deadline_s=0.3):
+        raise AssertionError("two at once")
+    with claimed(tmp_path, deadline_s=0.3):
+        assert (tmp_path / ".lock").exists()
+
+
+def test_a_lost_commit_file_costs_nothing_but_the_memory_of_other_runs(
+    tmp_path: Path, small_run: FabricatedRun
+) -> None:
+    archive(tmp_path, small_run.delivered())
+    (tmp_path / "_commit.json").unlink()
+    assert not any(archive(tmp_path, small_run.delivered()))
+
+
+def test_every_record_has_columns_and_every_field_is_one() -> None:
+    for topic in CATALOGUE:
+        fields = {field for field, _ in record_columns(topic.record).values()}
+        assert fields == set(topic.record.__struct_fields__) - {"run"}

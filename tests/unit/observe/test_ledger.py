@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kat_stream.observe.heads import HEADS, Head, head_of
 from kat_stream.observe.ledger import Ledger
 from tests import observe_kit as fab
 from tests.observe_kit import FabricatedRun
-from topics import Record
+from topics import LedgerEntry, Record
 
 
-def account(records: list[Record]) -> Ledger:
+def account(records: Sequence[Record | Head]) -> Ledger:
     ledger = Ledger()
     for record in records:
         ledger.apply(record)
@@ -102,4 +104,38 @@ def test_what_was_never_requested_is_reported() -> None:
 def test_a_rollout_in_two_steps_of_one_lineage_is_reported() -> None:
     asked = fab.request("demo-t000001", 0, 1)
     steps = [fab.step(n, ["demo-t000001"], [asked.rollout_id]) for n in (1, 2)]
-    assert account([asked, *steps]).check() == ["demo-t000001-0: trained in steps [1, 2]"]
+    words = [one for n in (1, 2) for one in fab.said(n, [asked], [asked.rollout_id], [])]
+    assert account([asked, *steps, *words]).check() == ["demo-t000001-0: trained in steps [1, 2]"]
+
+
+def test_two_accounts_that_disagree_are_reported(small_run: FabricatedRun) -> None:
+    """Each kind of contradiction between the topic `ledger` and the stages' own records, with its rollout."""
+    one, two, three = (fab.request(f"demo-t00000{n}", 0, 2) for n in (1, 2, 3))
+    records = [record for record, _ in small_run.records]
+    mute = [r for r in records if not (isinstance(r, LedgerEntry) and r.rollout_id == one.rollout_id)]
+    assert account(mute).check() == [
+        "demo-t000001-0: train.steps says trained in step 1 of lineage a, ledger does not",
+        "demo-t000001-0: batches says packed, ledger says nothing",
+    ]
+    invented = [*records, *fab.said(9, [two], [two.rollout_id], [])]
+    assert account(invented).check() == [
+        "demo-t000002-0: ledger says trained in step 9 of lineage a, train.steps does not"
+    ]
+    other = [r for r in records if not (isinstance(r, LedgerEntry) and r.rollout_id == three.rollout_id)]
+    other.append(fab.entry(three, "stale", stage="packer"))
+    assert account(other).check() == ["demo-t000003-0: ledger says stale, batches says filtered"]
+
+
+def test_a_ledger_topic_that_was_compacted_still_agrees(small_run: FabricatedRun) -> None:
+    """Only the newest entry of each rollout is left."""
+    newest = {r.rollout_id: r for r, _ in small_run.records if isinstance(r, LedgerEntry)}
+    rest = [record for record, _ in small_run.records if not isinstance(record, LedgerEntry)]
+    assert account([*rest, *newest.values()]).check() == []
+
+
+def test_heads_give_the_same_account_as_records(small_run: FabricatedRun) -> None:
+    heads = [head_of(one) for one in small_run.delivered() if one.position.topic in HEADS]
+    assert None not in heads
+    ledger = account([head for head in heads if head is not None])
+    assert ledger.fates() == account([record for record, _ in small_run.records]).fates()
+    assert ledger.check() == []

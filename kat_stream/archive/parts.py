@@ -1,0 +1,210 @@
+"""Files of an archive: where they lie, what each says of itself, and how several change at once.
+
+    archive/<topic>/run=<run>/day=<YYYY-MM-DD>/part-<flush>-<uuid>.parquet     UTC day of the messages' timestamps
+    archive/_commit.json                                                       the last change
+    archive/.lock                                                              held by the one process that writes
+
+Invariant: a change (new files, files that they replace, positions) happens wholly or not at all, at any kill. The new
+files are written and synced under hidden names; then `_commit.json` is replaced, which is the moment of the change;
+then files are renamed and removed, and whoever opens the archive next finishes that. A reader of ours goes by the
+commit; one that goes by file names alone (pandas, duckdb) sees a change a few milliseconds later.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kat_stream.errors import ArchiveInUse, DataError
+
+NO_RUN = "__HIVE_DEFAULT_PARTITION__"
+"""Hive's name for null: bytes of which nobody knows the run, where all runs are archived together."""
+ABOUT = b"kat_stream.part"
+"""Metadata of a file: {"log": id, "spans": {partition: [first offset, next offset]}, "flushes": [first, last]}."""
+POLL_S = 0.1
+Spans = Mapping[int, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One file and what it says of itself."""
+
+    path: Path
+    log: str
+    """The log that its offsets belong to."""
+    spans: Spans
+    """Partition -> [first, next) offset; within, other runs' messages are missing."""
+    flushes: tuple[int, int]
+    """First and last flush that its messages came with: later flushes have later offsets, in every partition."""
+
+    @property
+    def run(self) -> str:
+        """Empty: unknown."""
+        name = unquote(self.path.parent.parent.name.removeprefix("run="))
+        return "" if name == NO_RUN else name
+
+
+class Commit(msgspec.Struct, kw_only=True):
+    """One change of the archive."""
+
+    flush: int = 0
+    """Flushes so far."""
+    log: str = ""
+    next: dict[str, dict[int, int]] = {}
+    """Topic -> partition -> the first offset of `log` that is not dealt with: archived, or another run's."""
+    add: list[str] = []
+    remove: list[str] = []
+    """Paths within the archive."""
+
+
+def folder(directory: Path, topic: str, run: str, timestamp_ms: int) -> Path:
+    day = datetime.fromtimestamp(timestamp_ms / 1000, UTC).strftime("%Y-%m-%d")
+    return directory / topic / f"run={quote(run, safe='') or NO_RUN}" / f"day={day}"
+
+
+def hidden(path: Path) -> Path:
+    """Where a file lies until its commit."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def read_commit(directory: Path) -> Commit:
+    """The last change; an empty one in a new archive. DataError if it is damaged."""
+    try:
+        return msgspec.json.decode((directory / "_commit.json").read_bytes(), type=Commit)
+    except FileNotFoundError:
+        return Commit()
+    except msgspec.DecodeError as error:
+        raise DataError(f"{directory}/_commit.json: {error}") from error
+
+
+def write_commit(directory: Path, commit: Commit) -> None:
+    """The moment of the change. The files in `add` are complete under their hidden names."""
+    temporary = directory / "._commit.json.tmp"
+    with temporary.open("wb") as file:
+        file.write(msgspec.json.encode(commit))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / "_commit.json")
+    _sync(directory)
+
+
+def finish(directory: Path, commit: Commit) -> None:
+    """Make the file names what the commit says; doing it again changes nothing."""
+    for name in commit.add:
+        with suppress(FileNotFoundError):
+            hidden(directory / name).rename(directory / name)
+    for name in commit.remove:
+        (directory / name).unlink(missing_ok=True)
+    for parent in {(directory / name).parent for name in (*commit.add, *commit.remove)}:
+        _sync(parent)
+
+
+def recover(directory: Path) -> Commit:
+    """What a killed writer left: its last commit is finished, files that never came to one are removed."""
+    commit = read_commit(directory)
+    finish(directory, commit)
+    for leftover in directory.rglob(".part-*.tmp"):
+        leftover.unlink(missing_ok=True)
+    return commit
+
+
+def parts(directory: Path, topic: str) -> list[Part]:
+    """The files of a topic as of the last commit, in the order of their first flush. DataError: no archive's file."""
+    commit = read_commit(directory)
+    removed = {directory / name for name in commit.remove}
+    found = set((directory / topic).glob("run=*/day=*/part-*.parquet")) - removed
+    unfinished = [directory / name for name in commit.add if name.startswith(f"{topic}/")]
+    described = [describe(path) for path in sorted(found)]
+    described += [describe(hidden(path)) for path in unfinished if path not in found and hidden(path).exists()]
+    foreign = next(iter((directory / topic).glob("part-*.parquet")), None)
+    if foreign is not None:
+        raise DataError(f"{foreign}: an archive of kat-stream 0.1.0 or a foreign file; this build reads run=*/day=*")
+    return sorted(described, key=lambda part: (part.flushes, part.path.name))
+
+
+def describe(path: Path) -> Part:
+    """What a file says of itself; DataError if it is no file of an archive."""
+    try:
+        about = json.loads(pq.read_schema(path).metadata[ABOUT])
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: no archive of a topic: {error}") from error
+    spans = {int(partition): (first, after) for partition, (first, after) in about["spans"].items()}
+    return Part(path, about["log"], spans, (about["flushes"][0], about["flushes"][1]))
+
+
+def described(table: pa.Table, log: str, flushes: tuple[int, int]) -> pa.Table:
+    """The table with what its file is to say of itself; rows in order of partition and offset."""
+    spans: dict[int, tuple[int, int]] = {}
+    for partition, offset in zip(table["partition"].to_pylist(), table["offset"].to_pylist(), strict=True):
+        first = spans.get(partition, (offset, 0))[0]
+        spans[partition] = (first, offset + 1)
+    about = {"log": log, "spans": spans, "flushes": flushes}
+    return table.replace_schema_metadata({ABOUT: json.dumps(about).encode()})
+
+
+def last_flush(directory: Path) -> int:
+    """The number of the last flush, also where the commit was lost."""
+    found = (int(path.name.split("-")[1]) for path in directory.glob("*/run=*/day=*/part-*.parquet"))
+    return max((read_commit(directory).flush, *found))
+
+
+def archived_positions(directory: Path, log: str, topics: Iterable[str]) -> dict[tuple[str, int], int]:
+    """(topic, partition) -> the first offset of this log that the archive has not dealt with."""
+    commit = read_commit(directory)
+    after: dict[tuple[str, int], int] = {}
+    for topic in topics:
+        for partition, offset in commit.next.get(topic, {}).items() if commit.log == log else ():
+            after[topic, partition] = offset
+        for part in parts(directory, topic):
+            for partition, (_, offset) in part.spans.items() if part.log == log else ():
+                after[topic, partition] = max(offset, after.get((topic, partition), 0))
+    return after
+
+
+@contextmanager
+def claimed(directory: Path, deadline_s: float = 10.0) -> Iterator[None]:
+    """Nobody else writes to this archive meanwhile; ArchiveInUse if somebody still does at the deadline.
+
+    The kernel lets go of it when the process ends, however it ends.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("a+") as file:
+        give_up = time.monotonic() + deadline_s
+        while not _locked(file.fileno()):
+            if time.monotonic() > give_up:
+                file.seek(0)
+                raise ArchiveInUse(f"{directory}: another archiver writes here ({file.read() or 'unknown'})")
+            time.sleep(POLL_S)
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

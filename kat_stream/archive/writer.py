@@ -1,0 +1,253 @@
+"""Writing an archive: messages are collected, written in files, and small files are merged into larger ones.
+
+Invariant: a message is archived once over any number of restarts, and after a restart nothing is read again that was
+dealt with, other runs' messages included: positions change in the same commit as the files.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kat_stream.archive.columns import table_of
+from kat_stream.archive.parts import (
+    Commit,
+    Part,
+    archived_positions,
+    described,
+    finish,
+    folder,
+    hidden,
+    last_flush,
+    parts,
+    recover,
+    write_commit,
+)
+from kat_stream.log.base import Delivered
+from topics import CATALOGUE
+
+ROW_GROUP_BYTES = 8 << 20
+"""Of values, in one row group: what a reader holds at once."""
+MERGE_AT = 8
+"""So many files of one size class in a folder become one."""
+SIZES = (128 << 10, 1 << 20, 8 << 20)
+"""Upper limits of the size classes in bytes; larger files stay as they are."""
+Held = tuple[Delivered, str]
+"""A message and its run."""
+
+
+class _Run(msgspec.Struct):
+    run: str = ""
+
+
+_run = msgspec.msgpack.Decoder(_Run)
+
+
+class ArchiveWriter:
+    """Collects delivered messages and writes them in files. `add` and `flush` may be called from two threads.
+
+    `run`: take only this run's records and bytes that are no record; empty: all. `log_id` names the log that offsets
+    belong to: constant for a Kafka cluster, fresh for each in-memory log. One writer a directory: see `claimed`.
+    """
+
+    def __init__(self, directory: Path, *, run: str = "", log_id: str = "") -> None:
+        self.directory = directory
+        self.run = run
+        self.log_id = log_id
+        self._lock = threading.Lock()
+        self._waiting: dict[str, list[Held]] = defaultdict(list)
+        self._bytes = 0
+        recover(directory)
+        self._unfinished: Commit | None = None
+        self._next = archived_positions(directory, log_id, [topic.name for topic in CATALOGUE])
+        self._saved = dict(self._next)
+        self._flush = last_flush(directory)
+
+    def next_offsets(self) -> dict[tuple[str, int], int]:
+        """(topic, partition) -> the first offset that was not dealt with; partitions never seen are absent."""
+        with self._lock:
+            return dict(self._next)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Of values that are not written yet."""
+        return self._bytes
+
+    def add(self, delivered: Delivered) -> bool:
+        """Take a message; False if it is archived already or another run's. Those of a partition come in order."""
+        topic, partition, offset = delivered.position
+        run = _run_of(delivered.value)
+        with self._lock:
+            if offset < self._next.get((topic, partition), 0):
+                return False
+            self._next[topic, partition] = offset + 1
+            if self.run and run not in ("", self.run):
+                return False
+            self._waiting[topic].append((delivered, run or self.run))
+            self._bytes += len(delivered.value)
+            return True
+
+    def flush(self) -> list[Path]:
+        """Write what was added since the last call; OSError leaves it waiting for the next call."""
+        self._finish()
+        with self._lock:
+            waiting, self._waiting = self._waiting, defaultdict(list)
+            held, self._bytes = self._bytes, 0
+            positions = dict(self._next)
+        if positions == self._saved:
+            return []
+        self._flush += 1
+        staged: list[Path] = []
+        try:
+            for path, messages in _by_folder(self.directory, waiting).items():
+                table = described(table_of(messages), self.log_id, (self._flush, self._flush))
+                staged.append(_stage(table, path, self._flush))
+            self._change(positions, staged, [])
+        except OSError:
+            _discard(staged)
+            self._put_back(waiting, held)
+            raise
+        self._finish()
+        return staged
+
+    def merge(self, *, all_small: bool = False, give_up: Callable[[], bool] = lambda: False) -> int:
+        """Merge small files of a folder where there are many, or any two of them; how many became fewer.
+
+        `give_up` is asked between folders. OSError leaves the files as they were.
+        """
+        self._finish()
+        merged = 0
+        for topic in CATALOGUE:
+            for files in _mergeable(parts(self.directory, topic.name), self.log_id, all_small):
+                if give_up():
+                    return merged
+                self._merge(files)
+                merged += len(files)
+        return merged
+
+    def _merge(self, files: Sequence[Part]) -> None:
+        tables = [pq.read_table(part.path, partitioning=None) for part in files]
+        table = pa.concat_tables(tables, promote_options="default")
+        flushes = (files[0].flushes[0], max(part.flushes[1] for part in files))
+        table = described(table.sort_by([("partition", "ascending"), ("offset", "ascending")]), self.log_id, flushes)
+        staged: list[Path] = []
+        try:
+            staged.append(_stage(table, files[0].path.parent, flushes[0]))
+            self._change(self._saved, staged, [part.path for part in files])
+        except OSError:
+            _discard(staged)
+            raise
+        self._finish()
+
+    def _change(self, positions: dict[tuple[str, int], int], add: Sequence[Path], remove: Sequence[Path]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        after: dict[str, dict[int, int]] = defaultdict(dict)
+        for (topic, partition), offset in positions.items():
+            after[topic][partition] = offset
+        names = [[str(path.relative_to(self.directory)) for path in paths] for paths in (add, remove)]
+        commit = Commit(flush=self._flush, log=self.log_id, next=dict(after), add=names[0], remove=names[1])
+        write_commit(self.directory, commit)
+        self._unfinished, self._saved = commit, positions
+
+    def _finish(self) -> None:
+        """What an OSError kept from being renamed or removed is tried again before the next change."""
+        if self._unfinished is not None:
+            finish(self.directory, self._unfinished)
+            self._unfinished = None
+
+    def _put_back(self, waiting: dict[str, list[Held]], held: int) -> None:
+        with self._lock:
+            self._bytes += held
+            for topic, messages in waiting.items():
+                self._waiting[topic] = messages + self._waiting[topic]
+
+
+def _run_of(value: bytes) -> str:
+    """Empty for bytes that are no record."""
+    try:
+        return _run.decode(value).run
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
+
+
+def _by_folder(directory: Path, waiting: dict[str, list[Held]]) -> dict[Path, list[Delivered]]:
+    """Each folder's messages in order of partition and offset."""
+    found: dict[Path, list[Delivered]] = defaultdict(list)
+    for topic, held in waiting.items():
+        for message, run in held:
+            found[folder(directory, topic, run, message.timestamp_ms)].append(message)
+    return {path: sorted(messages, key=lambda message: message.position) for path, messages in found.items()}
+
+
+def _mergeable(found: Sequence[Part], log_id: str, all_small: bool) -> list[list[Part]]:
+    """Files to merge: neighbours in a folder, so that a merged file never spans a larger one between them."""
+    folders: dict[Path, list[Part]] = defaultdict(list)
+    for part in found:
+        if part.log == log_id:
+            folders[part.path.parent].append(part)
+    runs = [run for files in folders.values() for kind in range(len(SIZES)) for run in _runs(files, kind, all_small)]
+    chosen: list[list[Part]] = []
+    for run in runs:  # smaller files first; what they become is looked at next time
+        if not any(part in other for other in chosen for part in run):
+            chosen.append(run)
+    return chosen
+
+
+def _runs(files: Sequence[Part], kind: int, all_small: bool) -> list[list[Part]]:
+    """Neighbours of this size class or below, where enough of them are of the class itself."""
+    if all_small and kind < len(SIZES) - 1:
+        return []
+    runs: list[list[Part]] = [[]]
+    classes = {part.path: sum(part.path.stat().st_size >= limit for limit in SIZES) for part in files}
+    for part in files:
+        if classes[part.path] <= kind:
+            runs[-1].append(part)
+        elif runs[-1]:
+            runs.append([])
+    if all_small:
+        return [run for run in runs if len(run) > 1]
+    return [run for run in runs if sum(classes[part.path] == kind for part in run) >= MERGE_AT]
+
+
+def _stage(table: pa.Table, directory: Path, flush: int) -> Path:
+    """A complete file under its hidden name; the name it is to have."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"part-{flush:08d}-{uuid.uuid4().hex}.parquet"
+    rows = max(1, ROW_GROUP_BYTES * len(table) // max(1, table["value"].nbytes))
+    try:
+        with hidden(path).open("wb") as file:
+            pq.write_table(
+                table, file, compression="zstd", row_group_size=rows, use_dictionary=_repeating(table.schema)
+            )
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        hidden(path).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _repeating(schema: pa.Schema) -> list[str]:
+    """Columns whose values repeat: text. For token arrays and whole messages a dictionary would be tried in vain."""
+    return [leaf for field in schema for leaf in _texts(field.name, field.type)]
+
+
+def _texts(name: str, kind: pa.DataType) -> list[str]:
+    if pa.types.is_list(kind):
+        return _texts(f"{name}.list.element", kind.value_type)
+    if pa.types.is_struct(kind):
+        return [leaf for field in kind for leaf in _texts(f"{name}.{field.name}", field.type)]
+    return [name] if pa.types.is_string(kind) else []
+
+
+def _discard(staged: Sequence[Path]) -> None:
+    for path in staged:
+        hidden(path).unlink(missing_ok=True)

@@ -1,0 +1,90 @@
+"""Lag by stage: the groups of the run, the trainer by its steps, the archiver by its files; other runs do not count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kat_stream.archive import ArchiveWriter
+from kat_stream.log import Committed, MemoryLog, TopicPartition
+from kat_stream.observe.stage_lag import stage_lags
+from tests.observe_kit import small
+from topics import CATALOGUE, PackedBatch, TrainStep
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+async def filled() -> MemoryLog:
+    log = MemoryLog()
+    await log.apply_topics(CATALOGUE)
+    await log.publish(*(record for record, _ in small().records))
+    return log
+
+
+async def nothing(partitions: object) -> None:
+    """A member without work in hand has nothing to hand over."""
+
+
+async def test_the_trainer_is_behind_by_what_its_newest_step_left(tmp_path: Path) -> None:
+    log = await filled()
+    batches = [record for record, _ in small().records if isinstance(record, PackedBatch)]
+    (lag,) = [lag for lag in await stage_lags(log, "demo", None) if lag.group == "trainer"]
+    newest = [r for r, _ in small().records if isinstance(r, TrainStep)][-1]
+    ends = await log.end_offsets("batches")
+    done = {str(number): end for number, end in ends.items()}
+    await log.publish(msgspec.structs.replace(newest, step=newest.step + 1, positions=done))
+    (lag,) = [lag for lag in await stage_lags(log, "demo", None) if lag.group == "trainer"]
+    assert (lag.topic, lag.messages, lag.seconds, lag.partitions) == ("batches", 0, 0.0, ())
+    await log.publish(batches[0])
+    (lag,) = [lag for lag in await stage_lags(log, "demo", None) if lag.group == "trainer"]
+    assert lag.messages == 1
+    assert lag.seconds is not None and 0 < lag.seconds < 60
+    (partition,) = lag.partitions
+    assert partition.first == ends[partition.partition]
+    elsewhere = [lag for lag in await stage_lags(log, "another", None) if lag.group == "trainer"]
+    assert elsewhere[0].messages == sum(ends.values()) + 1
+
+
+async def test_a_step_far_back_is_found(tmp_path: Path) -> None:
+    log = await filled()
+    newest = [r for r, _ in small().records if isinstance(r, TrainStep)][-1]
+    done = {str(number): end for number, end in (await log.end_offsets("batches")).items()}
+    await log.publish(msgspec.structs.replace(newest, positions=done))
+    await log.publish(*[msgspec.structs.replace(newest, run="other", step=n) for n in range(120)])
+    (lag,) = [lag for lag in await stage_lags(log, "demo", None) if lag.group == "trainer"]
+    assert lag.messages == 0
+
+
+async def test_groups_of_the_run_are_named_by_their_stage(tmp_path: Path) -> None:
+    log = await filled()
+    for group in ("demo.verifier", "other.verifier"):
+        member = await log.join(["trajectories"], group=group, member="v", on_revoked=nothing)
+        polled = await member.poll(limit=1, timeout_s=5)
+        place = polled[0].position
+        await member.commit({TopicPartition(place.topic, place.partition): Committed(place.offset + 1)})
+    found = [lag for lag in await stage_lags(log, "demo", None) if lag.topic == "trajectories"]
+    total = sum((await log.end_offsets("trajectories")).values())
+    assert [(lag.group, lag.messages) for lag in found] == [("verifier", total - 1)]
+
+
+async def test_the_archiver_is_behind_by_what_is_not_in_its_files(tmp_path: Path) -> None:
+    log = await filled()
+    assert not [lag for lag in await stage_lags(log, "demo", tmp_path, "here") if lag.group == "archiver"]
+    writer = ArchiveWriter(tmp_path / "archive", run="demo", log_id="here")
+    async with log.follow(["rewards", "turns"]) as follower:
+        async for delivered in follower.catch_up():
+            writer.add(delivered)
+    writer.flush()
+    found = {lag.topic: lag for lag in await stage_lags(log, "demo", tmp_path, "here") if lag.group == "archiver"}
+    assert {topic: lag.messages for topic, lag in found.items()} == {"rewards": 0, "turns": 0}
+    await log.publish(*[record for record, _ in small().records if type(record).__name__ == "Reward"][:3])
+    found = {lag.topic: lag for lag in await stage_lags(log, "demo", tmp_path, "here") if lag.group == "archiver"}
+    assert found["rewards"].messages == 3
+    assert found["rewards"].seconds is not None and 0 < found["rewards"].seconds < 60
