@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 import anyio
 
 from kat_stream import telemetry
-from kat_stream.errors import DataError
+from kat_stream.errors import DataError, DecodeError
 from kat_stream.log.base import Delivered, Position
 from kat_stream.log.outcome import Emit, Hold, Outcome
 from kat_stream.log.stages import run_transform
 from kat_stream.policy import max_positions
 from kat_stream.rl.group import GroupRules, pack_group
-from kat_stream.rl.staleness import forks_of
-from kat_stream.service import Context, wait_until
-from topics import LedgerEntry, PackedBatch, PolicyVersion, Record, Reward, Trajectory, partition_of
+from kat_stream.service import Context
+from kat_stream.versions import Versions
+from topics import LedgerEntry, PackedBatch, Record, Reward, Trajectory, partition_of
 from topics.ledger import State
 
 VERSION_READY_S = 180.0
@@ -31,16 +31,18 @@ VERSION_READY_S = 180.0
 
 class Packer:
     async def run(self, ctx: Context) -> None:
-        versions = Versions()
+        versions = Versions(ctx.run)
         rules = GroupRules(
             staleness=ctx.config.sampler.staleness,
-            normalise_std=ctx.config.trainer.normalise_std,
+            advantage=ctx.config.trainer.advantage,
+            aggregation=ctx.config.trainer.aggregation,
+            level=ctx.config.trainer.level,
             budget_tokens=ctx.config.trainer.micro_batch_tokens,
             max_positions=max_positions(ctx.config.policy.model),
         )
         async with anyio.create_task_group() as group:
-            group.start_soon(versions.follow, ctx)
-            await wait_until("the first policy version", versions.known, deadline_s=VERSION_READY_S)
+            group.start_soon(versions.follow, ctx.log)
+            await versions.first(VERSION_READY_S)
             await run_transform(
                 ctx.log,
                 ("trajectories", "rewards"),
@@ -49,32 +51,9 @@ class Packer:
                 handler=PackerHandler(ctx.run, versions, rules),
                 stopping=ctx.stopping,
                 remember="batches",
+                dead_letters=ctx.dead_letters,
             )
             group.cancel_scope.cancel()
-
-
-class Versions:
-    """The policy versions of a run, as far as they have been read."""
-
-    def __init__(self) -> None:
-        self.records: list[PolicyVersion] = []
-
-    async def follow(self, ctx: Context) -> None:
-        async for delivered in ctx.log.follow(("policy.versions",), start="earliest"):
-            record = delivered.record()
-            if isinstance(record, PolicyVersion) and record.run == ctx.run:
-                self.records.append(record)
-
-    async def known(self) -> bool:
-        return bool(self.records)
-
-    @property
-    def head(self) -> str:
-        return self.records[-1].version
-
-    @property
-    def forks(self) -> dict[str, tuple[str, int]]:
-        return forks_of(self.records)
 
 
 @dataclass(slots=True)
@@ -106,8 +85,7 @@ class PackerHandler:
     def assigned(self, partition: int, replay: Sequence[Delivered]) -> None:
         """`replay`: what this stage wrote to `batches` so far; those groups are done."""
         self.open[partition] = {}
-        records = [delivered.record() for delivered in replay]
-        self.packed[partition] = {record.group_id for record in records if isinstance(record, PackedBatch)}
+        self.packed[partition] = {_group_of(delivered) for delivered in replay}
 
     def revoked(self, partition: int) -> None:
         self.open.pop(partition, None)
@@ -120,6 +98,10 @@ class PackerHandler:
         if _purpose(record) == "eval":
             return Emit(*_evaluated(record))
         partition = partition_of(record)
+        if partition != delivered.position.partition:
+            raise DataError(f"{delivered.position}: {record.group_id} belongs on partition {partition}, not here")
+        if not record.rollout_id:
+            raise DataError(f"{delivered.position}: rollout_id is empty: nobody asked for this")
         if record.group_id in self.packed[partition]:
             return Emit()
         group = self.open[partition].setdefault(record.group_id, OpenGroup())
@@ -140,6 +122,14 @@ class PackerHandler:
         for member in batch.members:
             telemetry.PACKED.labels(member.fate).inc()
         return Emit(batch, *_entries(batch), done=group.positions)
+
+
+def _group_of(delivered: Delivered) -> str:
+    """The group of a message; its key says so, too, where it cannot be read."""
+    try:
+        return str(getattr(delivered.record(), "group_id", ""))
+    except DecodeError:
+        return (delivered.key or b"").decode(errors="replace")
 
 
 def _purpose(record: Trajectory | Reward) -> str:

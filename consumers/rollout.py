@@ -1,7 +1,7 @@
 """Rollout: runs agents in sandboxes, many at once, and tells the log how each one ended.
 
 In:      rollout.requests
-Out:     trajectories; ledger (failed, cancelled)
+Out:     trajectories; rewards (where the final state is graded in place); ledger (failed, cancelled)
 Key:     group_id
 Commits: a request when its trajectory is acknowledged; what is done beyond the low-watermark is remembered
 Fails:   trouble on our side is tried again (rollout.attempts), then it is an infra_error trajectory, never a reward
@@ -51,6 +51,7 @@ class Rollout:
                     stopping=ctx.stopping,
                     max_in_flight=config.in_flight,
                     drain_s=DRAIN_S,
+                    dead_letters=ctx.dead_letters,
                 )
             finally:
                 await runner.close()

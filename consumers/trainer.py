@@ -2,9 +2,10 @@
 
 In:      batches, from the positions in its own checkpoint; policy.versions (earlier lineages)
 Out:     policy.versions, train.steps, ledger (trained, stale)
-Key:     model, run, rollout_id
+Key:     run and lineage, run, rollout_id
 Commits: positions and manifest inside the checkpoint; a restart seeks there and opens a new lineage
-Fails:   a step whose groups do not come within trainer.step_timeout_s stops the service with what it waited for
+Fails:   a step whose groups do not come within trainer.step_timeout_s stops the service with what it waited for;
+         a trainer that another one has followed is fenced: it can neither publish nor save, and stops
 """
 
 from __future__ import annotations
@@ -14,27 +15,28 @@ import shutil
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import anyio
 
 from kat_stream import telemetry
-from kat_stream.config import Config
 from kat_stream.curriculum import group_of
 from kat_stream.errors import DataError, DeadlineExceeded, StepCancelled, StorageError
-from kat_stream.log.base import Delivered, Follower, Position
+from kat_stream.log.base import Delivered, Follower, Position, Writer
 from kat_stream.log.handling import dead_letter
+from kat_stream.log.message import seal
 from kat_stream.log.outcome import Reject
 from kat_stream.policy import model_dir
-from kat_stream.rl.staleness import forks_of
-from kat_stream.rl.step import Step, assemble, check_group, without_rows
-from kat_stream.rl.turn_ratio import RatioConfig
+from kat_stream.rl.staleness import age
+from kat_stream.rl.step import Step, assemble, batch_digest, check_group, without_rows
 from kat_stream.service import Context
-from kat_stream.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from kat_stream.training.learner import LearnerConfig, TorchLearner
+from kat_stream.training.checkpoint import Checkpoint, CheckpointStore, latest_checkpoint
+from kat_stream.training.learner import TorchLearner
 from kat_stream.training.publication import Publication
-from topics import LedgerEntry, PackedBatch, PolicyVersion, Record, TrainStep, format_version
+from kat_stream.training.settings import digest, learner_config
+from kat_stream.versions import Versions
+from topics import GroupMember, LedgerEntry, PackedBatch, PolicyVersion, Record, TrainStep, format_version
 from topics.ledger import State
 
 log = logging.getLogger(__name__)
@@ -42,49 +44,50 @@ log = logging.getLogger(__name__)
 POLL_S = 0.2
 DISK_S, DISK_RETRY_S = 120.0, 2.0
 """How long a full disk is waited for, and how often it is tried."""
+LEDGER_S = 60.0
+"""Longest time to read what became of a group."""
+BAD_BATCH = "bad_batch"
+"""Why rollouts are filtered whose batch on the log cannot be used."""
 Arrival = tuple[Position, PackedBatch]
-
-
-def learner_config(config: Config) -> LearnerConfig:
-    """The learner's part of the configuration."""
-    section = config.trainer
-    return LearnerConfig(
-        ratio=RatioConfig(
-            level=section.level,
-            length_exponent=section.length_exponent,
-            clip_low=section.clip_low,
-            clip_high=section.clip_high,
-            dual_clip=section.dual_clip,
-            icepop_low=section.icepop_low,
-            icepop_high=section.icepop_high,
-        ),
-        learning_rate=section.learning_rate,
-        warmup_steps=section.warmup_steps,
-        weight_decay=section.weight_decay,
-        grad_clip=section.grad_clip,
-        micro_batch_tokens=section.micro_batch_tokens,
-    )
 
 
 class Trainer:
     """One life of the learner: a lineage."""
 
     learner: TorchLearner
+    writer: Writer
+    versions: Versions
+    store: CheckpointStore
 
     def __init__(self) -> None:
         self.lineage = uuid.uuid4().hex[:6]
         self.parent: tuple[str, int] = ("", -1)
         """Lineage and step that this lineage goes on from, if it is not the first."""
-        self.history: list[PolicyVersion] = []
+        self.checkpoint = ""
+        """Version of the newest checkpoint; empty: the model as it ships."""
+        self.announced_step = -1
         self.positions: dict[str, int] = {}
         self.manifest: tuple[str, ...] = ()
         self.saved_step = -1
         self.arrived: deque[Delivered] = deque()
+        self.met: set[str] = set()
+        """Groups that arrived in this life."""
 
     async def run(self, ctx: Context) -> None:
-        await anyio.to_thread.run_sync(self._open, ctx)
-        self.history = [v async for v in _versions(ctx)]
-        await self._publish(ctx)
+        """Fence whoever wrote before, then look at what was written: in this order nothing is overlooked."""
+        name = ctx.group("trainer")
+        self.writer = await ctx.log.writer(name, group=name)
+        try:
+            self.versions = Versions(ctx.run)
+            await self.versions.load(ctx.log)
+            await anyio.to_thread.run_sync(self._open, ctx)
+            await self._publish(ctx)
+            await self._train(ctx)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.writer.close()
+
+    async def _train(self, ctx: Context) -> None:
         durable = not ctx.config.log.url.startswith("memory:")
         start = {("batches", int(partition)): offset for partition, offset in self.positions.items()} if durable else {}
         async with ctx.log.follow(("batches",), start=start, poll_s=POLL_S) as follower:
@@ -103,20 +106,30 @@ class Trainer:
         return format_version(self.lineage, self.learner.step_count)
 
     def _open(self, ctx: Context) -> None:
-        """Model and optimizer as the newest checkpoint left them, or as they ship."""
+        """Model and optimizer as the newest checkpoint of the living branch left them, or as they ship."""
         import torch
 
         torch.set_num_threads(ctx.config.trainer.threads)
         torch.manual_seed(ctx.config.run.seed)
         self.learner = TorchLearner(model_dir(ctx.config.policy.model), learner_config(ctx.config))
-        checkpoint = latest_checkpoint(ctx.run_dir / "checkpoints")
+        self.store = CheckpointStore(ctx.run_dir / "checkpoints", self.lineage)
+        self.store.open()
+        self.parent = self.versions.root
+        checkpoint = latest_checkpoint(self.store.directory, self._on_branch)
         if checkpoint is not None:
             self.learner.load(checkpoint.state)
             self.parent = (checkpoint.lineage, checkpoint.step)
+            self.checkpoint = format_version(*self.parent)
             self.positions = dict(checkpoint.positions)
             self.manifest = checkpoint.manifest
             self.saved_step = checkpoint.step
             log.info("resumed at step %d of lineage %s", *reversed(self.parent))
+
+    def _on_branch(self, lineage: str, step: int) -> bool:
+        """Not what a fenced trainer saved after this branch had left its lineage."""
+        if self.versions.newest is None:
+            return True
+        return age(format_version(lineage, step), self.versions.head, self.versions.forks) is not None
 
     async def _gather(self, ctx: Context, follower: Follower) -> list[Arrival] | None:
         """The next groups of one step, in the order of the log; None if the service must stop first."""
@@ -147,14 +160,60 @@ class Trainer:
             try:
                 record = delivered.record()
                 if isinstance(record, PackedBatch) and record.run == ctx.run:
-                    check_group(record)
+                    check_group(record, self.learner.model.config.vocab_size, self.learner.max_positions)
+                    self.met.add(record.group_id)
                     return delivered.position, record
             except DataError as error:
-                reject = Reject(str(error), type(error).__name__)
-                await ctx.log.publish(dead_letter(delivered, "trainer", reject))
-                if isinstance(record, PackedBatch):
-                    return delivered.position, without_rows(record, str(error))
+                group = record if isinstance(record, PackedBatch) else await self._lost_group(ctx, delivered)
+                await self._bury(ctx, delivered, group, error)
+                if group is not None:
+                    return delivered.position, without_rows(group, f"{BAD_BATCH}: {error}")
         return None
+
+    async def _bury(self, ctx: Context, delivered: Delivered, group: PackedBatch | None, error: DataError) -> None:
+        """A dead letter, and a last word on the rollouts that were packed in it."""
+        letter = dead_letter(delivered, "trainer", Reject(str(error), type(error).__name__))
+        packed = [member.rollout_id for member in group.members if member.fate == "packed"] if group else []
+        entries = [
+            LedgerEntry(
+                run=ctx.run,
+                group_id=group_of(rollout_id),
+                rollout_id=rollout_id,
+                state="filtered",
+                reason=f"{BAD_BATCH}: {error}",
+                stage="trainer",
+            )
+            for rollout_id in filter(None, packed)
+        ]
+        await ctx.log.publish(letter, *entries)
+
+    async def _lost_group(self, ctx: Context, delivered: Delivered) -> PackedBatch | None:
+        """The group whose batch cannot be decoded, from its key and the ledger; None if none of ours waits for it.
+
+        In a second life the ledger has this trainer's own word already, and the group must count again.
+        """
+        group_id = (delivered.key or b"").decode(errors="replace")
+        newest = await self._entries_of(ctx, group_id, delivered.position.partition)
+        if not newest or group_id in self.met or any(entry.state == "trained" for entry in newest.values()):
+            return None
+        self.met.add(group_id)
+        members = []
+        for rollout_id, entry in sorted(newest.items()):
+            fate = "packed" if entry.reason.startswith(BAD_BATCH) else entry.state
+            members.append(GroupMember(rollout_id=rollout_id, fate=fate, reason=entry.reason))
+        return PackedBatch(run=ctx.run, group_id=group_id, task_id="", members=tuple(members))
+
+    async def _entries_of(self, ctx: Context, group_id: str, partition: int) -> dict[str, LedgerEntry]:
+        newest: dict[str, LedgerEntry] = {}
+        async with ctx.log.follow(("ledger",), partitions=[partition]) as follower:
+            async for delivered in follower.catch_up(LEDGER_S):
+                try:
+                    entry = delivered.record()
+                except DataError:
+                    continue
+                if isinstance(entry, LedgerEntry) and (entry.run, entry.group_id) == (ctx.run, group_id):
+                    newest[entry.rollout_id] = entry
+        return newest
 
     async def _step(self, ctx: Context, arrivals: Sequence[Arrival]) -> None:
         """Gradient, weights, records, checkpoint; in this order.
@@ -163,9 +222,8 @@ class Trainer:
         announced one belongs to the abandoned end of the old. The other way round a trained rollout could go unnamed.
         """
         began = time.monotonic()
-        step = assemble(
-            [group for _, group in arrivals], self.version, forks_of(self.history), ctx.config.sampler.staleness
-        )
+        head = self.version
+        step = assemble([group for _, group in arrivals], head, self.versions.forks, ctx.config.sampler.staleness)
         try:
             metrics = await anyio.to_thread.run_sync(self._learn, step, ctx.stopping.is_set)
         except StepCancelled as reason:
@@ -179,7 +237,25 @@ class Trainer:
         telemetry.STEP_SECONDS.observe(seconds)
         telemetry.TRAIN_BUSY.inc(seconds)
         metrics |= {"reward_mean": step.reward_mean, "step_seconds": seconds}
-        await self._publish(ctx, self._records(ctx, step, metrics))
+        made = TrainStep(
+            run=ctx.run,
+            lineage=self.lineage,
+            step=self.learner.step_count,
+            metrics=metrics,
+            groups=step.groups,
+            trained=step.trained,
+            stale=step.stale,
+            positions=dict(self.positions),
+            unix_s=time.time(),
+            batches=tuple((position.partition, position.offset) for position, _ in arrivals),
+            version=head,
+            checkpoint=self.checkpoint,
+            seed=ctx.config.run.seed,
+            threads=ctx.config.trainer.threads,
+            batch_sha256=batch_digest(step.batch),
+            learner_sha256=digest(self.learner.config),
+        )
+        await self._publish(ctx, [made, *self._entries(made)])
         if self.learner.step_count % ctx.config.trainer.checkpoint_every == 0:
             await self._save_if_possible(ctx)
 
@@ -187,41 +263,33 @@ class Trainer:
         if not step.teaches:
             self.learner.skip_step()
             return {"applied": 0.0}
-        for age in step.batch.ages:
-            telemetry.STALENESS.observe(age)
+        for versions in step.batch.ages:
+            telemetry.STALENESS.observe(versions)
         return self.learner.step(step.batch, should_stop).as_dict()
 
-    def _records(self, ctx: Context, step: Step, metrics: dict[str, float]) -> list[Record]:
-        records: list[Record] = [
-            TrainStep(
-                run=ctx.run,
-                lineage=self.lineage,
-                step=self.learner.step_count,
-                metrics=metrics,
-                groups=step.groups,
-                trained=step.trained,
-                stale=step.stale,
-                positions=dict(self.positions),
-                unix_s=time.time(),
+    def _entries(self, step: TrainStep) -> list[Record]:
+        """The fate of every rollout of the step."""
+        fates: list[tuple[str, State]] = [(rollout_id, "trained") for rollout_id in step.trained]
+        fates += [(rollout_id, "stale") for rollout_id in step.stale]
+        return [
+            LedgerEntry(
+                run=step.run,
+                group_id=group_of(rollout_id),
+                rollout_id=rollout_id,
+                state=state,
+                step=step.step,
+                lineage=step.lineage,
+                stage="trainer",
             )
+            for rollout_id, state in fates
         ]
-        records += [self._entry(ctx, rollout_id, "trained") for rollout_id in step.trained]
-        records += [self._entry(ctx, rollout_id, "stale") for rollout_id in step.stale]
-        return records
-
-    def _entry(self, ctx: Context, rollout_id: str, state: State) -> LedgerEntry:
-        return LedgerEntry(
-            run=ctx.run,
-            group_id=group_of(rollout_id),
-            rollout_id=rollout_id,
-            state=state,
-            step=self.learner.step_count,
-            lineage=self.lineage,
-            stage="trainer",
-        )
 
     async def _publish(self, ctx: Context, records: Sequence[Record] = ()) -> None:
-        """The present weights as a policy version, after the records of the step that made them."""
+        """The present weights as a policy version, and the records of the step that made them, in one transaction.
+
+        `FencedError` if another trainer has followed. `LogUnavailable`: whether it was written is not known; to ask
+        would mean to open the writer again, and a trainer that stood still would fence the living. It stops instead.
+        """
         publication = await self._write_weights(ctx)
         version = PolicyVersion(
             run=ctx.run,
@@ -233,9 +301,9 @@ class Trainer:
             parent_lineage=self.parent[0],
             parent_number=self.parent[1],
         )
-        await ctx.log.publish(*records, version)
-        self.history.append(version)
-        telemetry.VERSION.set(version.number)
+        await self.writer.commit([seal(record) for record in (*records, version)], {})
+        self.announced_step = version.number
+        self.versions.take(version)
         await anyio.to_thread.run_sync(_prune, ctx.run_dir / "weights", self.lineage, ctx.config.trainer.keep_weights)
 
     async def _write_weights(self, ctx: Context) -> Publication:
@@ -258,7 +326,8 @@ class Trainer:
             log.error("no checkpoint of step %d: %s", self.learner.step_count, error)
 
     def _save(self, ctx: Context) -> None:
-        if self.saved_step == self.learner.step_count or not self.learner.step_count:
+        """The present state, unless it is saved or was never announced: a step that nobody knows must not count."""
+        if self.learner.step_count in (0, self.saved_step) or self.announced_step != self.learner.step_count:
             return
         checkpoint = Checkpoint(
             state=self.learner.state_dict(),
@@ -266,19 +335,9 @@ class Trainer:
             positions=dict(self.positions),
             manifest=self.manifest,
         )
-        save_checkpoint(self._checkpoint_dir(ctx).parent, checkpoint, keep=ctx.config.trainer.keep_checkpoints)
+        self.store.save(checkpoint, keep=ctx.config.trainer.keep_checkpoints)
         self.saved_step = self.learner.step_count
-
-    def _checkpoint_dir(self, ctx: Context) -> Path:
-        return ctx.run_dir / "checkpoints" / f"step-{self.learner.step_count:06d}"
-
-
-async def _versions(ctx: Context) -> AsyncIterator[PolicyVersion]:
-    async with ctx.log.follow(("policy.versions",), start="earliest") as follower:
-        async for delivered in follower.catch_up():
-            record = delivered.record()
-            if isinstance(record, PolicyVersion) and record.run == ctx.run:
-                yield record
+        self.checkpoint = self.version
 
 
 def _prune(weights: Path, lineage: str, keep: int) -> None:

@@ -35,6 +35,7 @@ class Verifier:
                 stopping=ctx.stopping,
                 max_in_flight=config.verifier.in_flight,
                 drain_s=DRAIN_S,
+                dead_letters=ctx.dead_letters,
             )
         finally:
             await backend.close()

@@ -4,7 +4,7 @@ In:      policy.versions (once, at start: it takes no traffic before it has the 
 Out:     HTTP on engine.host:engine.port
 Key:     -
 Commits: nothing
-Fails:   no policy version within the deadline, or a port in use, stops the run with the reason
+Fails:   no policy version within the deadline, a port in use or a model whose thread has ended: it dies with the reason
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from pathlib import Path
 import anyio
 
 from kat_stream.engines.embedded import start_engine
-from kat_stream.errors import DeadlineExceeded
+from kat_stream.errors import EngineError
 from kat_stream.service import Context
+from kat_stream.versions import Versions
 from topics import PolicyVersion
 
 log = logging.getLogger(__name__)
 
 FIRST_VERSION_S = 180.0
+
+ALIVE_S = 1.0
+"""How often the model's thread is looked after: an engine whose thread has ended answers every call with an error."""
 
 
 class Engine:
@@ -30,7 +34,7 @@ class Engine:
         if config.urls:
             await ctx.stopping.wait()
             return
-        version = await newest_version(ctx, deadline_s=FIRST_VERSION_S)
+        version = await newest_version(ctx)
         server = await start_engine(
             Path(version.path),
             host=config.host,
@@ -43,23 +47,19 @@ class Engine:
         )
         log.info("engine at %s runs %s", server.url, version.version)
         try:
-            await ctx.stopping.wait()
+            while not await ctx.stopped_within(ALIVE_S):
+                if server.worker.failure is not None:
+                    raise EngineError(f"the model's thread has ended: {server.worker.failure!r}")
         finally:
             await server.close()
 
 
-async def newest_version(ctx: Context, *, deadline_s: float) -> PolicyVersion:
+async def newest_version(ctx: Context) -> PolicyVersion:
     """The newest policy version of this run on the log, waiting for the first one if there is none yet."""
-    newest: PolicyVersion | None = None
-    with anyio.move_on_after(deadline_s):
-        follower = ctx.log.follow(("policy.versions",), start="earliest")
-        end = (await ctx.log.end_offsets("policy.versions")).get(0, 0)
-        async for delivered in follower:
-            record = delivered.record()
-            if isinstance(record, PolicyVersion) and record.run == ctx.run:
-                newest = record
-            if newest is not None and delivered.position.offset + 1 >= end:
-                break
-    if newest is None:
-        raise DeadlineExceeded("the first policy version from the trainer", deadline_s)
+    versions = Versions(ctx.run)
+    await versions.load(ctx.log)
+    async with anyio.create_task_group() as group:
+        group.start_soon(versions.follow, ctx.log)
+        newest = await versions.first(FIRST_VERSION_S)
+        group.cancel_scope.cancel()
     return newest

@@ -21,9 +21,11 @@ from kat_stream.config import Config
 from kat_stream.curriculum import Progress, Schedule
 from kat_stream.engines.client import EngineClient
 from kat_stream.env.datasets import open_dataset
-from kat_stream.errors import DataError, EngineError
-from kat_stream.log.base import Delivered, Follower
+from kat_stream.errors import DataError, DecodeError, EngineError
+from kat_stream.log.base import Delivered, Follower, Writer
+from kat_stream.log.message import seal
 from kat_stream.service import Context, wait_until
+from kat_stream.versions import Versions
 from topics import LedgerEntry, PolicyVersion, Record, Reward, RolloutRequest, Sampling, Task
 
 log = logging.getLogger(__name__)
@@ -58,18 +60,30 @@ def schedule_of(config: Config, run: str) -> Schedule:
 
 
 class Sampler:
+    versions: Versions
+    writer: Writer
+
     def __init__(self) -> None:
         self.progress = Progress()
-        self.newest: PolicyVersion | None = None
         self.changed = anyio.Event()
         self.published_tasks: set[str] = set()
 
     async def run(self, ctx: Context) -> None:
         config = ctx.config
         schedule = schedule_of(config, ctx.run)
+        self.versions = Versions(ctx.run)
         train = await anyio.to_thread.run_sync(_tasks, ctx, config.data.train)
         held_out = await anyio.to_thread.run_sync(_tasks, ctx, config.data.held_out)
         log.info("%d training tasks, %d held-out tasks", len(train), len(held_out))
+        name = ctx.group("sampler")
+        self.writer = await ctx.log.writer(name, group=name)
+        try:
+            await self._sample(ctx, schedule, train, held_out)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.writer.close()
+
+    async def _sample(self, ctx: Context, schedule: Schedule, train: list[Task], held_out: list[Task]) -> None:
         follower = ctx.log.follow(WATCHED, start="earliest")
         async with follower, anyio.create_task_group() as group:
             async for delivered in follower.catch_up():
@@ -87,7 +101,11 @@ class Sampler:
             self._read(ctx, delivered)
 
     def _read(self, ctx: Context, delivered: Delivered) -> None:
-        record = delivered.record()
+        try:
+            record = delivered.record()
+        except DecodeError as error:
+            log.error("passed over: %s", error)
+            return
         if record.run == ctx.run:
             self._note(record)
             self.changed.set()
@@ -97,9 +115,8 @@ class Sampler:
         progress = self.progress
         match record:
             case PolicyVersion():
-                self.newest = record
+                self.versions.take(record)
                 progress.version = record.number
-                telemetry.VERSION.set(record.number)
             case RolloutRequest(purpose="eval"):
                 progress.eval_asked.setdefault(record.round, set()).add(record.rollout_id)
             case RolloutRequest():
@@ -118,21 +135,25 @@ class Sampler:
             await self._engines_adopt(ctx)
             between = 0 < number < schedule.steps
             tasks = held_out[: schedule.eval_tasks] if between else held_out
-            await self._publish(ctx, list(schedule.evaluation(number, tasks, self._deadline(ctx))))
+            await self._publish(list(schedule.evaluation(number, tasks, self._deadline(ctx))))
             return True
         if any(schedule.blocks_training(number, progress) for number in progress.eval_asked):
             return False
         index = self._next_group(schedule)
         if index >= schedule.admissible_groups(progress.version):
             return False
-        await self._publish(ctx, schedule.group(index, train, self._deadline(ctx)))
+        await self._publish(schedule.group(index, train, self._deadline(ctx)))
         return True
 
     def _next_group(self, schedule: Schedule) -> int:
         """After the last one asked for; on a new log that resumes at a checkpoint, after those already trained."""
         return max(self.progress.train_groups, self.progress.version * schedule.groups_per_step)
 
-    async def _publish(self, ctx: Context, requests: list[RolloutRequest]) -> None:
+    async def _publish(self, requests: list[RolloutRequest]) -> None:
+        """A whole group, or a whole evaluation, in one transaction: half a group would never be packed.
+
+        `FencedError` if another sampler has followed. `LogUnavailable`: a restart reads back whether it was written.
+        """
         records: list[Record] = []
         for request in requests:
             if request.task.task_id not in self.published_tasks:
@@ -140,12 +161,11 @@ class Sampler:
                 records.append(request.task)
             records.append(request)
             self._note(request)
-        await ctx.log.publish(*records)
+        await self.writer.commit([seal(record) for record in records], {})
 
     async def _engines_adopt(self, ctx: Context) -> None:
         """Wait until every engine samples from the newest version: an evaluation is of one policy."""
-        assert self.newest is not None
-        version = self.newest.version
+        version = self.versions.head
         async with aiohttp.ClientSession() as session:
             for url in ctx.engine_urls:
                 client = EngineClient(url, session)
@@ -183,4 +203,6 @@ def _tasks(ctx: Context, spec: str) -> list[Task]:
 
 
 def _index(group_id: str) -> int:
-    return int(group_id.rpartition("-t")[2])
+    """The number in a group's id; -1 for an id that is not ours."""
+    number = group_id.rpartition("-t")[2]
+    return int(number) if number.isdecimal() else -1

@@ -49,6 +49,9 @@ class GroupMember(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 0
     """Sampled tokens."""
     oldest_version: str = ""
+    """The oldest one when the group was packed."""
+    versions: tuple[str, ...] = ()
+    """Every version that sampled a trainable token: which is the oldest may change when a lineage is left behind."""
 
 
 class PackedBatch(Record, frozen=True, kw_only=True, tag="PackedBatch/1"):

@@ -21,6 +21,11 @@ class PolicyVersion(Record, frozen=True, kw_only=True, tag="PolicyVersion/1"):
     """Where this lineage left its parent."""
 
     @property
+    def branch(self) -> str:
+        """The message key: compaction keeps the newest version of every lineage of every run, so no fork is lost."""
+        return f"{self.run}/{self.lineage}"
+
+    @property
     def version(self) -> str:
         return format_version(self.lineage, self.number)
 

@@ -1,21 +1,25 @@
 """Checkpoints: all that is needed to go on as if nothing had happened, and to say what entered which step.
 
-    DIRECTORY/step-000012/
+    DIRECTORY/step-000012.LINEAGE/
         state.pt      weights, optimizer and random state, as `TorchLearner.state_dict` gives them
         state.json    step, lineage, positions, manifest, and the sha256 of state.pt
+    DIRECTORY/OWNER   the lineage that writes here now
 
 Invariant: a directory of that name is complete (written aside, synced, renamed) and resumes bitwise; one that was cut
-short, changed or written by something else is refused with a `CheckpointError` that says why. One process writes to a
-directory; it removes what an earlier life left half-written there.
+short, changed or written by something else is refused with a `CheckpointError` that says why. One lineage owns a
+directory. One that was followed while it stood still can do no harm when it wakes: it is refused, names hold the
+lineage, and of what it could still remove nothing is newer than its own newest checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import pickle
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +27,15 @@ from typing import Any
 import msgspec
 import torch
 
-from kat_stream.errors import CheckpointError
+from kat_stream import telemetry
+from kat_stream.errors import CheckpointError, FencedError, StorageError
 from kat_stream.training.publication import atomic_directory
 
+log = logging.getLogger(__name__)
+
 FORMAT = "kat-stream checkpoint 1"
-NAME = re.compile(r"step-\d{6,}")
+NAME = re.compile(r"step-\d{6,}(\.\w+)?")
+"""Earlier builds left the lineage out."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -59,43 +67,87 @@ class _Card(msgspec.Struct, kw_only=True):
     sha256: str
 
 
-def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write a checkpoint under `directory`, then drop all but the newest `keep`.
+class CheckpointStore:
+    """The checkpoints of a run in the hands of one lineage. `open` before `save`."""
 
-    `CheckpointError` if there is one of the same step.
-    """
-    for leftover in directory.glob(".step-*"):
-        shutil.rmtree(leftover)
-    target = directory / f"step-{checkpoint.step:06d}"
-    with atomic_directory(target) as work:
-        torch.save(checkpoint.state, work / "state.pt")
-        card = _Card(
-            format=FORMAT,
-            written_ns=time.time_ns(),
-            step=checkpoint.step,
-            lineage=checkpoint.lineage,
-            positions=checkpoint.positions,
-            manifest=checkpoint.manifest,
-            sha256=_sha256(work / "state.pt"),
-        )
-        (work / "state.json").write_bytes(msgspec.json.format(msgspec.json.encode(card)))
-    for old in checkpoints(directory)[keep:]:
-        shutil.rmtree(old)
-    return target
+    def __init__(self, directory: Path, lineage: str) -> None:
+        self.directory = directory
+        self.lineage = lineage
+        self._prunable: list[Path] = []
+        """What was there at `open`, then our own, oldest first."""
+
+    def open(self) -> None:
+        """Take the directory over, and remove what an earlier owner left half-written. `StorageError`."""
+        claim = self.directory / f".owner.{self.lineage}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            claim.write_text(self.lineage)
+            claim.replace(self._owner)
+        except OSError as error:
+            raise StorageError(f"{self._owner} cannot be written: {error}") from error
+        for leftover in self.directory.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self._prunable = checkpoints(self.directory)[::-1]
+
+    def save(self, checkpoint: Checkpoint, *, keep: int) -> Path:
+        """Write a checkpoint, then drop all but the newest `keep`.
+
+        `FencedError` if another lineage owns the directory; `CheckpointError` if this step is saved already;
+        `StorageError` as in `atomic_directory`.
+        """
+        self._check_owner()
+        target = self.directory / f"step-{checkpoint.step:06d}.{self.lineage}"
+        with atomic_directory(target) as work:
+            _write(work, checkpoint)
+            self._check_owner()
+        self._prunable.append(target)
+        while len(self._prunable) > keep:
+            self._check_owner()
+            shutil.rmtree(self._prunable.pop(0), ignore_errors=True)
+        return target
+
+    @property
+    def _owner(self) -> Path:
+        return self.directory / "OWNER"
+
+    def _check_owner(self) -> None:
+        try:
+            owner = self._owner.read_text()
+        except OSError as error:
+            raise StorageError(f"{self._owner} cannot be read: {error}") from error
+        if owner != self.lineage:
+            raise FencedError(f"{self.directory} belongs to lineage {owner} now, this is {self.lineage}")
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """All checkpoints there, newest first by time of writing. `CheckpointError` if one of them cannot be read."""
+    """All checkpoints there, newest first by time of writing; those whose card cannot be read come last."""
     if not directory.is_dir():
         return []
     paths = [path for path in directory.iterdir() if NAME.fullmatch(path.name)]
-    return sorted(paths, key=lambda path: _read_card(path).written_ns, reverse=True)
+    return sorted(paths, key=_written_ns, reverse=True)
 
 
-def latest_checkpoint(directory: Path) -> Checkpoint | None:
-    """The newest checkpoint, or None if there is none. `CheckpointError` as in `load_checkpoint`."""
-    newest = checkpoints(directory)
-    return load_checkpoint(newest[0]) if newest else None
+def latest_checkpoint(
+    directory: Path, usable: Callable[[str, int], bool] = lambda _lineage, _step: True
+) -> Checkpoint | None:
+    """The newest checkpoint whose lineage and step are `usable`, or None if there is none.
+
+    One that is damaged is passed over for an older one, loudly: the positions are in it, so that nothing is lost.
+    `CheckpointError` if every one is damaged.
+    """
+    refused: list[str] = []
+    for path in checkpoints(directory):
+        try:
+            card = _read_card(path)
+            if usable(card.lineage, card.step):
+                return load_checkpoint(path)
+        except CheckpointError as error:
+            log.error("a damaged checkpoint is passed over: %s", error)
+            telemetry.DAMAGED_CHECKPOINTS.inc()
+            refused.append(str(error))
+    if refused:
+        raise CheckpointError(f"no checkpoint can be read, move them away to begin anew: {'; '.join(refused)}")
+    return None
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -111,6 +163,27 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: state.pt: {error}") from error
     return Checkpoint(state=state, lineage=card.lineage, positions=card.positions, manifest=card.manifest)
+
+
+def _write(work: Path, checkpoint: Checkpoint) -> None:
+    torch.save(checkpoint.state, work / "state.pt")
+    card = _Card(
+        format=FORMAT,
+        written_ns=time.time_ns(),
+        step=checkpoint.step,
+        lineage=checkpoint.lineage,
+        positions=checkpoint.positions,
+        manifest=checkpoint.manifest,
+        sha256=_sha256(work / "state.pt"),
+    )
+    (work / "state.json").write_bytes(msgspec.json.format(msgspec.json.encode(card)))
+
+
+def _written_ns(path: Path) -> int:
+    try:
+        return _read_card(path).written_ns
+    except CheckpointError:
+        return -1
 
 
 def _read_card(path: Path) -> _Card:

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from kat_stream.rl.group import GroupRules, pack_group
 from kat_stream.rl.step import assemble
 from tests.unit.records import request, reward, trajectory, turn
-from topics import Reward, Trajectory
+from topics import Reward, Trajectory, VersionSpan
 
-RULES = GroupRules(staleness=1, normalise_std=False, budget_tokens=100, max_positions=32)
+RULES = GroupRules(staleness=1, budget_tokens=100, max_positions=32)
 
 
 def member(sample: int, score: float | None, size: int = 3, **fields: object) -> tuple[Trajectory, Reward | None]:
@@ -80,3 +81,14 @@ def test_a_rollout_that_grew_old_in_the_queue_has_no_weight() -> None:
     assert step.stale == ("r-t000000-0",)
     assert step.trained == ("r-t000000-1",)
     assert {int(r): float(w) for r, w in zip(step.batch.rollout, step.batch.weight, strict=True)} == {0: 0.0, 1: 1.0}
+
+
+def test_a_token_of_a_branch_that_is_left_behind_after_packing_is_stale_at_the_step() -> None:
+    asked = request(sample=0)
+    mixed = turn(asked, [1, 2, 3], [10, 4])
+    mixed = replace(mixed, spans=(VersionSpan("a.6", 0, 1), VersionSpan("a.7", 1, 2)))
+    group = [(trajectory(asked, mixed), reward(asked, 1.0)), member(1, 0.0, version="a.6")]
+    batch = pack_group(group, "a.7", {}, RULES)
+    assert [m.oldest_version for m in batch.members] == ["a.6", "a.6"]
+    step = assemble([batch], "b.6", {"b": ("a", 6)}, 1)
+    assert (step.trained, step.stale) == (("r-t000000-1",), ("r-t000000-0",))

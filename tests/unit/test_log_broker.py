@@ -1,4 +1,4 @@
-"""`broker up` says what is missing before it starts anything."""
+"""`broker up` says what is missing or in the way before it starts anything."""
 
 from __future__ import annotations
 
@@ -13,23 +13,54 @@ from kat_stream.errors import ConfigError
 from kat_stream.log import broker, jars
 
 
+def made(state: Path, *ports: int) -> None:
+    """A directory as `up` leaves it, with nodes that do not run."""
+    nodes = [
+        {"number": number, "port": port, "controller_port": port, "directory_id": f"AQ{number}"}
+        for number, port in enumerate(ports, 1)
+    ]
+    (state / "cluster.json").write_text(json.dumps({"name": "AQ", "nodes": nodes}))
+
+
 def test_nothing_runs_in_a_fresh_directory(tmp_path: Path) -> None:
     assert broker.status(tmp_path) == broker.Status(running=False)
     assert broker.down(tmp_path) is False
 
 
-def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+def test_a_port_in_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker, "PORT_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port {port} is in use"):
             broker.up(tmp_path, port)
+        with pytest.raises(ConfigError, match=f"port {port} is in use"):
+            broker.up(tmp_path, port - 1, 3)
         assert not broker.answers(port)
+    assert broker.status(tmp_path) == broker.Status(running=False)
+
+
+def test_voters_of_a_cluster_cannot_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker, "PORT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        made(tmp_path, 1, port, 2)
+        with pytest.raises(ConfigError, match=f"port {port}, where node 2 votes, is in use"):
+            broker.up(tmp_path)
+
+
+def test_a_cluster_keeps_its_size(tmp_path: Path) -> None:
+    made(tmp_path, 1, 2, 3)
+    with pytest.raises(ConfigError, match=r"holds a cluster of 3 nodes; for one of 1 take another --state-dir"):
+        broker.up(tmp_path, nodes=1)
 
 
 def test_a_pid_that_belongs_to_another_process_now_does_not_count(tmp_path: Path) -> None:
-    record = {"pid": os.getpid(), "bootstrap": "127.0.0.1:1", "started": "0"}
-    (tmp_path / "broker.json").write_text(json.dumps(record))
-    assert broker.status(tmp_path) == broker.Status(running=False, bootstrap="127.0.0.1:1")
+    made(tmp_path, 1)
+    folder = tmp_path / "node-1"
+    folder.mkdir()
+    (folder / "pid.json").write_text(json.dumps({"pid": os.getpid(), "started": "0"}))
+    nodes = ((1, "127.0.0.1:1", 0),)
+    assert broker.status(tmp_path) == broker.Status(running=False, bootstrap="127.0.0.1:1", nodes=nodes)
     assert broker.down(tmp_path) is False
 
 

@@ -92,7 +92,7 @@ def test_retention_counts_bytes_and_waits_for_the_slowest_group() -> None:
             await wait_for(lambda: log.partitions("rewards")[number].begin <= 5)
             await log.publish(reward(60, evidence="x" * 500))
             assert (await log.beginning_offsets("rewards"))[number] <= 5
-            (lag,) = await lags(log, ages=True)
+            (lag,) = [lag for lag in await lags(log, ages=True) if lag.topic == "rewards"]
             assert (lag.group, lag.topic) == ("w", "rewards") and 1 <= lag.messages <= 2
             assert lag.seconds is not None and 0 <= lag.seconds < 60
             release.set()
@@ -100,7 +100,7 @@ def test_retention_counts_bytes_and_waits_for_the_slowest_group() -> None:
             await log.publish(*[reward(i, evidence="x" * 500) for i in range(61, 100)])
             assert (await log.beginning_offsets("rewards"))[number] > 30
             await wait_committed(log, number, 100)
-            assert [lag.messages for lag in await lags(log)] == [0]
+            assert {lag.messages for lag in await lags(log)} == {0}
             stopping.set()
 
     in_loop(scenario)

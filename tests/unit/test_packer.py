@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consumers.packer import PackerHandler, Versions
+from consumers.packer import PackerHandler
 from kat_stream.log.base import Delivered, Position
 from kat_stream.log.outcome import Emit, Hold
 from kat_stream.rl.group import GroupRules
+from kat_stream.versions import Versions
 from tests.unit.records import RUN, request, reward, trajectory, turn
 from topics import LedgerEntry, PackedBatch, PolicyVersion, Record, encode, header_of, partition_of
 
-RULES = GroupRules(staleness=2, normalise_std=False, budget_tokens=256)
+RULES = GroupRules(staleness=2, budget_tokens=256)
 GROUPS = [f"{RUN}-t{number:06d}" for number in range(3)]
 PARTITIONS = {partition_of(trajectory(request(group))) for group in GROUPS}
 
@@ -34,8 +35,8 @@ def delivered(record: Record, offset: int) -> Delivered:
 
 
 def handler(replay: list[PackedBatch] | None = None) -> PackerHandler:
-    versions = Versions()
-    versions.records.append(PolicyVersion(run=RUN, model="m", lineage="a", number=0, path="", checksum=""))
+    versions = Versions(RUN)
+    versions.take(PolicyVersion(run=RUN, model="m", lineage="a", number=0, path="", checksum=""))
     made = PackerHandler(RUN, versions, RULES)
     for partition in PARTITIONS:
         again = [delivered(batch, 0) for batch in replay or [] if partition_of(batch) == partition]

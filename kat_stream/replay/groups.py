@@ -1,0 +1,79 @@
+"""The groups of recorded steps, as the trainer had them: from the live log or from the archive.
+
+Invariant: a group is the record at the position that the step names; it is never another attempt of the same group.
+Memory holds the groups of the steps that were asked for, nothing else: callers ask for some steps at a time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+
+from kat_stream.errors import BatchError, DataError, DecodeError
+from kat_stream.log import Delivered
+from kat_stream.observe.sources import LogSource, Source
+from kat_stream.rl.step import check_group, without_rows
+from topics import PackedBatch, TrainStep
+
+TOPIC = "batches"
+READ_S = 120.0
+"""Longest time to read a window of steps from a live log."""
+Place = tuple[int, int]
+
+
+async def groups_of(source: Source, steps: Sequence[TrainStep]) -> list[list[PackedBatch]]:
+    """The groups of each step, in the order in which they were merged. `DataError` names the first that is gone."""
+    for step in steps:
+        if len(step.batches) != len(step.groups):
+            raise DataError(f"step {step.step} does not say where its groups lie: an earlier build made it")
+    wanted = {place: group for step in steps for place, group in zip(step.batches, step.groups, strict=True)}
+    found: dict[Place, list[tuple[int, PackedBatch]]] = defaultdict(list)
+    async for delivered in _messages(source, wanted):
+        place = delivered.position.partition, delivered.position.offset
+        group = _group(delivered, source.run) if place in wanted else None
+        if group is not None and group.group_id == wanted[place]:
+            found[place].append((delivered.timestamp_ms, group))
+    return [[_chosen(found[place], step, i, source) for i, place in enumerate(step.batches)] for step in steps]
+
+
+def _group(delivered: Delivered, run: str) -> PackedBatch | None:
+    """As the trainer takes it: one whose rows are inconsistent counts, with nothing in it to learn."""
+    try:
+        record = delivered.record()
+    except DecodeError:
+        return None
+    if not isinstance(record, PackedBatch) or record.run != run:
+        return None
+    try:
+        check_group(record)
+    except BatchError as error:
+        return without_rows(record, str(error))
+    return record
+
+
+def _chosen(found: list[tuple[int, PackedBatch]], step: TrainStep, index: int, source: Source) -> PackedBatch:
+    """A run on the in-memory log numbers offsets anew when it goes on: then the newest before the step is meant."""
+    before = [one for one in found if one[0] <= step.unix_s * 1000] or found
+    if not before:
+        partition, offset = step.batches[index]
+        place = f"{TOPIC}[{partition}]@{offset}"
+        raise DataError(f"step {step.step}: group {step.groups[index]} is gone: {source.where} has no {place} any more")
+    return max(before, key=lambda one: one[0])[1]
+
+
+async def _messages(source: Source, wanted: dict[Place, str]) -> AsyncIterator[Delivered]:
+    """Of an archive everything; of a live log what lies between the first and the last place of each partition."""
+    if not isinstance(source, LogSource):
+        async for delivered in source.messages((TOPIC,)):
+            yield delivered
+        return
+    missing = set(wanted)
+    begins = await source.log.beginning_offsets(TOPIC)
+    start = {(TOPIC, p): max(begins[p], min(at for q, at in wanted if q == p)) for p in {p for p, _ in wanted}}
+    partitions = sorted(partition for _, partition in start)
+    async with source.log.follow((TOPIC,), start=start, partitions=partitions) as follower:
+        async for delivered in follower.catch_up(READ_S):
+            yield delivered
+            missing.discard((delivered.position.partition, delivered.position.offset))
+            if not missing:
+                return

@@ -1,0 +1,139 @@
+"""A trainer that stood still while another one took over can neither publish nor save, and says why it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import anyio
+import pytest
+
+from kat_stream.config import load
+from kat_stream.log import Log, open_log
+from kat_stream.rl.group import GroupRules, pack_group
+from kat_stream.runs import create_run
+from tests.unit.records import request, reward, trajectory, turn
+from topics import CATALOGUE, LedgerEntry, PackedBatch, PolicyVersion, Record, TrainStep, encode
+
+pytestmark = [pytest.mark.kafka, pytest.mark.anyio, pytest.mark.timeout(300)]
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ("policy.versions", "train.steps", "ledger")
+
+
+@pytest.fixture
+async def log(kafka_bootstrap: str) -> AsyncIterator[Log]:
+    opened = open_log(f"kafka:{kafka_bootstrap}")
+    await opened.start()
+    await opened.apply_topics(CATALOGUE)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def run_dir(kafka_bootstrap: str, tmp_path: Path) -> Path:
+    changes = [f"log.url='kafka:{kafka_bootstrap}'", f"run.directory='{tmp_path}'", "run.name=r", "run.steps=9"]
+    changes += ["sampler.groups_per_step=1", "trainer.checkpoint_every=1"]
+    return create_run(load(None, changes))[1]
+
+
+def trainer(run_dir: Path, member: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "kat_stream.cli", "serve", "trainer", "--run", str(run_dir), "--member", member]
+    out = (run_dir / f"{member}.txt").open("wb")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+
+
+def group(number: int, version: str) -> PackedBatch:
+    """Two rollouts that `version` sampled, one right and one wrong."""
+    name = f"r-t{number:06d}"
+    members = []
+    for sample in range(2):
+        asked = request(name, sample, 2)
+        said = turn(asked, [1, 2, 3], [4 + sample, 6], version=version)
+        members.append((trajectory(asked, said), reward(asked, float(sample))))
+    return pack_group(members, version, {}, GroupRules(staleness=9, budget_tokens=256))
+
+
+async def published(log: Log, topics: tuple[str, ...] = PUBLISHED) -> list[Record]:
+    async with log.follow(topics) as follower:
+        return [delivered.record() async for delivered in follower.catch_up()]
+
+
+async def within(what: str, ready: Callable[[], Awaitable[bool]], deadline_s: float = 90) -> None:
+    give_up = time.monotonic() + deadline_s
+    while not await ready():
+        assert time.monotonic() < give_up, f"{what}: not within {deadline_s} s"
+        await anyio.sleep(0.1)
+
+
+def lineage_of(record: Record) -> str:
+    assert isinstance(record, PolicyVersion | TrainStep | LedgerEntry)
+    return record.lineage
+
+
+def of(lineage: str, records: list[Record]) -> list[bytes]:
+    """What a lineage wrote, in an order that does not depend on the reader."""
+    return sorted(encode(record) for record in records if lineage_of(record) == lineage)
+
+
+async def test_a_zombie_trainer_is_fenced(log: Log, run_dir: Path) -> None:
+    async def step(number: int, lineage: str = "") -> bool:
+        steps = [record for record in await published(log, ("train.steps",)) if isinstance(record, TrainStep)]
+        return any(step.step == number and lineage in ("", step.lineage) for step in steps)
+
+    async def two_lineages() -> bool:
+        return len({lineage_of(record) for record in await published(log, ("policy.versions",))}) == 2
+
+    async def first_version() -> bool:
+        return bool(await published(log, ("policy.versions",)))
+
+    async def gone() -> bool:
+        return zombie.poll() is not None
+
+    async def saved(name: str) -> bool:
+        return (run_dir / "checkpoints" / name).exists()
+
+    zombie = trainer(run_dir, "trainer-a")
+    living: subprocess.Popen[bytes] | None = None
+    try:
+        await within("the first version", first_version)
+        (first,) = await published(log, ("policy.versions",))
+        old = lineage_of(first)
+        await log.publish(group(0, f"{old}.0"))
+        await within("step 1", lambda: step(1))
+        await within("its checkpoint", lambda: saved(f"step-000001.{old}"))
+        zombie.send_signal(signal.SIGSTOP)
+        living = trainer(run_dir, "trainer-b")
+        await within("the second trainer", two_lineages)
+        before = of(old, await published(log))
+        zombie.send_signal(signal.SIGCONT)
+        await log.publish(group(1, f"{old}.1"))
+        await within("the end of the zombie", gone)
+        (new,) = {lineage_of(record) for record in await published(log)} - {old}
+        await log.publish(group(2, f"{new}.1"))
+        await within("step 3 of the living", lambda: step(3, new))
+        await within("its checkpoint", lambda: saved(f"step-000003.{new}"))
+    finally:
+        for process in (zombie, living):
+            if process is not None:
+                process.kill()
+                process.wait(10)
+    assert zombie.returncode == 1
+    assert "transaction of r.trainer: ProducerFenced" in (run_dir / "trainer-a.txt").read_text()
+    records = await published(log)
+    assert of(old, records) == before
+    steps = [record for record in records if isinstance(record, TrainStep)]
+    assert [(s.lineage, s.step, s.groups) for s in steps] == [
+        (old, 1, ("r-t000000",)),
+        (new, 2, ("r-t000001",)),
+        (new, 3, ("r-t000002",)),
+    ]
+    assert [entry.state for entry in records if isinstance(entry, LedgerEntry)] == ["trained"] * 6
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names == ["OWNER", f"step-000002.{new}", f"step-000003.{new}"]
+    assert (run_dir / "checkpoints" / "OWNER").read_text() == new
