@@ -1,7 +1,9 @@
-"""A whole run as OS processes, one a service: starts them, restarts what dies, says so, and stops them in order.
+"""A whole run as OS processes, one a service: starts them, restarts what dies or hangs, says so, stops them in order.
 
-Invariant: a death is never silent. A service that dies is started again after a growing pause; one that dies again and
-again stops the run with the last lines of its log. The end of the sampler is the end of the run.
+Invariant: a death is never silent: log, terminal and metric name it. A service that dies is started again after a
+growing pause; one that dies again and again stops the run with the last lines of its log, while one that ends because
+something outside is away (exit code AWAY: the broker) is given much longer. A service whose event loop does not beat
+(kat_stream.signals) is killed, which is a death like any other. The end of the sampler is the end of the run.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from pathlib import Path
 import anyio
 from anyio.abc import Process
 
+from kat_stream import telemetry
 from kat_stream.errors import ServiceDied
-from kat_stream.signals import SUPERVISOR
+from kat_stream.signals import AWAY, HEART, SUPERVISOR
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +40,28 @@ PROCESSES = (
     "sampler",
 )
 """Members in the order in which they start; the name before the dash is the service."""
-BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-DEATHS, WITHIN_S = 6, 60.0
-"""So many deaths of one member within this time stop the run."""
 HURRY_S, FINISH_S = 2.2, 30.0
 """How long services may take to stop, twice: after Ctrl-C (under 5 s), and at the end of the schedule."""
 LOG_TAIL = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """What a member is allowed."""
+
+    backoff_s: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+    """Pause before the next start, by how many lives in a row were short."""
+    deaths: int = 6
+    within_s: float = 60.0
+    """So many deaths of one member within this time stop the run."""
+    away_s: float = 900.0
+    """So long a member may end again and again because something outside is away."""
+    first_beat_s: float = 300.0
+    """From the start of a process to its first beat: imports (torch takes minutes on a loaded machine), the log."""
+    hang_s: float = 30.0
+    """A process that has not beaten for so long hangs. Longer than a session: its partitions have moved before."""
+    settled_s: float = 20.0
+    """A process that lived so long was well: the next pause is the shortest again."""
 
 
 @dataclass(slots=True)
@@ -51,8 +70,14 @@ class Member:
 
     name: str
     run_dir: Path
+    patience: Patience = field(default_factory=Patience)
     process: Process | None = None
-    deaths: deque[float] = field(default_factory=lambda: deque(maxlen=DEATHS))
+    deaths: deque[float] = field(default_factory=deque)
+    """When it died by itself, within the time that counts."""
+    short_lives: int = 0
+    """In a row, until now."""
+    away_since: float | None = None
+    """When the first of these ended because something was away."""
     stopping: bool = False
     finished: bool = False
     """The sampler: its schedule is done."""
@@ -65,29 +90,63 @@ class Member:
     def log_file(self) -> Path:
         return self.run_dir / "logs" / f"{self.name}.log"
 
-    async def start(self) -> Process:
+    async def start(self) -> tuple[Process, int]:
+        """A new process, and the pipe that its event loop beats into."""
         command = [sys.executable, "-m", "kat_stream.cli", "serve", self.service]
         command += ["--run", str(self.run_dir), "--member", self.name]
         self.log_file.parent.mkdir(exist_ok=True)
+        heard, beaten = os.pipe()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environment[SUPERVISOR] = str(os.getpid())
-        with self.log_file.open("ab") as out:
-            self.process = await anyio.open_process(
-                command, stdin=None, stdout=out, stderr=out, env=environment, start_new_session=True
-            )
-        return self.process
+        environment |= {SUPERVISOR: str(os.getpid()), HEART: str(beaten)}
+        try:
+            with self.log_file.open("ab") as out:
+                self.process = await anyio.open_process(
+                    command,
+                    stdin=None,
+                    stdout=out,
+                    stderr=out,
+                    env=environment,
+                    start_new_session=True,
+                    pass_fds=(beaten,),
+                )
+        except BaseException:  # also when cancelled: the pipe does not stay open, and it is raised again
+            os.close(heard)
+            raise
+        finally:
+            os.close(beaten)
+        return self.process, heard
 
-    def died_too_often(self) -> bool:
-        return len(self.deaths) == DEATHS and self.deaths[-1] - self.deaths[0] < WITHIN_S
+    def note_death(self, code: int, lived_s: float) -> str | None:
+        """Count one end; the reason to give the member up, if there is one now."""
+        now = time.monotonic()
+        if lived_s > self.patience.settled_s:
+            self.short_lives, self.away_since = 0, None
+        self.short_lives += 1
+        if code == AWAY:
+            self.away_since = self.away_since or now
+            away_s = now - self.away_since
+            return f"{self.name}: what it needs was away for {away_s:.0f} s" if away_s > self.patience.away_s else None
+        self.deaths.append(now)
+        while now - self.deaths[0] > self.patience.within_s:
+            self.deaths.popleft()
+        if len(self.deaths) < self.patience.deaths:
+            return None
+        return f"{self.name} died {len(self.deaths)} times within {self.patience.within_s:g} s, last {_how(code)}"
+
+    def pause_s(self) -> float:
+        """Before the next start."""
+        return self.patience.backoff_s[min(self.short_lives, len(self.patience.backoff_s)) - 1]
 
     def last_words(self) -> str:
         lines = self.log_file.read_text(errors="replace").splitlines() if self.log_file.exists() else []
         return "\n".join(f"    {line}" for line in lines[-LOG_TAIL:])
 
 
-async def supervise(run_dir: Path, stopping: anyio.Event, members: Sequence[str] = PROCESSES) -> None:
+async def supervise(
+    run_dir: Path, stopping: anyio.Event, members: Sequence[str] = PROCESSES, patience: Patience | None = None
+) -> None:
     """Run all members until the sampler is finished or `stopping` is set; raises ServiceDied if one cannot live."""
-    all_members = [Member(name, run_dir) for name in members]
+    all_members = [Member(name, run_dir, patience or Patience()) for name in members]
     failures: list[ServiceDied] = []
     async with anyio.create_task_group() as group:
         for member in all_members:
@@ -102,8 +161,8 @@ async def supervise(run_dir: Path, stopping: anyio.Event, members: Sequence[str]
 
 async def _keep_alive(member: Member, stopping: anyio.Event, failures: list[ServiceDied]) -> None:
     while not stopping.is_set():
-        process = await member.start()
-        code = await process.wait()
+        began = time.monotonic()
+        code, hung = await _live(member)
         if member.stopping or stopping.is_set():
             return
         if code == 0 and member.service == "sampler":
@@ -111,16 +170,50 @@ async def _keep_alive(member: Member, stopping: anyio.Event, failures: list[Serv
             member.finished = True
             stopping.set()
             return
-        member.deaths.append(time.monotonic())
-        log.error("%s died (%s); its log: %s", member.name, _how(code), member.log_file)
-        if member.died_too_often():
-            reason = (
-                f"{member.name} died {DEATHS} times within {WITHIN_S:g} s, last {_how(code)}:\n{member.last_words()}"
-            )
-            failures.append(ServiceDied(reason))
+        telemetry.DEATHS.labels(member.name, "hang" if hung else _how(code)).inc()
+        log.error("%s died (%s%s); its log: %s", member.name, _how(code), ", it hung" * hung, member.log_file)
+        reason = member.note_death(code, time.monotonic() - began)
+        if reason is not None:
+            failures.append(ServiceDied(f"{reason}:\n{member.last_words()}"))
             stopping.set()
             return
-        await anyio.sleep(BACKOFF_S[min(len(member.deaths), len(BACKOFF_S)) - 1])
+        await anyio.sleep(member.pause_s())
+        log.warning("%s starts again", member.name)
+
+
+async def _live(member: Member) -> tuple[int, bool]:
+    """One process from start to end: its exit code, and whether it was killed because it hung."""
+    process, heard = await member.start()
+    hung = False
+    try:
+        async with anyio.create_task_group() as group:
+
+            async def listen() -> None:
+                nonlocal hung
+                hung = await _falls_silent(heard, member.patience)
+                if hung:
+                    log.error("%s hangs: its event loop has not turned for too long; it is killed", member.name)
+                    _signal(member, signal.SIGKILL)
+
+            group.start_soon(listen)
+            code = await process.wait()
+            group.cancel_scope.cancel()
+    finally:
+        os.close(heard)
+    return code, hung
+
+
+async def _falls_silent(heard: int, patience: Patience) -> bool:
+    """Listen to beats: True when the next one did not come in time, False when the process has closed its end."""
+    within_s = patience.first_beat_s
+    while True:
+        with anyio.move_on_after(within_s) as silence:
+            await anyio.wait_readable(heard)
+        if silence.cancelled_caught:
+            return True
+        if not os.read(heard, 4096):
+            return False
+        within_s = patience.hang_s
 
 
 async def _stop(members: Sequence[Member], within_s: float) -> None:

@@ -1,0 +1,152 @@
+"""The supervisor with real processes: what dies is started again and named, what hangs is killed, what cannot live or
+finds no broker ends the run with the reason."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+from kat_stream.config import load
+from kat_stream.errors import ServiceDied
+from kat_stream.log import open_log
+from kat_stream.runs import create_run
+from kat_stream.supervisor import Patience, supervise
+from kat_stream.telemetry import DEATHS
+from tests.chaos.system import member_pid
+from tests.story.conftest import kat
+from topics import CATALOGUE
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
+
+
+@pytest.fixture
+def run_dir(kafka_bootstrap: str, tmp_path: Path) -> Iterator[Path]:
+    """A run on the broker with its topics; no service of it has been started."""
+    _, folder = create_run(
+        load(None, [f"log.url=kafka:{kafka_bootstrap}", f"run.directory={tmp_path}", "run.name=supervised"])
+    )
+
+    async def apply() -> None:
+        log = open_log(f"kafka:{kafka_bootstrap}")
+        await log.start()
+        try:
+            await log.apply_topics(CATALOGUE)
+        finally:
+            await log.close()
+
+    anyio.run(apply)
+    yield folder
+    assert not _processes_of(folder)
+
+
+def _processes_of(run_dir: Path) -> list[str]:
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, timeout=10).stdout.splitlines()
+    return [line for line in listed if "kat_stream.cli serve" in line and str(run_dir) in line]
+
+
+async def _new_pid(run_dir: Path, member: str, old: int, deadline_s: float = 60) -> int:
+    with anyio.fail_after(deadline_s):
+        while (pid := member_pid(run_dir, member)) in (0, old):
+            await anyio.sleep(0.05)
+    return pid
+
+
+def _deaths(member: str, how: str) -> float:
+    return DEATHS.labels(member, how)._value.get()
+
+
+def test_a_dead_service_is_started_again_and_named(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = _deaths("verifier-1", "signal SIGKILL")
+
+    async def scenario() -> None:
+        stopping = anyio.Event()
+        async with anyio.create_task_group() as group:
+            group.start_soon(supervise, run_dir, stopping, ("verifier-1",))
+            first = await _new_pid(run_dir, "verifier-1", 0)
+            os.kill(first, signal.SIGKILL)
+            second = await _new_pid(run_dir, "verifier-1", first)
+            assert second != first
+            stopping.set()
+
+    with caplog.at_level(logging.ERROR):
+        anyio.run(scenario)
+    assert "verifier-1 died (signal SIGKILL)" in caplog.text
+    assert _deaths("verifier-1", "signal SIGKILL") == before + 1
+
+
+def test_a_service_that_hangs_is_killed_and_started_again(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = _deaths("verifier-1", "hang")
+
+    async def scenario() -> None:
+        stopping = anyio.Event()
+        async with anyio.create_task_group() as group:
+            group.start_soon(supervise, run_dir, stopping, ("verifier-1",), Patience(first_beat_s=20.0, hang_s=4.0))
+            first = await _new_pid(run_dir, "verifier-1", 0)
+            os.kill(first, signal.SIGSTOP)
+            began = time.monotonic()
+            await _new_pid(run_dir, "verifier-1", first)
+            assert time.monotonic() - began >= 3.0
+            stopping.set()
+
+    with caplog.at_level(logging.ERROR):
+        anyio.run(scenario)
+    assert "verifier-1 hangs" in caplog.text
+    assert _deaths("verifier-1", "hang") == before + 1
+
+
+def test_a_short_freeze_is_no_hang(run_dir: Path) -> None:
+    async def scenario() -> None:
+        stopping = anyio.Event()
+        async with anyio.create_task_group() as group:
+            group.start_soon(supervise, run_dir, stopping, ("verifier-1",), Patience(hang_s=8.0))
+            first = await _new_pid(run_dir, "verifier-1", 0)
+            os.kill(first, signal.SIGSTOP)
+            with anyio.move_on_after(4):
+                await _new_pid(run_dir, "verifier-1", first)
+            os.kill(first, signal.SIGCONT)
+            with anyio.move_on_after(6):
+                await _new_pid(run_dir, "verifier-1", first)
+            assert member_pid(run_dir, "verifier-1") == first
+            stopping.set()
+
+    anyio.run(scenario)
+
+
+def test_a_service_that_dies_again_and_again_ends_the_run_with_its_last_words(run_dir: Path) -> None:
+    config = run_dir / "config.toml"
+    config.write_text(config.read_text().replace("mend:train?count=4000&seed=0", "mend:nowhere"))
+    patience = Patience(deaths=3, backoff_s=(0.1,))
+
+    async def scenario() -> None:
+        await supervise(run_dir, anyio.Event(), ("sampler", "verifier-1"), patience)
+
+    with pytest.raises(ServiceDied) as died:
+        anyio.run(scenario)
+    assert str(died.value).startswith("sampler died 3 times within 60 s, last exit code")
+    assert "nowhere" in str(died.value)
+
+
+def test_services_without_a_broker_are_tried_for_longer_and_then_named(run_dir: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        nowhere = f"kafka:127.0.0.1:{probe.getsockname()[1]}"
+    config = run_dir / "config.toml"
+    url = load(config).log.url
+    config.write_text(config.read_text().replace(url, nowhere))
+    assert kat("serve", "verifier", "--run", run_dir).returncode == 75
+    patience = Patience(deaths=2, backoff_s=(0.1,), away_s=6.0)
+    began = time.monotonic()
+
+    async def scenario() -> None:
+        await supervise(run_dir, anyio.Event(), ("verifier-1",), patience)
+
+    with pytest.raises(ServiceDied, match="verifier-1: what it needs was away for"):
+        anyio.run(scenario)
+    assert time.monotonic() - began > 6.0
