@@ -3,8 +3,9 @@ SHELL := /bin/bash
 KAT := .venv/bin/kat-stream
 SEED ?= 0
 LOG ?= memory
+N ?= 100
 
-.PHONY: demo test check bench warm-start setup setup-test clean
+.PHONY: demo test check bench chaos fuzz warm-start setup setup-test clean
 
 demo: setup ## set everything up and train the small policy: make demo [SEED=1] [LOG=kafka]
 	$(KAT) demo --seed $(SEED) --log $(LOG)
@@ -22,6 +23,13 @@ check: ## style, types, import direction
 bench: setup-test ## every benchmark; prints its tables
 	@for name in engine learner sandboxes gateway; do \
 		echo "== python -m tests.benchmarks.$$name"; .venv/bin/python -m tests.benchmarks.$$name || exit 1; done
+
+chaos: setup-test ## strike a running system N times and account for every rollout: make chaos [N=100] [SEED=7]
+	.venv/bin/python -m tests.chaos --faults $(N) --seed $(SEED)
+
+fuzz: N = 10000
+fuzz: setup-test ## malformed records through the real stages: make fuzz [N=10000] [SEED=4]
+	.venv/bin/python -m tests.fuzz --count $(N) --seed $(SEED)
 
 warm-start: setup ## make the small policy that ships in kat_stream/demo/policy again
 	.venv/bin/python -m kat_stream.demo.warm_start --out .kat/policy --seed $(SEED)

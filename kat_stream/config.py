@@ -10,11 +10,22 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import msgspec
 
 from kat_stream.errors import ConfigError
+from kat_stream.rl.settings import (
+    Aggregation,
+    ClipBand,
+    Denominator,
+    DistillationConfig,
+    Divergence,
+    Level,
+    MaskName,
+    PenaltyConfig,
+    RatioConfig,
+)
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,11 +42,37 @@ class RunSection(Section, frozen=True, kw_only=True):
     """Optimizer steps to make."""
 
 
+class SecuritySection(Section, frozen=True, kw_only=True):
+    """Passwords are not among these: they come from `password_file` or from KAT_KAFKA_PASSWORD."""
+
+    protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    mechanism: Literal["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"] = "SCRAM-SHA-512"
+    username: str = ""
+    """Empty: KAT_KAFKA_USERNAME, so that each service may have its own."""
+    password_file: str = ""
+    ca_file: str = ""
+    """PEM of the authority that signed the brokers' certificates; empty: the system's."""
+    cert_file: str = ""
+    """PEM of this client's own certificate, where brokers ask for one."""
+    key_file: str = ""
+
+
 class LogSection(Section, frozen=True, kw_only=True):
     url: str = "memory:"
     """`memory:` (one process) or `kafka:host:port[,host:port]` (one process a service)."""
-    security: dict[str, str] = {}
-    """aiokafka's security settings, passed through."""
+    security: SecuritySection = SecuritySection()
+    dead_letters_most: int = 20
+    """A stage stops once more than so many messages of the window are dead letters, ..."""
+    dead_letters_share: float = 0.5
+    """... and more than this share of all that it handled in it."""
+    dead_letters_window_s: float = 60.0
+
+
+class BlobsSection(Section, frozen=True, kw_only=True):
+    url: str = ""
+    """Where values too large for the log lie: `file:DIRECTORY` or `s3://BUCKET/PREFIX`; empty: the run's own folder."""
+    limit_bytes: int = 900_000
+    """Values over this go there; a broker takes 1 MiB by default."""
 
 
 class PolicySection(Section, frozen=True, kw_only=True):
@@ -90,8 +127,9 @@ class GatewaySection(Section, frozen=True, kw_only=True):
     """Port for agents; 0: chosen at start."""
     control_port: int = 0
     """Port for workers; agents never reach it."""
-    tools: str = "none"
-    """Parser for tool calls in the policy's text: none | hermes."""
+    tools: str = "auto"
+    """How the policy writes tool calls: auto (as its chat template shows) | none | hermes | qwen3-coder | llama3 |
+    deepseek | glm | kimi."""
 
 
 class EngineSection(Section, frozen=True, kw_only=True):
@@ -111,24 +149,70 @@ class TrainerSection(Section, frozen=True, kw_only=True):
     warmup_steps: int = 5
     weight_decay: float = 0.0
     grad_clip: float = 1.0
-    level: str = "turn"
+    loss: str = "turn_ratio"
+    """See: kat-stream losses list."""
+    level: Level = "turn"
     """Unit of the ratio: token | turn | sequence."""
     length_exponent: float = 0.0
     """p of the turn ratio's |T|^-p: 0 (report) | 0.5 | 1 (geometric)."""
     clip_low: float = 0.3
     clip_high: float = 0.3
+    clip_band: ClipBand = "constant"
+    """constant | sqrt_length: bounds of a turn of T tokens to the power sqrt(T), as noise grows."""
     dual_clip: float = 5.0
-    icepop_low: float = 0.5
-    icepop_high: float = 5.0
-    normalise_std: bool = False
-    """Divide advantages by the group's standard deviation."""
+    denominator: Denominator = "rollout"
+    """pi_old of the ratio: rollout (the behaviour log-probs) | train (the learner's own before the step)."""
+    mask: MaskName = "icepop"
+    """Tokens on which learner and engine disagree: icepop | truncated | token | unit | none."""
+    mask_low: float = 0.5
+    mask_high: float = 5.0
+    """Band of pi_train / pi_rollout; `unit` wants a narrow one, such as 0.999 .. 1.002."""
+    advantage: Literal["group_mean", "group_std", "leave_one_out"] = "group_mean"
+    """Baseline of a rollout's reward, over the group's rollouts with the same scaffold."""
+    aggregation: Aggregation = "trajectory"
+    """trajectory (turns of a trajectory share its weight) | global (every unit of the ratio weighs the same)."""
+    distillation_coefficient: float = 0.0
+    distillation_clip: float = 5.0
+    """Largest |log pi_teacher - log pi| that counts, in nats."""
+    kl_coefficient: float = 0.0
+    """Of the KL to the policy that the run started from."""
+    kl_estimator: Divergence = "k3"
+    entropy_coefficient: float = 0.0
+    attention: Literal["auto", "segments", "dense", "flex", "flash"] = "segments"
+    """How trees attend: auto (the cheaper of segments and dense by a measured cost model), flex and flash on GPUs."""
     micro_batch_tokens: int = 8192
+    """Unique tokens run at once; a larger tree runs in parts, with the same gradient."""
     threads: int = 1
     checkpoint_every: int = 5
     keep_checkpoints: int = 2
     keep_weights: int = 4
     step_timeout_s: float = 600.0
     """Longest wait for the groups of one step before the trainer says what it is waiting for."""
+
+    def ratio(self) -> RatioConfig:
+        """The ratio's part; `ConfigError` if it is meaningless."""
+        return RatioConfig(
+            level=self.level,
+            length_exponent=self.length_exponent,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            clip_band=self.clip_band,
+            dual_clip=self.dual_clip,
+            denominator=self.denominator,
+            mask=self.mask,
+            mask_low=self.mask_low,
+            mask_high=self.mask_high,
+        )
+
+    def distillation(self) -> DistillationConfig:
+        return DistillationConfig(coefficient=self.distillation_coefficient, clip=self.distillation_clip)
+
+    def penalty(self) -> PenaltyConfig:
+        return PenaltyConfig(
+            kl_coefficient=self.kl_coefficient,
+            kl_estimator=self.kl_estimator,
+            entropy_coefficient=self.entropy_coefficient,
+        )
 
 
 class SftSection(Section, frozen=True, kw_only=True):
@@ -156,6 +240,7 @@ class MetricsSection(Section, frozen=True, kw_only=True):
 class Config(Section, frozen=True, kw_only=True):
     run: RunSection = RunSection()
     log: LogSection = LogSection()
+    blobs: BlobsSection = BlobsSection()
     policy: PolicySection = PolicySection()
     data: DataSection = DataSection()
     sampler: SamplerSection = SamplerSection()
@@ -179,9 +264,21 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
         _apply(table, override)
     _check_keys(where, table, Config, "")
     try:
-        return msgspec.convert(table, Config)
+        config = msgspec.convert(table, Config)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {_humanise(str(error))}") from error
+    _check_trainer(where, config.trainer)
+    return config
+
+
+def _check_trainer(where: str, section: TrainerSection) -> None:
+    """Said when the file is read, not when the trainer starts."""
+    try:
+        section.ratio()
+        section.distillation()
+        section.penalty()
+    except ConfigError as error:
+        raise ConfigError(f"{where}: [trainer] {error}") from error
 
 
 def dump(config: Config) -> str:
@@ -205,22 +302,26 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _apply(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    section, dot, name = key.strip().partition(".")
+    section, dot, name = key.strip().rpartition(".")
     if not equals or not dot or not name:
         raise ConfigError(f"--set {override}: expected section.key=value, for example --set run.steps=20")
     try:
         value = tomllib.loads(f"v = {text.strip()}")["v"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    target = table.setdefault(section, {})
-    if not isinstance(target, dict):
-        raise ConfigError(f"--set {override}: `{section}` is no section")
+    target: Any = table
+    for part in section.split("."):
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {key.strip()}: `{section}` is no section")
     target[name] = value
 
 
 def _check_keys(where: str, table: Mapping[str, Any], kind: type[msgspec.Struct], prefix: str) -> None:
     hints = get_type_hints(kind)
     for key, value in table.items():
+        if f"{prefix}{key}" == "log.security.password":
+            raise ConfigError(f"{where}: {_NO_PASSWORD}")
         if key not in hints:
             near = difflib.get_close_matches(key, _all_keys() if not prefix else hints, n=1, cutoff=0.5)
             hint = f"; did you mean `{near[0] if not prefix else prefix + near[0]}`?" if near else ""
@@ -229,7 +330,13 @@ def _check_keys(where: str, table: Mapping[str, Any], kind: type[msgspec.Struct]
         if isinstance(inner, type) and issubclass(inner, Section):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{where}: `{key}` is a section, written [{key}]")
-            _check_keys(where, value, inner, f"{key}.")
+            _check_keys(where, value, inner, f"{prefix}{key}.")
+
+
+_NO_PASSWORD = (
+    "`log.security.password`: configurations are kept in run folders and shown, so they hold no secrets; "
+    "use log.security.password_file or the environment variable KAT_KAFKA_PASSWORD"
+)
 
 
 def _all_keys() -> list[str]:

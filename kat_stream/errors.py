@@ -7,10 +7,15 @@
     |   +-- TaskError            a task directory that is broken
     |   +-- TurnError            a recorded turn that cannot be trained on
     |   +-- BatchError           a packed batch that is inconsistent or too long for the model
+    |   +-- OffPolicyError       a loss that is exact only on-policy met samples of another policy
+    |   +-- BlobError            a blob that is gone or whose bytes are not those that were put
     |   +-- CheckpointError      a checkpoint or weight directory that is truncated, foreign or changed
     +-- LogError                 the event log
     |   +-- LogUnavailable       (retriable) broker away, outcome unknown
+    |   |   +-- BlobUnavailable  the store of large values is away
+    |   +-- AccessDenied         the broker does not let this user in, or not do that
     |   +-- FencedError          another member owns the partition now; stop writing
+    |   +-- TooManyDeadLetters   a stage cannot use most of what it reads: stopped before it drains the topic
     +-- EngineError              an inference engine
     |   +-- EngineUnavailable    (retriable)
     |   +-- EngineRejected       the request itself is wrong, e.g. longer than the context
@@ -19,9 +24,11 @@
     |   +-- SandboxDied          the sandbox went away under a running command
     +-- GatewayError             (retriable) the LLM proxy, seen from the worker
     |   +-- RequestRefused       an agent's request that is answered with an error; has HTTP's status and a code
+    |       +-- ContextOverflow  the conversation is longer than the policy's context; each wire has words for it
     +-- VerifierError            (retriable) the grader failed, which says nothing about the work
     +-- StepCancelled            the learner was asked to stop between micro-batches; nothing was changed
     +-- StorageError             the run's folder is full or cannot be written
+    |   +-- ArchiveInUse         another archiver writes to the same archive
     +-- ServiceDied              a service process that cannot be kept alive; carries its last words
     +-- DeadlineExceeded         a wait ran out; says what was awaited and for how long
 
@@ -61,6 +68,14 @@ class BatchError(DataError):
     pass
 
 
+class OffPolicyError(DataError):
+    pass
+
+
+class BlobError(DataError):
+    pass
+
+
 class CheckpointError(DataError):
     pass
 
@@ -73,7 +88,23 @@ class LogUnavailable(LogError):
     retriable = True
 
 
+class BlobUnavailable(LogUnavailable):
+    pass
+
+
+class AccessDenied(LogError):
+    """The broker refuses a user: waiting does not help, an operator has to grant it."""
+
+    def __init__(self, principal: str, operation: str, resource: str, what: str) -> None:
+        super().__init__(f"{what}: {principal} may not {operation} {resource}")
+        self.principal, self.operation, self.resource = principal, operation, resource
+
+
 class FencedError(LogError):
+    pass
+
+
+class TooManyDeadLetters(LogError):
     pass
 
 
@@ -113,6 +144,14 @@ class RequestRefused(GatewayError):
         self.param, self.status, self.code = param, status, code
 
 
+class ContextOverflow(RequestRefused):
+    """A prompt of `tokens` tokens where `limit` is the longest; clients compact when they are told in known words."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(f"a prompt of {tokens} tokens, at most {limit}", "messages", code="context_length_exceeded")
+        self.tokens, self.limit = tokens, limit
+
+
 class VerifierError(KatError):
     retriable = True
 
@@ -122,6 +161,10 @@ class StepCancelled(KatError):
 
 
 class StorageError(KatError):
+    pass
+
+
+class ArchiveInUse(StorageError):
     pass
 
 

@@ -15,17 +15,16 @@ import anyio
 
 from kat_stream.config import Config
 from kat_stream.curriculum import group_of
-from kat_stream.errors import KatError, LogError
+from kat_stream.errors import DeadlineExceeded, KatError, LogError
 from kat_stream.local import run_local
-from kat_stream.log import open_log
-from kat_stream.log.lag import lags
 from kat_stream.observe.progress import Progress
 from kat_stream.observe.sources import archived_ledger
-from kat_stream.runs import registered
+from kat_stream.observe.stage_lag import stage_lags
+from kat_stream.runs import open_run_log, registered
 from kat_stream.service import Context
 from kat_stream.signals import stop_on_signal
 from kat_stream.supervisor import supervise
-from kat_stream.telemetry import LAG, serve_metrics
+from kat_stream.telemetry import LAG, LAG_SECONDS, serve_metrics
 from topics import CATALOGUE, LedgerEntry
 
 log = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ async def execute(config: Config, run_dir: Path, *, resume: bool, progress: Prog
     """Run to the end of the schedule, a signal or an error; the result says which."""
     began = time.monotonic()
     one_process = config.log.url.startswith("memory:")
-    the_log = open_log(config.log.url, security=config.log.security)
+    the_log = open_run_log(config, run_dir)
     await the_log.start()
     log_id = uuid.uuid4().hex if one_process else "kafka"
     ctx = Context(config=config, run=config.run.name, run_dir=run_dir, log=the_log, member="run", log_id=log_id)
@@ -78,13 +77,14 @@ async def execute(config: Config, run_dir: Path, *, resume: bool, progress: Prog
 
 
 async def _export_lag(ctx: Context) -> None:
-    """Keep the gauge of how far each stage is behind; a log that is away for a while is not this task's business."""
+    """Keep the gauges of how far each stage is behind; a log that is away for a while is not this task's business."""
     while not await ctx.stopped_within(LAG_EVERY_S):
         try:
-            for lag in await lags(ctx.log):
+            for lag in await stage_lags(ctx.log, ctx.run, ctx.run_dir, ctx.log_id):
                 LAG.labels(lag.group, lag.topic).set(lag.messages)
-        except LogError as error:
-            log.debug("lag: %s", error)
+                LAG_SECONDS.labels(lag.group, lag.topic).set(lag.seconds or 0.0)
+        except (LogError, DeadlineExceeded) as error:
+            log.warning("lag is not known: %s", error)
 
 
 async def _settle_interrupted(ctx: Context) -> None:

@@ -3,7 +3,7 @@
     runs/NAME/config.toml        complete configuration, ports and log address included
     runs/NAME/services/*.json    one file a live service process: pid, /metrics address
     runs/NAME.targets.json       Prometheus file_sd targets made from these (its globs may not cross folders)
-    runs/NAME/{checkpoints,weights,archive,logs}/
+    runs/NAME/{checkpoints,weights,archive,blobs,logs}/
 
 Invariant: config.toml is written once, before anything starts, and every process of the run reads it from there.
 """
@@ -22,6 +22,7 @@ import msgspec
 
 from kat_stream.config import Config, dump, load
 from kat_stream.errors import ConfigError
+from kat_stream.log import Log, open_log
 
 
 def create_run(config: Config) -> tuple[Config, Path]:
@@ -59,6 +60,20 @@ def find_run(name: str, parent: Path = Path("runs")) -> Path:
         if (candidate / "config.toml").is_file():
             return candidate
     raise ConfigError(f"no run `{name}`: looked for config.toml in {', '.join(map(str, candidates)) or parent}")
+
+
+def open_run_log(config: Config, run_dir: Path) -> Log:
+    """The log of a run, with the store of its large values: the configured one, or the run's own folder."""
+    return open_log(
+        config.log.url,
+        security=config.log.security,
+        blobs=blobs_url(config, run_dir),
+        blob_limit_bytes=config.blobs.limit_bytes,
+    )
+
+
+def blobs_url(config: Config, run_dir: Path) -> str:
+    return config.blobs.url or f"file:{run_dir.absolute()}/blobs"
 
 
 def choose_ports(config: Config, *, moving: bool = False) -> Config:

@@ -19,6 +19,7 @@ import anyio
 from kat_stream.config import Config
 from kat_stream.errors import ConfigError, DeadlineExceeded
 from kat_stream.log.base import Log
+from kat_stream.log.dead_letter_cap import DeadLetterLimit
 
 SERVICE_GROUP = "kat_stream.services"
 POLL_S = 0.1
@@ -54,6 +55,12 @@ class Context:
     def group(self, stage: str) -> str:
         """The consumer group of a stage: runs on one broker do not take each other's messages."""
         return f"{self.run}.{stage}"
+
+    @property
+    def dead_letters(self) -> DeadLetterLimit:
+        """How many dead letters a stage may write before it stops."""
+        log = self.config.log
+        return DeadLetterLimit(log.dead_letters_most, log.dead_letters_share, log.dead_letters_window_s)
 
     async def stopped_within(self, seconds: float) -> bool:
         """Sleep, but wake when the service is asked to stop; True if it was."""

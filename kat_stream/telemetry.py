@@ -25,6 +25,7 @@ STEPS = Counter("kat_train_steps_total", "Optimizer steps made")
 STEP_SECONDS = Histogram(
     "kat_train_step_seconds", "Time of an optimizer step", buckets=(0.1, 0.5, 1, 2, 5, 10, 60, 600)
 )
+DAMAGED_CHECKPOINTS = Counter("kat_checkpoints_damaged_total", "Checkpoints passed over because they cannot be read")
 TRAIN_BUSY = Counter("kat_train_busy_seconds_total", "Time spent in optimizer steps")
 STALENESS = Histogram(
     "kat_staleness_versions", "Versions between sampling and training", buckets=(0, 1, 2, 3, 4, 8, 16)
@@ -34,7 +35,9 @@ SYNC_SECONDS = Histogram(
     "kat_weight_sync_seconds", "Time to move one version to one engine", buckets=(0.05, 0.1, 0.5, 1, 5)
 )
 ADMITTED = Gauge("kat_groups_admitted", "Groups requested so far")
-LAG = Gauge("kat_lag_messages", "Messages a group has still to read", ["group", "topic"])
+DEATHS = Counter("kat_service_deaths_total", "Service processes that ended and were started again", ["member", "how"])
+LAG = Gauge("kat_lag_messages", "Messages a stage has still to finish", ["stage", "topic"])
+LAG_SECONDS = Gauge("kat_lag_seconds", "Age of the oldest message that a stage has not finished", ["stage", "topic"])
 
 
 def setup_logging(level: str = "INFO", file: Path | None = None) -> None:

@@ -34,6 +34,9 @@ if [ "$what" = test ] || [ "${LOG:-}" = kafka ]; then
     need java default-jre-headless
     need mvn maven
 fi
+if [ "$what" = test ]; then
+    need ip iproute2
+fi
 
 if [ ! -e "$stamp" ]; then
     python=$(command -v python3.12 || command -v python3)

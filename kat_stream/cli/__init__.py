@@ -2,7 +2,7 @@
 
     console()            the console script
     main(argv) -> int    the same for tests and programs: the exit code, never SystemExit
-Exit codes: 0 ok, 1 failure, 2 usage or configuration, 130 interrupted.
+Exit codes: 0 ok, 1 failure, 2 usage or configuration, 75 the log is away, 130 interrupted.
 Invariant: a command imports what it needs inside its handler, so that `kat-stream tail` never loads torch.
 """
 

@@ -6,7 +6,7 @@ Invariant: a command that reads a run takes the same options with the same meani
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kat_stream.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kat_stream.config import Config
+    from kat_stream.config import Config, SecuritySection
     from kat_stream.log import Log
     from kat_stream.observe.sources import Source
 
@@ -76,7 +76,7 @@ class Where:
 
     run_dir: Path | None
     url: str
-    security: Mapping[str, object]
+    security: SecuritySection | None
 
     def source(self) -> AbstractAsyncContextManager[Source]:
         """The records that are meant."""
@@ -94,7 +94,7 @@ def where(args: argparse.Namespace) -> Where:
 
     config = _given_config(args)
     url = args.log or (config.log.url if config else "")
-    security = config.log.security if config else {}
+    security = config.log.security if config else None
     if url.startswith("memory:"):
         url = ""
     run_dir = find_run(args.run or "latest") if args.run or not url else None

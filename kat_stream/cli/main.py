@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from kat_stream.cli.common import Formatter, add_debug
-from kat_stream.errors import ConfigError, KatError
+from kat_stream.errors import ConfigError, KatError, LogUnavailable
 
 COMMANDS = {
     "demo": "demo",
@@ -27,14 +27,19 @@ COMMANDS = {
     "tail": "tail",
     "trace": "trace",
     "ledger": "ledger",
+    "replay": "replay",
+    "shadow": "shadow",
     "plot": "plot",
     "lag": "lag",
     "topics": "topics",
+    "blobs": "blobs",
     "dead-letters": "dead_letters",
     "broker": "broker",
+    "gateway": "gateway",
     "datasets": "datasets",
     "scaffolds": "plugins",
     "sandboxes": "plugins",
+    "losses": "plugins",
     "verifiers": "plugins",
 }
 """Command -> module of this package with `register(subparsers)`."""
@@ -73,7 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug or (known := _on_purpose(error)) is None:
             raise
         print(f"kat-stream {words[0]}: {known}", file=sys.stderr)
-        return USAGE if isinstance(known, ConfigError) else FAILURE
+        return _exit_code(known)
+
+
+def _exit_code(error: KatError) -> int:
+    if isinstance(error, LogUnavailable):
+        from kat_stream.signals import AWAY
+
+        return AWAY
+    return USAGE if isinstance(error, ConfigError) else FAILURE
 
 
 def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:

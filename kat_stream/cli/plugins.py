@@ -1,4 +1,4 @@
-"""`kat-stream scaffolds|sandboxes|verifiers list`: what is registered, one line each; and `scaffolds install`.
+"""`kat-stream scaffolds|sandboxes|losses|verifiers list`: what is registered, one line each; and `scaffolds install`.
 
 Invariant: listing imports nothing that is registered, so that a broken or heavy package does not break the list.
 """
@@ -17,6 +17,7 @@ from kat_stream.cli.common import add_command, add_group, table
 KINDS = {
     "scaffolds": "the agents that work on tasks",
     "sandboxes": "where agents and graders run",
+    "losses": "what a step of the learner makes smaller",
     "verifiers": "how a finished work tree becomes a score",
 }
 

@@ -66,16 +66,15 @@ def serve(args: argparse.Namespace) -> int:
 
 async def _serve(service: Any, run_dir: Path, member: str) -> None:
     from kat_stream.errors import ConfigError
-    from kat_stream.log import open_log
-    from kat_stream.runs import load_run, registered
+    from kat_stream.runs import load_run, open_run_log, registered
     from kat_stream.service import Context
-    from kat_stream.signals import stop_on_signal, stop_with_supervisor
+    from kat_stream.signals import beat, stop_on_signal, stop_with_supervisor
     from kat_stream.telemetry import serve_metrics
 
     config = load_run(run_dir)
     if config.log.url.startswith("memory:"):
         raise ConfigError(f"{run_dir} runs in one process (log.url = {config.log.url}): join one on Kafka instead")
-    log = open_log(config.log.url, security=config.log.security)
+    log = open_run_log(config, run_dir)
     await log.start()
     ctx = Context(config=config, run=config.run.name, run_dir=run_dir, log=log, member=member)
     metrics = serve_metrics(config.metrics.host, 0)
@@ -83,6 +82,7 @@ async def _serve(service: Any, run_dir: Path, member: str) -> None:
     try:
         with registered(run_dir, member, url):
             async with anyio.create_task_group() as group:
+                group.start_soon(beat)
                 group.start_soon(stop_on_signal, ctx.stopping)
                 group.start_soon(stop_with_supervisor, ctx.stopping)
                 await service.run(ctx)

@@ -50,12 +50,14 @@ def trace(args: argparse.Namespace) -> int:
 
 
 async def _collect(rollout_id: str, place: Where) -> RolloutTrace:
+    """Reads the group's one partition and the optimizer steps, from the archive by its columns."""
+    from kat_stream.curriculum import group_of
     from kat_stream.observe.sources import read_records
-    from kat_stream.observe.trace import RolloutTrace
+    from kat_stream.observe.trace import TOLD_TOPICS, RolloutTrace
 
     story = RolloutTrace(rollout_id)
     async with place.source() as source:
-        async for record, timestamp_ms in read_records(source):
+        async for record, timestamp_ms in read_records(source, TOLD_TOPICS, group_id=group_of(rollout_id)):
             story.apply(record, timestamp_ms)
     return story
 

@@ -6,17 +6,21 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 
 from kat_stream.log import Log, open_log
+from kat_stream.log.blobs import BlobStore
+from kat_stream.log.claims import ClaimCheckedLog
 from kat_stream.log.memory import MemoryLog
-from tests.conftest_kafka import kafka_bootstrap
+from kat_stream.log.retries import TIERS
+from tests.conftest_kafka import kafka_bootstrap, kafka_cluster, kafka_cluster_dir
 from topics.catalogue import topic_named
 
-__all__ = ["kafka_bootstrap"]
+__all__ = ["kafka_bootstrap", "kafka_cluster", "kafka_cluster_dir"]
 
-TOPICS = [topic_named(name) for name in ("rewards", "ledger", "train.steps", "dead.letters")]
+TOPICS = [topic_named(name) for name in ("rewards", "ledger", "train.steps", "dead.letters", *TIERS)]
 logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it reports ordinary events as errors
 Connect = Callable[[], Awaitable[Log]]
 
@@ -26,16 +30,30 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.kafka)])
-async def connect(request: pytest.FixtureRequest) -> AsyncIterator[Connect]:
+LOGS = [
+    pytest.param("memory"),
+    pytest.param("memory, claims"),
+    pytest.param("kafka", marks=pytest.mark.kafka),
+    pytest.param("kafka, claims", marks=pytest.mark.kafka),
+]
+BARE = LOGS[::2]
+"""Without claim-check."""
+CLAIMED_OVER = 100
+"""Bytes: nearly every record of these tests goes through the store."""
+
+
+@pytest.fixture(params=LOGS)
+async def connect(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Connect]:
     """Each call is another client of one fresh log with TOPICS applied."""
-    kafka = request.param == "kafka"
+    kafka, claims = request.param.startswith("kafka"), request.param.endswith("claims")
     url = f"kafka:{request.getfixturevalue('kafka_bootstrap')}" if kafka else "memory:"
     shared, prefix = MemoryLog(), f"t{uuid.uuid4().hex[:8]}."
     async with AsyncExitStack() as opened:
 
         async def another() -> Log:
             log = open_log(url, prefix=prefix) if kafka else shared
+            if claims:
+                log = ClaimCheckedLog(log, BlobStore(f"file:{tmp_path}/blobs"), CLAIMED_OVER)
             await log.start()
             opened.push_async_callback(log.close)
             return log

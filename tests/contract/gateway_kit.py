@@ -5,15 +5,20 @@ The policy's ids are single bytes while the tokenizer knows merges, so a reply t
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import aiohttp
+import anthropic
 import anyio
 import openai
+from google import genai
+from google.genai import types as google
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -39,6 +44,11 @@ CHATML = (
 # As Qwen3 does: reasoning of earlier turns is dropped once a user speaks again.
 FORGETFUL = CHATML.replace(
     "{{ m.content }}", "{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}"
+)
+# As Qwen3 with tools: what was thought since the last user spoke is kept.
+THINKING = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}",
 )
 MERGES = [("l", "s"), ("c", "a"), ("ca", "t"), ("Ġ", "-"), ("Ġ-", "l")]
 
@@ -140,6 +150,25 @@ class World:
         )
         self.stack.push_async_callback(client.close)
         return client
+
+    def anthropic(self, handle: SessionHandle) -> anthropic.AsyncAnthropic:
+        base = self.server.data_url + handle.path
+        client = anthropic.AsyncAnthropic(base_url=base, api_key=handle.key, max_retries=0, timeout=30.0)
+        self.stack.push_async_callback(client.close)
+        return client
+
+    def google(self, handle: SessionHandle) -> genai.Client:
+        options = google.HttpOptions(base_url=self.server.data_url + handle.path, timeout=30_000)
+        client = genai.Client(api_key=handle.key, http_options=options)
+        self.stack.push_async_callback(client.aio.aclose)
+        return client
+
+    async def post(self, handle: SessionHandle, path: str, body: object, **headers: str) -> tuple[int, dict[str, Any]]:
+        """Status and body of a POST behind the session; bytes are sent as they are."""
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        known = {"Authorization": f"Bearer {handle.key}", **headers}
+        async with self.http.post(f"{self.server.data_url}{handle.path}/{path}", data=raw, headers=known) as answer:
+            return answer.status, await answer.json(content_type=None)
 
     async def published(self) -> list[Turn]:
         out = []

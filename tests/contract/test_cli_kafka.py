@@ -85,7 +85,7 @@ def test_lag_of_a_group_that_read_one_message(url: str, capsys: pytest.CaptureFi
     assert (slow["topic"], slow["messages"]) == ("train.steps", 1)
     assert slow["seconds"] > 0
     assert main(["lag", "--log", url]) == 0
-    assert capsys.readouterr().out.startswith("GROUP")
+    assert capsys.readouterr().out.startswith("STAGE")
 
 
 async def nothing(partitions: frozenset[TopicPartition]) -> None:

@@ -117,8 +117,8 @@ async def test_an_edited_history_forks_and_says_why(second: list[dict[str, str]]
 async def test_a_template_that_rewrites_history_forks() -> None:
     async with world(saying("<think>hm</think>ls", "ca"), template=FORGETFUL) as w:
         handle = await w.session()
-        turns = await _talk(w, handle, [user("go")], [user("go"), _assistant("<think>hm</think>ls"), user("on")])
-        assert turns[1].fork == "template"
+        turns = await _talk(w, handle, [user("go")], [user("go"), _assistant("ls"), user("on")])
+        assert (turns[1].fork, turns[0].reasoning, turns[0].content) == ("thinking", "hm", "ls")
         assert "hm" not in tokenizer().decode(w.engines[0].requests[1].input_ids)
 
 

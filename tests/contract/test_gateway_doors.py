@@ -37,7 +37,7 @@ async def test_a_key_opens_its_own_session_and_nothing_else() -> None:
         with pytest.raises(openai.NotFoundError) as missing:
             await w.client(nowhere).chat.completions.create(model="m", messages=[user("go")])
         assert missing.value.code == "session_not_found"
-        assert [model.id async for model in w.client(mine).models.list()] == ["policy"]
+        assert [model.id async for model in w.client(mine).models.list()] == ["policy", "policy-small"]
         assert w.engines[0].requests == []
 
 

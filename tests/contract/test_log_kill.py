@@ -18,10 +18,10 @@ import anyio
 import pytest
 
 from kat_stream.errors import LogUnavailable
-from kat_stream.log import Log, broker, open_log
+from kat_stream.log import Delivered, Emit, Log, Outcome, broker, open_log, run_transform, run_work
 from kat_stream.log.tracker import Tracker
 from tests.contract.conftest import TOPICS
-from tests.contract.log_records import SIZE, everything, reward
+from tests.contract.log_records import SIZE, GroupJoin, everything, reward
 from topics import LedgerEntry, Reward
 
 pytestmark = [pytest.mark.anyio, pytest.mark.kafka, pytest.mark.timeout(300)]
@@ -175,6 +175,52 @@ async def test_writers_and_readers_live_through_kill_9_of_the_broker(tmp_path: P
             tasks.cancel_scope.cancel()
         assert got == list(range(40))
         assert broker.status(tmp_path).bootstrap == bootstrap != kafka_bootstrap
+        await log.close()
+
+
+async def test_both_stages_live_through_kill_9_of_the_broker(tmp_path: Path, kafka_bootstrap: str) -> None:
+    """Commits that block, transactions with an unknown outcome: nothing is lost, no group comes twice."""
+    groups = [f"g{number}" for number in range(COUNT // SIZE)]
+    records = [reward(index * SIZE + i, group) for index, group in enumerate(groups) for i in range(SIZE)]
+    worked: Counter[int] = Counter()
+
+    async def work(delivered: Delivered) -> Outcome:
+        await anyio.sleep(0.01)
+        worked[int(delivered.record().score)] += 1  # type: ignore[attr-defined]
+        return Emit()
+
+    with own_broker(tmp_path) as bootstrap:
+        log, stopping = open_log(f"kafka:{bootstrap}"), anyio.Event()
+        await log.start()
+        await log.apply_topics(TOPICS)
+        common = {"member": "m", "stopping": stopping}
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: run_work(log, ["rewards"], group="w", handler=work, **common))  # type: ignore[arg-type]
+            tasks.start_soon(
+                lambda: run_transform(
+                    log,
+                    ["rewards"],
+                    group="t",
+                    handler=GroupJoin(),
+                    remember="ledger",
+                    batch=5,
+                    **common,  # type: ignore[arg-type]
+                )
+            )
+            await log.publish(*records[: COUNT // 2])
+            with anyio.fail_after(WAIT_S):
+                while len(worked) < 10:
+                    await anyio.sleep(0.01)
+            kill_broker(tmp_path)
+            await anyio.to_thread.run_sync(broker.up, tmp_path)
+            await log.publish(*records[COUNT // 2 :], deadline_s=WAIT_S)
+            with anyio.fail_after(WAIT_S):
+                while len(worked) < COUNT or (await written(log)).total() < len(groups):
+                    await anyio.sleep(0.1)
+            stopping.set()
+        assert await written(log) == Counter(groups)
+        assert worked == Counter(range(COUNT))
+        assert kafka_bootstrap != bootstrap
         await log.close()
 
 

@@ -148,7 +148,7 @@ async def test_a_slow_message_neither_blocks_others_nor_repeats_them_after_a_res
 
     async with working(log, first_is_slow, drain_s=0.1):
         await eventually(lambda: len(handled) == 30)
-    (lag,) = await lags(log, ages=True)
+    (lag,) = [lag for lag in await lags(log, ages=True) if lag.topic == "rewards"]
     assert (lag.group, lag.topic, lag.messages) == ("w", "rewards", 2)
     assert lag.seconds is not None and 0 < lag.seconds < 120
 
@@ -159,7 +159,7 @@ async def test_a_slow_message_neither_blocks_others_nor_repeats_them_after_a_res
     async with working(log, quick):
         await wait_committed(log)
     assert {number for number, times in handled.items() if times > 1} == {0, 7}
-    assert [lag.messages for lag in await lags(log)] == [0]
+    assert {lag.messages for lag in await lags(log)} == {0}
 
 
 async def test_members_come_and_go_and_nothing_is_lost_or_done_twice(connect: Connect) -> None:
@@ -183,8 +183,8 @@ async def test_members_come_and_go_and_nothing_is_lost_or_done_twice(connect: Co
         await eventually(lambda: by_member["a"] > 10)
         async with working(await connect(), handler("b"), member="b") as second:
             owned = await settled_members(log, {"a", "b"})
-            assert {name: len(partitions) for name, partitions in owned.items()} == {"a": 6, "b": 6}
-            assert len(set().union(*owned.values())) == 12
+            assert {name: len(partitions) for name, partitions in owned.items()} == {"a": 24, "b": 24}
+            assert len(set().union(*owned.values())) == 48
             await publish(100)
             await eventually(lambda: by_member["b"] > 0)
             await second.stop()

@@ -1,0 +1,207 @@
+"""Bad input through the packer's own stage, on both logs: it goes on, says what was wrong, and good groups come out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import anyio
+import msgspec
+import pytest
+
+from consumers.packer import PackerHandler
+from kat_stream.errors import DataError, LogError
+from kat_stream.log import Log, Message, run_transform
+from kat_stream.log.message import seal
+from kat_stream.rl.group import GroupRules
+from kat_stream.versions import Versions
+from tests.contract.conftest import Connect
+from tests.contract.log_records import everything
+from tests.unit.records import RUN, request, reward, trajectory, turn
+from topics import DeadLetter, PackedBatch, PolicyVersion, Record, Reward, Trajectory, partition_of, topic_named
+
+pytestmark = pytest.mark.anyio
+GROUP = f"{RUN}-t000000"
+BAD = f"{RUN}-t000077"
+MORE = [topic_named(name) for name in ("trajectories", "batches", "policy.versions")]
+WAIT_S = 30.0
+
+
+def members(group: str = GROUP) -> list[Record]:
+    """A whole group of two: trajectories and rewards."""
+    records: list[Record] = []
+    for sample in range(2):
+        asked = request(group, sample)
+        records += [trajectory(asked, turn(asked, [1, 2], [5 + sample])), reward(asked, float(sample))]
+    return records
+
+
+@pytest.fixture
+async def log(connect: Connect) -> Log:
+    opened = await connect()
+    await opened.apply_topics(MORE)
+    await opened.publish(PolicyVersion(run=RUN, model="m", lineage="a", number=0, path="", checksum=""))
+    return opened
+
+
+@asynccontextmanager
+async def packing(log: Log, member: str = "m") -> AsyncIterator[None]:
+    versions, stopping = Versions(RUN), anyio.Event()
+    await versions.load(log)
+    handler = PackerHandler(RUN, versions, GroupRules(staleness=2, budget_tokens=256))
+
+    async def stage() -> None:
+        topics = ("trajectories", "rewards")
+        await run_transform(
+            log, topics, group="p", member=member, handler=handler, stopping=stopping, remember="batches"
+        )
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage)
+        yield
+        stopping.set()
+
+
+async def packed(log: Log, count: int) -> list[PackedBatch]:
+    """The batches, once there are so many."""
+    with anyio.fail_after(WAIT_S):
+        while True:
+            records = [d.record() for d in await everything(log, "batches")]
+            found = [record for record in records if isinstance(record, PackedBatch)]
+            if len(found) >= count:
+                return found
+            await anyio.sleep(0.05)
+
+
+async def letters(log: Log) -> list[DeadLetter]:
+    return [d.record() for d in await everything(log, "dead.letters")]  # type: ignore[misc]
+
+
+def raw(value: bytes, name: bytes = b"Reward/1") -> Message:
+    return Message("rewards", partition_of(reward(request(BAD), 1.0)), BAD.encode(), value, {"record": name})
+
+
+VALUE = seal(reward(request(BAD), 1.0)).value
+UNREADABLE = {
+    "undecodable bytes": (raw(b"\xc1garbage"), "Reward/1"),
+    "unknown version": (raw(VALUE, b"Reward/99"), "Reward/99"),
+    "no header": (raw(VALUE, b""), "header"),
+    "truncated": (raw(VALUE[:-7]), "truncated"),
+    "length of 4 GiB": (raw(b"\xdf\xff\xff\xff\xff"), "Reward/1"),
+    "text that is not UTF-8": (raw(VALUE.replace(b"harbor", b"\xff\xfe\xfd\xfc\xfb\xfa")), "utf-8"),
+    "nested 5000 deep": (raw(b"\x82\xa3run\xa1r\xa1x" + b"\x91" * 5000 + b"\xc0"), "recursion"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+async def test_what_cannot_be_read_is_a_dead_letter_with_its_bytes(log: Log, kind: str) -> None:
+    message, said = UNREADABLE[kind]
+    await log.append(message)
+    await log.publish(*members())
+    async with packing(log):
+        (batch,) = await packed(log, 1)
+    (letter,) = await letters(log)
+    assert (letter.value, letter.topic, letter.error_type) == (message.value, "rewards", "DecodeError")
+    assert said in letter.message
+    assert batch.group_id == GROUP and [member.fate for member in batch.members] == ["packed", "packed"]
+
+
+def _with_turn(**fields: object) -> list[Record]:
+    first, *others = members()
+    assert isinstance(first, Trajectory)
+    return [msgspec.structs.replace(first, turns=(msgspec.structs.replace(first.turns[0], **fields),)), *others]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"sampled_ids": b"\x01\x00\x00"}, "sampled_ids has 3 bytes"),
+        ({"logprobs": b""}, "logprobs"),
+        ({"prefix_len": -3}, "prefix_len is -3"),
+        ({"spans": ()}, "bad_turn"),
+    ],
+)
+async def test_a_turn_that_cannot_be_trained_on_is_a_counted_filter(
+    log: Log, fields: dict[str, object], said: str
+) -> None:
+    await log.publish(*_with_turn(**fields))
+    async with packing(log):
+        (batch,) = await packed(log, 1)
+    assert batch.members[0].fate == "filtered" and said in batch.members[0].reason
+    assert await letters(log) == []
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+async def test_a_score_that_is_no_number_does_not_hold_its_group(log: Log, score: float) -> None:
+    *others, last = members()
+    assert isinstance(last, Reward)
+    await log.publish(*others, msgspec.structs.replace(last, score=score))
+    async with packing(log):
+        (batch,) = await packed(log, 1)
+    assert batch.members[1].fate == "failed" and batch.members[1].reason.startswith("bad_reward")
+
+
+async def test_records_of_another_run_are_passed_over(log: Log) -> None:
+    await log.publish(*[msgspec.structs.replace(record, run="other") for record in members()])
+    await log.publish(*members())
+    async with packing(log):
+        batches = await packed(log, 1)
+    assert [batch.run for batch in batches] == [RUN] and await letters(log) == []
+
+
+async def test_duplicates_and_a_reward_for_an_unknown_rollout_change_nothing(log: Log) -> None:
+    stranger = msgspec.structs.replace(members()[1], rollout_id="nobody")  # type: ignore[type-var]
+    await log.publish(stranger, *members(), *members())
+    async with packing(log):
+        (batch,) = await packed(log, 1)
+        await log.publish(*members(f"{RUN}-t000001"), *members())
+        batches = await packed(log, 2)
+    assert len(batches) == 2 and len(batch.members) == 2
+
+
+async def test_a_record_on_the_wrong_partition_is_a_dead_letter(log: Log) -> None:
+    """As a producer would place it that believes in another partition count."""
+    message = seal(members()[0])
+    await log.append(replace(message, partition=(message.partition + 1) % 12))
+    await log.publish(*members())
+    async with packing(log):
+        await packed(log, 1)
+    (letter,) = await letters(log)
+    assert f"belongs on partition {message.partition}" in letter.message
+
+
+async def test_a_topic_with_another_partition_count_is_refused(log: Log) -> None:
+    with pytest.raises(LogError, match="trajectories"):
+        await log.apply_topics([replace(topic_named("trajectories"), partitions=5)])
+
+
+async def test_a_record_of_50_mb_is_refused_where_it_is_published(log: Log) -> None:
+    first = members()[0]
+    assert isinstance(first, Trajectory)
+    with pytest.raises(DataError, match="trajectories"):
+        await log.publish(msgspec.structs.replace(first, patch=bytes(50 << 20)))
+    assert await everything(log, "trajectories") == []
+
+
+async def test_a_batch_of_its_own_that_is_corrupt_does_not_keep_the_packer_from_starting(log: Log) -> None:
+    batch = PackedBatch(run=RUN, group_id=GROUP, task_id="t", members=())
+    await log.append(replace(seal(batch), value=b"\xc1"))
+    await log.publish(*members(), *members(f"{RUN}-t000001"))
+    async with packing(log):
+        with anyio.fail_after(WAIT_S):
+            while not await _done(log):
+                await anyio.sleep(0.05)
+    found = [d.record() for d in await everything(log, "batches") if d.value != b"\xc1"]
+    assert [record.group_id for record in found] == [f"{RUN}-t000001"]  # type: ignore[attr-defined]
+
+
+async def _done(log: Log) -> bool:
+    committed = await log.committed("p")
+    ends: Sequence[tuple[tuple[str, int], int]] = [
+        ((topic, number), end)
+        for topic in ("trajectories", "rewards")
+        for number, end in (await log.end_offsets(topic)).items()
+        if end
+    ]
+    return all(committed.get(place, 0) >= end for place, end in ends)  # type: ignore[call-overload]
