@@ -89,6 +89,9 @@ class DataSection(Section, frozen=True, kw_only=True):
 
 
 class SamplerSection(Section, frozen=True, kw_only=True):
+    scaffold: dict[str, float] = {}
+    """Agents and their weights, as in {codex = 1, shell = 3}: the members of each group are shared out among them, and
+    compared with those of their own agent. Empty: all run under data.scaffold."""
     group_size: int = 8
     groups_per_step: int = 8
     staleness: int = 2
@@ -140,7 +143,7 @@ class EngineSection(Section, frozen=True, kw_only=True):
     max_total_tokens: int = 65536
     max_running: int = 64
     threads: int = 1
-    update_mode: str = "retract"
+    update_mode: Literal["abort", "retract", "in_place"] = "retract"
     """How running requests live through a weight update: retract (exact) | in_place (keeps old KV) | abort."""
 
 

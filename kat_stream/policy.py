@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from kat_stream.errors import ConfigError
 
@@ -28,7 +28,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
     path = model_dir(name)
     try:
-        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(path, local_files_only=True))
     except (OSError, ValueError) as error:
         raise ConfigError(f"policy.model: {path} has no usable tokenizer: {error}") from error
     if not tokenizer.chat_template:

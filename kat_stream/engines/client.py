@@ -63,6 +63,14 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""
 
 
+class Prefill(msgspec.Struct, frozen=True, kw_only=True):
+    """What one prefill says of a given text: natural logarithms, one a scored id, and the weights that said it."""
+
+    logprobs: list[float]
+    version: str
+    cached_tokens: int
+
+
 class Increment(msgspec.Struct, frozen=True, kw_only=True):
     """What a stream adds: new ids and log-probs, and after the last ones the whole `Generation`."""
 
@@ -111,6 +119,7 @@ class _Meta(msgspec.Struct):
     weight_version: str = ""
     weight_versions: list[Span] | None = None
     output_token_logprobs: list[tuple[float | None, int, Any]] | None = None
+    input_token_logprobs: list[tuple[float | None, int, Any]] | None = None
 
 
 class _Answer(msgspec.Struct):
@@ -209,6 +218,26 @@ class EngineClient:
                 raise EngineUnavailable("/generate: the stream ended before its answer")
             final = _generation(last, time.monotonic() - begin)
             yield Increment(output_ids=fresh, logprobs=logprobs, final=final)
+
+    async def prefill(
+        self, input_ids: list[int], start: int, *, rid: str, bypass_cache: bool = False, deadline_s: float
+    ) -> Prefill:
+        """Log-probabilities of `input_ids[start:]` (start >= 1) at temperature 1, by one prefill that samples nothing.
+
+        Keys and values from `start` on are computed anew, those before it may come from the prefix cache, unless
+        `bypass_cache`. EngineUnavailable also for an answer that does not hold them all.
+        """
+        body = _body(input_ids, SamplingParams(max_new_tokens=0, temperature=1.0), rid, True, stream=False)
+        body["logprob_start_len"] = 0 if bypass_cache else start - 1
+        answer = _decode(await self._call("POST", "/generate", body, deadline_s), _Answer, "/generate")
+        _generation(answer, 0.0)
+        meta = answer.meta_info
+        assert meta is not None
+        found = (meta.input_token_logprobs or [])[-(len(input_ids) - start) :]
+        values = [entry[0] for entry in found if entry[0] is not None]
+        if [entry[1] for entry in found] != input_ids[start:] or len(values) != len(found):
+            raise EngineUnavailable(f"/generate: log-probs of {len(values)} tokens for {len(input_ids) - start}")
+        return Prefill(logprobs=values, version=meta.weight_version, cached_tokens=meta.cached_tokens)
 
     async def abort(self, rid: str = "", *, abort_all: bool = False) -> None:
         """End requests whose id STARTS with `rid`, or all; unknown ids are ignored. Use ids of one length."""

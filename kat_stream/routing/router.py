@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 import aiohttp
+import anyio
 from prometheus_client import Counter, Gauge
 
 from kat_stream.engines.client import EngineClient
@@ -39,24 +40,30 @@ class Router:
         self._urls, self._policy, self._poll_s = tuple(urls), policy or StickyLeastLoaded(), poll_s
         self._engines: dict[str, EngineState] = {}
         self._session: aiohttp.ClientSession | None = None
-        self._poller: asyncio.Task[None] | None = None
+        self._polling = anyio.create_task_group()
+        """An error in the poller is raised where the router is used: a dead poller would hide every engine."""
 
     async def __aenter__(self) -> Self:
         # No limit on connections: how many calls run at once is admission's business, not a pool's.
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         for url in self._urls:
             self.add(url)
-        self._poller = asyncio.create_task(self._poll_for_ever())
+        await self._polling.__aenter__()
+        self._polling.start_soon(self._poll_for_ever)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._poller is not None:
-            self._poller.cancel()
-            await asyncio.wait({self._poller}, timeout=POLL_DEADLINE_S)
-        if self._session is not None:
-            await self._session.close()
+        self._polling.cancel_scope.cancel()
+        try:
+            await self._polling.__aexit__(kind, error, trace)
+        except BaseExceptionGroup as errors:
+            if errors.exceptions != (error,):  # the user's own error goes on as it is
+                raise
+        finally:
+            if self._session is not None:
+                await self._session.close()
 
     def add(self, url: str) -> None:
         """Take an engine into the fleet; one that is there already stays as it is."""

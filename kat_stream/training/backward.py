@@ -119,7 +119,7 @@ class Backward:
         teacher = self.batch.teacher_logprobs
         return LossInputs(
             logp=values[0],
-            rollout_logp=floats(self.batch.logprobs[sampled]),
+            rollout_logp=floats(self.batch.behaviour[sampled]),
             unit=torch.from_numpy(inverse).to(values.device),
             length=floats(self.units.length[unit]),
             advantage=floats(self.units.advantage[unit]),

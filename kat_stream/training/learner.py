@@ -34,7 +34,7 @@ from kat_stream.training.publication import Publication, atomic_directory, copy_
 from kat_stream.training.rows import make_micro_batch, plan_micro_batches
 from kat_stream.trees.batch import TrainBatch
 
-transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+transformers_logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import numpy as np
@@ -77,8 +77,9 @@ def _turn(conversation: Conversation, at: int, number: int, tokenizer: PreTraine
 
 
 def _render(conversation: Conversation, count: int, tokenizer: PreTrainedTokenizerFast, *, asking: bool) -> list[int]:
+    tools = cast("Any", conversation.tools)
     text = tokenizer.apply_chat_template(
-        conversation.messages[:count], tools=conversation.tools, tokenize=False, add_generation_prompt=asking
+        conversation.messages[:count], tools=tools, tokenize=False, add_generation_prompt=asking
     )
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids

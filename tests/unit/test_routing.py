@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from contextlib import AsyncExitStack
 
+import anyio
 import pytest
 
 from kat_stream.engines.client import EngineClient, Load, SamplingParams
@@ -119,3 +120,19 @@ async def test_engines_are_added_and_removed_while_it_runs() -> None:
                 assert state.url == engine.url
             router.remove(engine.url)
             assert router.list() == ()
+
+
+async def test_a_poller_that_dies_is_raised_where_the_router_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EngineState, "polled", lambda self, load: 1 / 0)
+    async with AsyncExitStack() as stack:
+        (engine,) = await _fleet(stack, 1)
+        with pytest.raises(ExceptionGroup) as caught:
+            async with Router([engine.url]):
+                await anyio.sleep(10)
+        assert caught.group_contains(ZeroDivisionError)
+
+
+async def test_an_error_of_the_user_leaves_the_router_as_it_is() -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with Router([]):
+            raise ZeroDivisionError

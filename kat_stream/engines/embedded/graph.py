@@ -168,7 +168,7 @@ def build_step(model: PreTrainedModel, pool: Tensor, dense: Tensor, vocab: int) 
         # Tracing reads deprecated attributes and warns of every Python branch; what could break, `_agrees` checks.
         warnings.simplefilter("ignore")
         try:
-            traced = torch.jit.trace(eager, example, check_trace=False)  # type: ignore[no-untyped-call]
+            traced = torch.jit.trace(eager, example, check_trace=False)
             return traced if _agrees(traced, model, pool, dense, vocab) else eager
         except RuntimeError:
             # Control flow that cannot be traced or replayed (mixtures of experts): the eager step is exact, only

@@ -48,8 +48,8 @@ class SamplingBody(msgspec.Struct, frozen=True, kw_only=True):
             raise EngineRejected(f"min_p must be in [0, 1], got {self.min_p}")
         if self.top_k < 1 and self.top_k != -1:
             raise EngineRejected(f"top_k must be -1 (off) or at least 1, got {self.top_k}")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise EngineRejected(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 0:
+            raise EngineRejected(f"max_new_tokens must be at least 0, got {self.max_new_tokens}")
         if self.n != 1:
             raise EngineRejected(f"n must be 1, got {self.n}: send one request a sample")
 
@@ -72,7 +72,8 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """State of one request. `prompt` int32 [n]; `limit` output tokens at most; `start` first prompt position whose
+    """State of one request. `prompt` int32 [n]; `limit` output tokens at most (0: the prompt is only scored); `start`
+    first prompt position whose
     log-probability is wanted (n if none). `computed` tokens have keys and values, in `slots[:computed]`, of which the
     first `shared` belong to the prefix cache. Times in seconds of `time.perf_counter`."""
 

@@ -20,7 +20,7 @@ from kat_stream.engines.embedded.kv import KvStore
 from kat_stream.errors import ConfigError, DataError
 
 # A server prints no progress bars.
-transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+transformers_logging.disable_progress_bar()
 
 
 def load_weights(path: Path) -> PreTrainedModel:

@@ -288,6 +288,9 @@ class Scheduler:
                 self.runner.kv.join_row(chunk.request)
 
     def _accept(self, request: Request, token: int, logprob: float, now: float) -> None:
+        if request.limit == 0:
+            self._finish(request, {"type": "length", "length": 0})
+            return
         request.accept(token, logprob, self.runner.version)
         self.stats.generated_tokens += 1
         if len(request.output) == 1:

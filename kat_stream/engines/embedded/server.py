@@ -185,7 +185,8 @@ class EngineServer:
         body.sampling_params.check()
         prompt = self._prompt(body)
         room = self.runner.context - len(prompt)
-        if room < 1:
+        asked = body.sampling_params.max_new_tokens
+        if room < (0 if asked == 0 else 1):
             raise EngineRejected(
                 f"The input ({len(prompt)} tokens) is longer than the model's context length"
                 f" ({self.runner.context} tokens, the last of them for output)."
@@ -195,7 +196,7 @@ class EngineServer:
             raise EngineRejected("stop: the model directory has no tokenizer; use stop_token_ids")
         stop_ids = frozenset() if params.ignore_eos else self.runner.eos | set(params.stop_token_ids or ())
         return Request(
-            rid=body.rid or uuid4().hex, prompt=prompt, params=params, limit=min(params.max_new_tokens or room, room),
+            rid=body.rid or uuid4().hex, prompt=prompt, params=params, limit=room if asked is None else min(asked, room),
             start=self._start(body, len(prompt)), stop_ids=stop_ids, body=body, arrived=time.perf_counter(),
         )  # fmt: skip
 
