@@ -10,12 +10,15 @@ Fails:   trouble on our side is tried again (rollout.attempts), then it is an in
 from __future__ import annotations
 
 import logging
+import socket
 from collections import Counter
+from collections.abc import Sequence
 
 import aiohttp
 
 from kat_stream import telemetry
 from kat_stream.env.rollout import RolloutRunner
+from kat_stream.env.scaffolds.relay import relay
 from kat_stream.gateway.client import GatewayControl
 from kat_stream.log.base import Delivered
 from kat_stream.log.outcome import Emit, Outcome, Retry
@@ -27,6 +30,10 @@ from topics import LedgerEntry, Record, Reward, RolloutRequest, Trajectory
 log = logging.getLogger(__name__)
 
 GATEWAY_READY_S = 120.0
+GATEWAY_BACK_S = 60.0
+"""For a gateway that died to be started again, or another to answer for it."""
+MOST_CONNECTIONS = 4096
+"""Of all agents of this worker to the gateways."""
 DRAIN_S = 3.0
 """How long rollouts of a lost partition may finish before they are cancelled; they run again elsewhere."""
 
@@ -34,11 +41,16 @@ DRAIN_S = 3.0
 class Rollout:
     async def run(self, ctx: Context) -> None:
         config = ctx.config.rollout
-        async with aiohttp.ClientSession() as session:
-            control = GatewayControl(ctx.gateway_control_url, session)
+        control_url, *others = _from(ctx.gateway_control_urls, ctx.number)
+        door = socket.create_server(("127.0.0.1", 0))
+        async with (
+            aiohttp.ClientSession() as session,
+            relay(door, *_from(ctx.gateway_urls, ctx.number), most=MOST_CONNECTIONS),
+        ):
+            control = GatewayControl(control_url, session, others, GATEWAY_BACK_S)
             await wait_until("the gateway to answer", control.healthy, deadline_s=GATEWAY_READY_S)
             backend = open_backend(config)
-            runner = RolloutRunner(backend, control, ctx.gateway_url)
+            runner = RolloutRunner(backend, control, f"http://127.0.0.1:{door.getsockname()[1]}")
             handler = RolloutHandler(ctx.run, runner, config.attempts)
             try:
                 await backend.reap()
@@ -56,6 +68,12 @@ class Rollout:
             finally:
                 await runner.close()
                 await backend.close()
+
+
+def _from(urls: Sequence[str], number: int) -> list[str]:
+    """The gateways in this worker's order: each worker begins with another one, so that they share the load."""
+    first = number % len(urls)
+    return [*urls[first:], *urls[:first]]
 
 
 class RolloutHandler:

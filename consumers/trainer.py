@@ -33,6 +33,7 @@ from kat_stream.rl.step import Step, assemble, batch_digest, check_group, withou
 from kat_stream.service import Context
 from kat_stream.training.checkpoint import Checkpoint, CheckpointStore, latest_checkpoint
 from kat_stream.training.learner import TorchLearner
+from kat_stream.training.parallel import open_learner
 from kat_stream.training.publication import Publication
 from kat_stream.training.settings import digest, learner_config
 from kat_stream.versions import Versions
@@ -100,6 +101,7 @@ class Trainer:
             finally:
                 with anyio.CancelScope(shield=True):
                     await anyio.to_thread.run_sync(self._save, ctx)
+                    await anyio.to_thread.run_sync(self.learner.close)
 
     @property
     def version(self) -> str:
@@ -111,7 +113,14 @@ class Trainer:
 
         torch.set_num_threads(ctx.config.trainer.threads)
         torch.manual_seed(ctx.config.run.seed)
-        self.learner = TorchLearner(model_dir(ctx.config.policy.model), learner_config(ctx.config))
+        section = ctx.config.trainer
+        self.learner = open_learner(
+            model_dir(ctx.config.policy.model),
+            learner_config(ctx.config),
+            ranks=section.ranks,
+            threads=section.threads,
+            step_s=section.step_timeout_s,
+        )
         self.store = CheckpointStore(ctx.run_dir / "checkpoints", self.lineage)
         self.store.open()
         self.parent = self.versions.root

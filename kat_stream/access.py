@@ -46,14 +46,15 @@ SERVICES: dict[str, Access] = {
         writes=("tasks", "rollout.requests"),
         transactional=True,
     ),
-    "gateway": Access(writes=("turns",)),
+    "gateway": Access(reads=("turns",), writes=("turns",)),
     "engine": Access(reads=("policy.versions",)),
     "rollout": Access(
         reads=("rollout.requests",), writes=("trajectories", "rewards", "ledger"), works=True, group=True
     ),
     "verifier": Access(reads=("trajectories",), writes=("rewards",), works=True, group=True),
+    "scorer": Access(reads=("trajectories",), writes=("scores",), works=True, group=True),
     "packer": Access(
-        reads=("trajectories", "rewards", "policy.versions", "batches"),
+        reads=("trajectories", "rewards", "scores", "policy.versions", "batches"),
         writes=("batches", "ledger"),
         group=True,
         transactional=True,

@@ -7,13 +7,13 @@ configuration is complete (every default is in it), so `--dry-run` prints exactl
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
+from kat_stream import toml
 from kat_stream.errors import ConfigError
 from kat_stream.rl.settings import (
     Aggregation,
@@ -66,6 +66,9 @@ class LogSection(Section, frozen=True, kw_only=True):
     dead_letters_share: float = 0.5
     """... and more than this share of all that it handled in it."""
     dead_letters_window_s: float = 60.0
+    static_member: bool = False
+    """A service that comes back under its `--member` name keeps its partitions. Only where the platform guarantees one
+    live holder of a name (a StatefulSet's pod): two of one name take the partitions from each other for ever."""
 
 
 class BlobsSection(Section, frozen=True, kw_only=True):
@@ -124,12 +127,47 @@ class VerifierSection(Section, frozen=True, kw_only=True):
     in_flight: int = 4
 
 
+class TeacherSection(Section, frozen=True, kw_only=True):
+    """One expert to distil from, served by an engine of its own."""
+
+    name: str
+    url: str
+    model: str
+    """Hugging Face directory with its tokenizer: its token ids must be the policy's."""
+    scores: dict[str, float]
+    """Family, written "DATASET/SCAFFOLD" -> its measured score there; the best teacher of a family is the one asked."""
+
+
+class ScorerSection(Section, frozen=True, kw_only=True):
+    """Scores finished trajectories again: repeated prefills (MCLA), and teachers for distillation."""
+
+    enabled: bool = False
+    repeats: int = 8
+    """Prefills of each trajectory by the engines that sampled it, whose average is pi_old of the ratio; 0: none."""
+    reduce: Literal["logprob_mean", "logmeanexp"] = "logprob_mean"
+    """How repeats are averaged: mean of log-probs (report) | log of the mean probability."""
+    bypass_cache: bool = False
+    """Each repeat computes the whole path anew, instead of sharing what precedes the first sampled token."""
+    missing: Literal["rollout", "filter"] = "rollout"
+    """A rollout that got no score: train on the log-probs of its sampling, or leave it out and count it."""
+    wait_s: float = 30.0
+    """How long a group that is otherwise complete waits for its scores."""
+    in_flight: int = 4
+    """Trajectories at once."""
+    call_timeout_s: float = 60.0
+    """Of one prefill."""
+    teachers: tuple[TeacherSection, ...] = ()
+    """The first one wins ties; families that none was measured on are trained by RL alone."""
+
+
 class GatewaySection(Section, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 0
     """Port for agents; 0: chosen at start."""
     control_port: int = 0
     """Port for workers; agents never reach it."""
+    more: tuple[tuple[int, int], ...] = ()
+    """port and control_port of further gateways, one process each (Kafka only); 0: chosen at start."""
     tools: str = "auto"
     """How the policy writes tool calls: auto (as its chat template shows) | none | hermes | qwen3-coder | llama3 |
     deepseek | glm | kimi."""
@@ -143,6 +181,8 @@ class EngineSection(Section, frozen=True, kw_only=True):
     max_total_tokens: int = 65536
     max_running: int = 64
     threads: int = 1
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the embedded engine's weights, keys and values; the learner's are float32."""
     update_mode: Literal["abort", "retract", "in_place"] = "retract"
     """How running requests live through a weight update: retract (exact) | in_place (keeps old KV) | abort."""
 
@@ -183,6 +223,8 @@ class TrainerSection(Section, frozen=True, kw_only=True):
     entropy_coefficient: float = 0.0
     attention: Literal["auto", "segments", "dense", "flex", "flash"] = "segments"
     """How trees attend: auto (the cheaper of segments and dense by a measured cost model), flex and flash on GPUs."""
+    ranks: int = 1
+    """Processes that share a step, each with its own copy of the model: trees are dealt to them by predicted cost."""
     micro_batch_tokens: int = 8192
     """Unique tokens run at once; a larger tree runs in parts, with the same gradient."""
     threads: int = 1
@@ -249,6 +291,7 @@ class Config(Section, frozen=True, kw_only=True):
     sampler: SamplerSection = SamplerSection()
     rollout: RolloutSection = RolloutSection()
     verifier: VerifierSection = VerifierSection()
+    scorer: ScorerSection = ScorerSection()
     gateway: GatewaySection = GatewaySection()
     engine: EngineSection = EngineSection()
     trainer: TrainerSection = TrainerSection()
@@ -262,21 +305,24 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     where = str(path) if path else "defaults"
     table: dict[str, Any] = {}
     if path is not None:
-        table = _read(path)
+        table = toml.read(path)
     for override in overrides:
-        _apply(table, override)
+        toml.override(table, override)
     _check_keys(where, table, Config, "")
     try:
         config = msgspec.convert(table, Config)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {_humanise(str(error))}") from error
     _check_trainer(where, config.trainer)
+    _check_scorer(where, config)
     return config
 
 
 def _check_trainer(where: str, section: TrainerSection) -> None:
     """Said when the file is read, not when the trainer starts."""
     try:
+        if section.ranks < 1:
+            raise ConfigError(f"ranks is {section.ranks}, expected at least 1")
         section.ratio()
         section.distillation()
         section.penalty()
@@ -284,40 +330,33 @@ def _check_trainer(where: str, section: TrainerSection) -> None:
         raise ConfigError(f"{where}: [trainer] {error}") from error
 
 
+def _check_scorer(where: str, config: Config) -> None:
+    scorer = config.scorer
+    if config.trainer.distillation_coefficient > 0 and not (scorer.enabled and scorer.teachers):
+        raise ConfigError(f"{where}: [trainer] distillation_coefficient needs scorer.enabled and scorer.teachers")
+    if not scorer.enabled:
+        return
+    if scorer.repeats < 0 or (scorer.repeats == 0 and not scorer.teachers):
+        raise ConfigError(f"{where}: [scorer] repeats is {scorer.repeats} and there are no teachers: nothing to score")
+    if scorer.repeats and config.sampler.temperature != 1:
+        raise ConfigError(
+            f"{where}: [scorer] repeats are scored at temperature 1, sampler.temperature is "
+            f"{config.sampler.temperature}: they would be of another distribution"
+        )
+    for teacher in scorer.teachers:
+        wrong = [family for family in teacher.scores if family.count("/") != 1]
+        if wrong:
+            raise ConfigError(f"{where}: [scorer] teacher {teacher.name}: `{wrong[0]}` is not DATASET/SCAFFOLD")
+
+
 def dump(config: Config) -> str:
     """The complete configuration as TOML."""
     lines: list[str] = []
     for section, values in msgspec.to_builtins(config).items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
+        lines += [f"{key} = {toml.literal(value)}" for key, value in values.items()]
         lines.append("")
     return "\n".join(lines)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
-
-
-def _apply(table: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    section, dot, name = key.strip().rpartition(".")
-    if not equals or not dot or not name:
-        raise ConfigError(f"--set {override}: expected section.key=value, for example --set run.steps=20")
-    try:
-        value = tomllib.loads(f"v = {text.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    target: Any = table
-    for part in section.split("."):
-        target = target.setdefault(part, {})
-        if not isinstance(target, dict):
-            raise ConfigError(f"--set {key.strip()}: `{section}` is no section")
-    target[name] = value
 
 
 def _check_keys(where: str, table: Mapping[str, Any], kind: type[msgspec.Struct], prefix: str) -> None:
@@ -334,6 +373,10 @@ def _check_keys(where: str, table: Mapping[str, Any], kind: type[msgspec.Struct]
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{where}: `{key}` is a section, written [{key}]")
             _check_keys(where, value, inner, f"{prefix}{key}.")
+        for one in get_args(inner):
+            if isinstance(one, type) and issubclass(one, Section) and isinstance(value, list | tuple):
+                for item in value:
+                    _check_keys(where, item, one, f"{prefix}{key}.")
 
 
 _NO_PASSWORD = (
@@ -350,15 +393,3 @@ def _all_keys() -> list[str]:
 def _humanise(message: str) -> str:
     text, _, path = message.rpartition(" - at `$.")
     return f"`{path.rstrip('`')}`: {text[0].lower()}{text[1:]}" if path else message
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_toml(str(key))} = {_toml(item)}" for key, item in value.items()) + " }"
-    return repr(value)

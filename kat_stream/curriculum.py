@@ -8,9 +8,12 @@ Every id is a function of (run, index): asking twice yields the same ids, so a r
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
+from kat_stream.mix import members
 from topics import RolloutRequest, Sampling, Task
 
 
@@ -46,6 +49,8 @@ class Schedule:
     eval_after: bool
     eval_every: int
     eval_tasks: int
+    mix: Mapping[str, float] = field(default_factory=dict)
+    """Scaffolds and their weights; empty: each task names its own."""
 
     def admissible_groups(self, version: int) -> int:
         """How many training groups may have been asked for when the newest version is `version`; none before one."""
@@ -90,6 +95,7 @@ class Schedule:
     def _requests(
         self, group_id: str, task: Task, size: int, purpose: str, number: int, deadline_unix_s: float
     ) -> list[RolloutRequest]:
+        tasks = self._under(task, size, group_id if purpose == "train" else task.task_id)
         return [
             RolloutRequest(
                 run=self.run,
@@ -98,13 +104,20 @@ class Schedule:
                 sample=sample,
                 group_size=size,
                 purpose="eval" if purpose == "eval" else "train",
-                task=task,
+                task=tasks[sample],
                 sampling=self.sampling,
                 deadline_unix_s=deadline_unix_s,
                 round=number,
             )
             for sample in range(size)
         ]
+
+    def _under(self, task: Task, size: int, what: str) -> list[Task]:
+        """The task once for each member, under that member's scaffold; an evaluation asks the same in each round."""
+        if not self.mix:
+            return [task] * size
+        names = members(self.mix, size, random.Random(f"{self.seed}/{what}"))
+        return [msgspec.structs.replace(task, scaffold=name) for name in names]
 
 
 def group_of(rollout_id: str) -> str:

@@ -23,7 +23,7 @@ from kat_stream.observe.stage_lag import stage_lags
 from kat_stream.runs import open_run_log, registered
 from kat_stream.service import Context
 from kat_stream.signals import stop_on_signal
-from kat_stream.supervisor import supervise
+from kat_stream.supervisor import members_of, supervise
 from kat_stream.telemetry import LAG, LAG_SECONDS, serve_metrics
 from topics import CATALOGUE, LedgerEntry
 
@@ -63,7 +63,7 @@ async def execute(config: Config, run_dir: Path, *, resume: bool, progress: Prog
                 group.start_soon(progress.follow, ctx)
                 group.start_soon(_export_lag, ctx)
                 try:
-                    await (run_local(ctx) if one_process else supervise(run_dir, ctx.stopping))
+                    await (run_local(ctx) if one_process else supervise(run_dir, ctx.stopping, members_of(config)))
                 except KatError as failure:
                     error = failure
                 with anyio.move_on_after(2):

@@ -16,9 +16,20 @@ from kat_stream.service import Context, load_service
 
 log = logging.getLogger(__name__)
 
-SERVICES = ("sampler", "rollout", "verifier", "packer", "trainer", "weight_sync", "gateway", "engine", "archiver")
+SERVICES = (
+    "sampler",
+    "rollout",
+    "verifier",
+    "scorer",
+    "packer",
+    "trainer",
+    "weight_sync",
+    "gateway",
+    "engine",
+    "archiver",
+)
 """In the order of the flow, which is the order in which they stop."""
-HURRY_S, FINISH_S = 4.0, 30.0
+HURRY_S, FINISH_S = 3.5, 30.0
 """How long all services together may take to stop: after Ctrl-C (the whole run in less than 5 s), and at the end."""
 
 
@@ -33,8 +44,12 @@ class _Running:
 
 
 async def run_local(ctx: Context, services: Sequence[str] = SERVICES) -> None:
-    """Run until the sampler is finished or `ctx.stopping` is set; raises the error of a service that failed."""
-    running = [_Running(name, _own_context(ctx, name), anyio.CancelScope(), anyio.Event()) for name in services]
+    """Run until the sampler is finished or `ctx.stopping` is set; raises the error of a service that failed.
+
+    A scorer takes part only where the configuration asks for one.
+    """
+    names = [name for name in services if name != "scorer" or ctx.config.scorer.enabled]
+    running = [_Running(name, _own_context(ctx, name), anyio.CancelScope(), anyio.Event()) for name in names]
     failures: list[Exception] = []
     async with anyio.create_task_group() as group:
         for service in reversed(running):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -34,6 +35,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if not tokenizer.chat_template:
         raise ConfigError(f"policy.model: the tokenizer in {path} has no chat template")
     return tokenizer
+
+
+def vocabulary(name: str) -> str:
+    """A fingerprint of the token ids that a model reads: equal for two models if every id stands for the same text."""
+    entries = sorted(load_tokenizer(name).get_vocab().items())
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def max_positions(name: str) -> int | None:

@@ -69,6 +69,7 @@ def open_run_log(config: Config, run_dir: Path) -> Log:
         security=config.log.security,
         blobs=blobs_url(config, run_dir),
         blob_limit_bytes=config.blobs.limit_bytes,
+        static_member=config.log.static_member,
     )
 
 
@@ -83,6 +84,10 @@ def choose_ports(config: Config, *, moving: bool = False) -> Config:
         gateway,
         port=_port(gateway.host, gateway.port, "gateway.port", moving),
         control_port=_port(gateway.host, gateway.control_port, "gateway.control_port", moving),
+        more=tuple(
+            (_port(gateway.host, port, "gateway.more", moving), _port(gateway.host, control, "gateway.more", moving))
+            for port, control in gateway.more
+        ),
     )
     if not engine.urls:
         engine = msgspec.structs.replace(engine, port=_port(engine.host, engine.port, "engine.port", moving))

@@ -46,11 +46,30 @@ class Context:
 
     @property
     def gateway_url(self) -> str:
-        return f"http://{self.config.gateway.host}:{self.config.gateway.port}"
+        return self.gateway_urls[0]
 
     @property
     def gateway_control_url(self) -> str:
-        return f"http://{self.config.gateway.host}:{self.config.gateway.control_port}"
+        return self.gateway_control_urls[0]
+
+    @property
+    def gateway_urls(self) -> tuple[str, ...]:
+        """For agents, of every gateway of the run."""
+        section = self.config.gateway
+        return tuple(f"http://{section.host}:{port}" for port in (section.port, *(port for port, _ in section.more)))
+
+    @property
+    def gateway_control_urls(self) -> tuple[str, ...]:
+        """For workers, in the same order."""
+        section = self.config.gateway
+        ports = (section.control_port, *(port for _, port in section.more))
+        return tuple(f"http://{section.host}:{port}" for port in ports)
+
+    @property
+    def number(self) -> int:
+        """Which of the processes of its service this is, from 0: `rollout-2` is 1."""
+        digits = self.member.partition("-")[2]
+        return int(digits) - 1 if digits.isdecimal() and int(digits) else 0
 
     def group(self, stage: str) -> str:
         """The consumer group of a stage: runs on one broker do not take each other's messages."""

@@ -22,11 +22,14 @@ import anyio
 from anyio.abc import Process
 
 from kat_stream import telemetry
+from kat_stream.config import Config
 from kat_stream.errors import ServiceDied
 from kat_stream.signals import AWAY, HEART, SUPERVISOR
 
 log = logging.getLogger(__name__)
 
+SCORER = "scorer"
+"""Takes part only where the configuration asks for one."""
 PROCESSES = (
     "archiver",
     "trainer",
@@ -140,6 +143,12 @@ class Member:
     def last_words(self) -> str:
         lines = self.log_file.read_text(errors="replace").splitlines() if self.log_file.exists() else []
         return "\n".join(f"    {line}" for line in lines[-LOG_TAIL:])
+
+
+def members_of(config: Config) -> tuple[str, ...]:
+    """The members of a run: all, further gateways, and a scorer where the configuration asks for one."""
+    gateways = [f"gateway-{number}" for number, _ in enumerate(config.gateway.more, 2)]
+    return (*PROCESSES, *gateways, *((SCORER,) if config.scorer.enabled else ()))
 
 
 async def supervise(

@@ -52,5 +52,8 @@ if [ ! -e "$stamp" ]; then
 fi
 
 if [ "$what" = test ]; then
-    say "$(.venv/bin/kat-stream scaffolds install mini-swe-agent)"
+    # One agent of each wire; the tests run whatever else is installed, too.
+    .venv/bin/kat-stream scaffolds install mini-swe-agent codex claude-code gemini-cli qwen-code | while read -r line; do
+        say "$line"
+    done
 fi

@@ -44,6 +44,7 @@ class Engine:
             max_running=config.max_running,
             weight_version=version.version,
             threads=config.threads,
+            dtype=config.dtype,
         )
         log.info("engine at %s runs %s", server.url, version.version)
         try:

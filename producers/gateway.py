@@ -1,6 +1,6 @@
 """Gateway: the LLM proxy that agents talk to, as a service; every model call becomes a turn on the log.
 
-In:      HTTP from agents (gateway.port) and from workers (gateway.control_port)
+In:      HTTP from agents (gateway.port) and from workers (gateway.control_port); turns, of sessions that move here
 Out:     turns, each acknowledged before its reply ends
 Key:     group_id
 Commits: -
@@ -11,7 +11,15 @@ from __future__ import annotations
 
 import logging
 
-from kat_stream.gateway.app import start_gateway
+import aiohttp
+import msgspec
+
+from kat_stream.config import GatewaySection
+from kat_stream.errors import ConfigError
+from kat_stream.gateway.app import Moving, start_gateway
+from kat_stream.gateway.client import GatewayControl
+from kat_stream.gateway.peers import Peers
+from kat_stream.gateway.tickets import run_secret
 from kat_stream.policy import load_tokenizer
 from kat_stream.routing import Router
 from kat_stream.service import Context
@@ -22,16 +30,27 @@ log = logging.getLogger(__name__)
 class Gateway:
     async def run(self, ctx: Context) -> None:
         tokenizer = load_tokenizer(ctx.config.policy.model)
-        async with Router(ctx.engine_urls) as router:
+        others = [url for number, url in enumerate(ctx.gateway_control_urls) if number != ctx.number]
+        async with Router(ctx.engine_urls) as router, aiohttp.ClientSession() as http:
             server = await start_gateway(
                 tokenizer=tokenizer,
                 log=ctx.log,
                 router=router,
-                config=ctx.config.gateway,
+                config=_own(ctx.config.gateway, ctx.number),
                 model_name=ctx.config.policy.name,
+                moving=Moving(ctx.log, run_secret(ctx.run_dir), Peers([GatewayControl(url, http) for url in others])),
             )
             log.info("gateway for agents at %s, for workers at %s", server.data_url, server.control_url)
             try:
                 await ctx.stopping.wait()
             finally:
                 await server.close()
+
+
+def _own(section: GatewaySection, number: int) -> GatewaySection:
+    """The section with the ports of this process; ConfigError if there are none."""
+    ports = ((section.port, section.control_port), *section.more)
+    if number >= len(ports):
+        raise ConfigError(f"gateway.more: no ports for gateway {number + 1}, there are {len(ports)}")
+    port, control_port = ports[number]
+    return msgspec.structs.replace(section, port=port, control_port=control_port)

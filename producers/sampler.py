@@ -24,6 +24,7 @@ from kat_stream.env.datasets import open_dataset
 from kat_stream.errors import DataError, DecodeError, EngineError
 from kat_stream.log.base import Delivered, Follower, Writer
 from kat_stream.log.message import seal
+from kat_stream.mix import check_mix
 from kat_stream.service import Context, wait_until
 from kat_stream.versions import Versions
 from topics import LedgerEntry, PolicyVersion, Record, Reward, RolloutRequest, Sampling, Task
@@ -56,6 +57,7 @@ def schedule_of(config: Config, run: str) -> Schedule:
         eval_after=section.eval_after,
         eval_every=section.eval_every,
         eval_tasks=section.eval_tasks,
+        mix=check_mix(section.scaffold),
     )
 
 

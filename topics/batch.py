@@ -35,6 +35,11 @@ class PackedRow(msgspec.Struct, frozen=True, kw_only=True):
     """float32[M] of each turn."""
     weight: bytes
     """float32[M] share of each turn in its trajectory's mean (1 / number of trainable turns)."""
+    scored_logprobs: bytes = b""
+    """float32[sum turn_len] behaviour log-probabilities averaged over repeated prefills (MCLA), NaN for a token that
+    was not scored by the version that sampled it; empty: none was."""
+    teacher_logprobs: bytes = b""
+    """float32[sum turn_len] a teacher's log-probabilities of the sampled tokens, NaN without; empty: no teacher."""
 
 
 class GroupMember(msgspec.Struct, frozen=True, kw_only=True):

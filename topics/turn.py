@@ -2,6 +2,8 @@
 
 A turn is a delta: its full prompt is the first `prefix_len` tokens of its parent's path (prompt + sampled)
 followed by `prompt_ids`. The arrays `sampled_ids` and `logprobs` have one length; `spans` cover it without gaps.
+A gateway that takes a session over writes a claim first: a turn without tokens, `side` is `takeover`. From there on
+turns of this session count only if they carry that claim (`kat_stream.gateway.takeover:Lineage`).
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class Turn(Record, frozen=True, kw_only=True, tag="Turn/1"):
     ill_formed: bool = False
     """A tool call was begun that does not parse: it stands in `content` as it was written."""
     side: str = ""
-    """Why this is a side request (model | probe | title | commit); empty for the task's own work."""
+    """Why this is a side request (model | probe | title | commit); empty for the task's own work; takeover: a claim."""
     thread: str = ""
     """Thread of the agent's work: its own name for it, else a digest of its instructions."""
     conversation: bytes = b""
@@ -71,3 +73,15 @@ class Turn(Record, frozen=True, kw_only=True, tag="Turn/1"):
     """Messages in the prompt."""
     tools: bytes = b""
     """16 bytes: digest of the prompt's tools."""
+    claim: str = ""
+    """The takeover under which it was written: turn_id of that claim; empty for the gateway that opened the session."""
+    after: str = ""
+    """turn_id of the reply that the prompt's conversation went on from; other than `parent` if it was rewritten."""
+    prompt_chars: int = 0
+    """Characters of the prompt's text."""
+    prompt_hash: bytes = b""
+    """16 bytes: digest of the prompt's text."""
+    request: bytes = b""
+    """16 bytes: digest of the request's body, by which a retry of it is known."""
+    matched_stop: str = ""
+    """The agent's stop string that ended it."""

@@ -23,7 +23,8 @@ def register(subparsers: Any) -> None:
         help="how far each stage is behind, in messages and seconds",
         description="Prints for each stage of a run and each topic how many messages are not finished yet, and how old "
         "the oldest of them is. The trainer counts from the positions of its newest step, the archiver from its files. "
-        "Work that is done beyond a slow message is not lag. Reading it disturbs nobody. With --log and no RUN, all "
+        "Work that is done beyond a slow message is not lag; delay tiers in which nothing waits are left out. "
+        "Reading it disturbs nobody. With --log and no RUN, all "
         "consumer groups on that broker. A running `kat-stream run` exports the same as kat_lag_messages and "
         "kat_lag_seconds. A run on the in-memory log shows its lag in its own progress view.",
         examples=[
@@ -77,6 +78,9 @@ def _show(found: Iterable[Lag], as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
+    from kat_stream.log.retries import TIERS
+
+    found = [lag for lag in found if lag.messages or lag.topic not in TIERS]
     if as_json:
         rows = [{**asdict(lag), "messages": lag.messages, "seconds": lag.seconds} for lag in found]
         print(json.dumps(rows), flush=True)

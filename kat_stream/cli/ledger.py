@@ -49,7 +49,12 @@ def ledger(args: argparse.Namespace) -> int:
             print(rollout_id)
         return 0
     problems = account.check()
-    print(_as_json(account.summary(), problems) if args.json else _as_text(account.summary(), problems, where_from))
+    said = account.second_account()
+    print(
+        _as_json(account.summary(), problems, said)
+        if args.json
+        else _as_text(account.summary(), problems, said, where_from)
+    )
     return 1 if problems else 0
 
 
@@ -78,7 +83,7 @@ def _state(word: str) -> str:
     return state
 
 
-def _as_text(summary: Summary, problems: list[str], where_from: str) -> str:
+def _as_text(summary: Summary, problems: list[str], said: dict[str, int], where_from: str) -> str:
     rows = [("requested", str(summary.requested))]
     for state, value in _parts(summary):
         rows.append((f"  {state}", str(value if isinstance(value, int) else sum(value.values()))))
@@ -86,6 +91,8 @@ def _as_text(summary: Summary, problems: list[str], where_from: str) -> str:
             rows += [(f"    {reason or '(no reason)'}", str(count)) for reason, count in value.items()]
     width = max(len(count) for _, count in rows)
     lines = [where_from, table([(name, count.rjust(width)) for name, count in rows])]
+    if said:
+        lines.append(f"the topic ledger says: {', '.join(f'{state} {count}' for state, count in said.items())}")
     if problems:
         return "\n".join([*lines, "the account does not close:", *(f"  {problem}" for problem in problems)])
     return "\n".join([*lines, f"the account closes: {summary.requested} = {summary.accounted}"])
@@ -103,8 +110,8 @@ def _parts(summary: Summary) -> list[tuple[str, int | dict[str, int]]]:
     ]
 
 
-def _as_json(summary: Summary, problems: list[str]) -> str:
+def _as_json(summary: Summary, problems: list[str], said: dict[str, int]) -> str:
     import json
     from dataclasses import asdict
 
-    return json.dumps({**asdict(summary), "closes": not problems, "problems": problems})
+    return json.dumps({**asdict(summary), "topic_ledger": said, "closes": not problems, "problems": problems})

@@ -7,6 +7,8 @@ a bug or `--debug`. A reader that closes the pipe (`| head`) ends a command quie
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -30,6 +32,7 @@ COMMANDS = {
     "replay": "replay",
     "shadow": "shadow",
     "plot": "plot",
+    "export": "export",
     "lag": "lag",
     "topics": "topics",
     "blobs": "blobs",
@@ -37,10 +40,11 @@ COMMANDS = {
     "broker": "broker",
     "gateway": "gateway",
     "datasets": "datasets",
-    "scaffolds": "plugins",
+    "scaffolds": "scaffolds",
     "sandboxes": "plugins",
     "losses": "plugins",
     "verifiers": "plugins",
+    "formats": "plugins",
 }
 """Command -> module of this package with `register(subparsers)`."""
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
@@ -55,6 +59,7 @@ trajectory, reward and batch is a record on a topic, and every part of the syste
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    atexit.register(gc.freeze)  # else the interpreter's last collection walks all of torch: seconds after Ctrl-C
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it reports ordinary events; our errors say what matters
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:

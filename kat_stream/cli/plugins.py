@@ -1,11 +1,10 @@
-"""`kat-stream scaffolds|sandboxes|losses|verifiers list`: what is registered, one line each; and `scaffolds install`.
+"""`kat-stream sandboxes|losses|verifiers|formats list`: what is registered, one line each.
 
 Invariant: listing imports nothing that is registered, so that a broken or heavy package does not break the list.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -15,10 +14,10 @@ from typing import Any
 from kat_stream.cli.common import add_command, add_group, table
 
 KINDS = {
-    "scaffolds": "the agents that work on tasks",
     "sandboxes": "where agents and graders run",
     "losses": "what a step of the learner makes smaller",
     "verifiers": "how a finished work tree becomes a score",
+    "formats": "how finished rollouts become rows of a data set",
 }
 
 
@@ -26,33 +25,6 @@ def register(subparsers: Any) -> None:
     for kind, about in KINDS.items():
         group = add_group(subparsers, kind, help=about, description=f"{about.capitalize()}.")
         add_list(group, kind)
-        if kind == "scaffolds":
-            _add_install(group)
-
-
-def _add_install(group: Any) -> None:
-    parser = add_command(
-        group,
-        "install",
-        install,
-        help="install the program of a black-box agent",
-        description="Puts the pinned version of a black-box agent's program once into the cache; sandboxes see it "
-        "read-only. An agent that runs in the worker needs none.",
-        examples=["scaffolds install mini-swe-agent"],
-    )
-    parser.add_argument("name", metavar="NAME", help="see: kat-stream scaffolds list")
-
-
-def install(args: argparse.Namespace) -> int:
-    from kat_stream.env.scaffolds import get_scaffold
-    from kat_stream.env.scaffolds.blackbox import BlackBox
-
-    scaffold = get_scaffold(args.name)
-    if not isinstance(scaffold, BlackBox):
-        print(f"{args.name} runs in the worker; nothing to install")
-        return 0
-    print(f"{args.name}: {scaffold.install()}")
-    return 0
 
 
 def add_list(group: Any, kind: str) -> None:
@@ -69,12 +41,15 @@ def add_list(group: Any, kind: str) -> None:
 
 
 def list_(kind: str) -> int:
-    points = sorted(entry_points(group=f"kat_stream.{kind}"), key=lambda point: point.name)
-    if not points:
-        print(f"no {kind} are registered (entry-point group kat_stream.{kind})")
-        return 0
-    print(table([(point.name, _about(point)) for point in points]))
+    rows = registered(kind)
+    print(table(rows) if rows else f"no {kind} are registered (entry-point group kat_stream.{kind})")
     return 0
+
+
+def registered(kind: str) -> list[tuple[str, str]]:
+    """Names of one kind of plug-in, sorted, and what each is; nothing of theirs is imported."""
+    points = sorted(entry_points(group=f"kat_stream.{kind}"), key=lambda point: point.name)
+    return [(point.name, _about(point)) for point in points]
 
 
 def _about(point: EntryPoint) -> str:

@@ -98,14 +98,14 @@ def close(title: str, result: Result, run_dir: Path) -> int:
     from kat_stream.observe.sources import archived_state
 
     state = archived_state(run_dir)
+    if result.interrupted and result.error is None:  # who pressed Ctrl-C waits for no picture: matplotlib takes seconds
+        print(f"{title}: stopped at step {state.steps_done}; go on with: kat-stream run --resume {run_dir}")
+        return INTERRUPTED
     write_plots(state, run_dir)
     if result.error is not None:
         print(f"{title}: stopped: {result.error}", file=sys.stderr)
         print(f"{title}: log {run_dir}/logs; go on with: kat-stream run --resume {run_dir}", file=sys.stderr)
         return 1
-    if result.interrupted:
-        print(f"{title}: stopped at step {state.steps_done}; go on with: kat-stream run --resume {run_dir}")
-        return INTERRUPTED
     print(f"{title}: {summary(state)}, {result.seconds:.0f} s, run {run_dir}")
     return 0
 

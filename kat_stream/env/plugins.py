@@ -7,6 +7,7 @@ variant of somebody else's package is found the same way as ours.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -18,12 +19,15 @@ def names(group: str) -> list[str]:
     return sorted({point.name for point in entry_points(group=group)})
 
 
-def load(group: str, name: str) -> Any:
-    """The object registered as `name`; ConfigError if there is none or it cannot be imported."""
+def load(group: str, name: str, also: Sequence[str] = ()) -> Any:
+    """The object registered as `name`; ConfigError if there is none or it cannot be imported.
+
+    `also`: names of the same kind that are known elsewhere, for the error.
+    """
     for point in entry_points(group=group):
         if point.name == name:
             return _import(point)
-    known = names(group)
+    known = sorted({*names(group), *also})
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"{group}: no {name!r}{hint} (known: {', '.join(known) or 'none'})")

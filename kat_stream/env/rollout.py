@@ -28,8 +28,9 @@ _log = logging.getLogger(__name__)
 # Beside the agent's own time: create, lay out, take the patch, close. The sandbox ends itself after that.
 _OVERHEAD_S = 120.0
 _CREATE_TIMEOUT_S = 60.0
-_SESSION_TIMEOUT_S = 30.0
-_RELEASE_TIMEOUT_S = 30.0
+# Longer than a gateway that died takes to be back, and to read a session from the log.
+_SESSION_TIMEOUT_S = 100.0
+_RELEASE_TIMEOUT_S = 110.0
 # A rollout that could not even start its agent is no rollout.
 _LEAST_AGENT_S = 0.5
 _NO_SESSION = SessionEndpoint("", "")
@@ -153,7 +154,7 @@ class RolloutRunner:
         end = await self._let_work(state, endpoint)
         end = await self._harvest(state, files, base, end)
         await self._close_session(state)
-        return _with_turns(end, state.turns)
+        return _with_turns(end, state.turns, state.request.sampling.max_turns)
 
     async def _open_session(self, state: _State) -> SessionEndpoint:
         if not state.scaffold.needs().session:
@@ -180,6 +181,7 @@ class RolloutRunner:
             mounts=needs.mounts,
             memory_mb=needs.memory_mb,
             pids=needs.pids,
+            disk_mb=needs.disk_mb,
         )
         async with asyncio.timeout(_CREATE_TIMEOUT_S):
             sandbox = await self._sandboxes.create(spec, owner=state.request.rollout_id)
@@ -242,10 +244,15 @@ def _failed(error: Exception) -> _End:
     return _End("infra_error", str(error) or type(error).__name__, type(error).__name__)
 
 
-def _with_turns(end: _End, turns: tuple[Turn, ...]) -> _End:
-    """A black box that gives up because its last reply was cut ran out of tokens, whatever it says itself."""
+def _with_turns(end: _End, turns: tuple[Turn, ...], max_turns: int) -> _End:
+    """A black box that gives up because its last reply was cut or its next call was refused ran out of tokens or turns.
+
+    Whatever it says itself: many have no limit of their own, and the gateway's ends them with an error.
+    """
     if end.outcome == "agent_error" and turns and turns[-1].finish_reason == "length":
         return _End("token_limit", end.detail)
+    if end.outcome == "agent_error" and sum(not turn.side for turn in turns) >= max_turns:
+        return _End("turn_limit", end.detail)
     return end
 
 

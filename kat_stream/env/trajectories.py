@@ -53,8 +53,9 @@ def sandbox_spec(
     mounts: Mapping[str, str] | None = None,
     memory_mb: int = 0,
     pids: int = 0,
+    disk_mb: int = 0,
 ) -> SandboxSpec:
-    """The sandbox of a task. `mounts` (path inside -> path on the worker), memory and pids are the agent's own needs.
+    """The sandbox of a task. `mounts` (path inside -> path on the worker) and limits are the agent's own needs.
 
     They come on top of the task's; TaskError if the task needs a tool chain that is not on this worker.
     """
@@ -66,7 +67,7 @@ def sandbox_spec(
         memory_mb=environment.memory_mb + memory_mb,
         pids=environment.pids + pids,
         cpus=environment.cpus,
-        disk_mb=environment.disk_mb,
+        disk_mb=environment.disk_mb + disk_mb,
         wall_s=wall_s,
         network=network,
         mounts=tuple(Mount(source, inside) for inside, source in shown.items()),

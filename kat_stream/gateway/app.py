@@ -7,7 +7,7 @@ call and leaves no task behind.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -20,15 +20,29 @@ from kat_stream.gateway.control import ControlListener
 from kat_stream.gateway.data import DataListener
 from kat_stream.gateway.door import Door
 from kat_stream.gateway.limits import Limits
+from kat_stream.gateway.peers import Peers, Pulse
 from kat_stream.gateway.recording import Publisher
 from kat_stream.gateway.render import Renderer
 from kat_stream.gateway.sessions import SessionHandle, Sessions
+from kat_stream.gateway.takeover import Takeover
+from kat_stream.gateway.tickets import Mint
+from kat_stream.log.base import Log
 from kat_stream.routing.router import Router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = ["GatewayControl", "GatewayServer", "SessionHandle", "start_gateway"]
+
+
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """What gateways of one run share: the log that they read sessions from, a secret, and each other."""
+
+    log: Log
+    secret: bytes
+    peers: Peers = field(default_factory=Peers)
+    pulse: Pulse = field(default_factory=Pulse)
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +52,7 @@ class GatewayServer:
     data_url: str
     control_url: str
     _calls: CallService
+    _takeover: Takeover | None
     _runners: tuple[web.AppRunner, ...]
     _chores: tuple[asyncio.Task[None], ...]
 
@@ -46,6 +61,8 @@ class GatewayServer:
         for chore in self._chores:
             chore.cancel()
         await asyncio.wait(self._chores, timeout=1.0)
+        if self._takeover is not None:
+            await self._takeover.close()
         await self._calls.close()
         for runner in self._runners:
             await runner.cleanup()
@@ -59,13 +76,21 @@ async def start_gateway(
     config: GatewaySection,
     model_name: str,
     limits: Limits | None = None,
+    moving: Moving | None = None,
 ) -> GatewayServer:
-    """Listen at `config.host`; port 0 lets the system choose. ConfigError: a port in use, an unusable chat template."""
+    """Listen at `config.host`; port 0 lets the system choose. ConfigError: a port in use, an unusable chat template.
+
+    `moving`: what lets sessions survive this process; without it they live and die with it.
+    """
     limits = limits or Limits()
     sessions = Sessions(limits)
     calls = CallService(Renderer(tokenizer), log, router, config.tools, limits)
     control, door = ControlListener(sessions, calls, limits), Door(limits)
     data = DataListener(sessions, calls, model_name, limits, door)
+    takeover = None
+    if moving is not None:
+        takeover = Takeover(moving.log, sessions, calls, Mint(moving.secret), moving.peers)
+        control.takeover = data.takeover = takeover
     data_runner, data_url = await _listen(data.app(), config.host, config.port, "gateway.port", limits, door)
     try:
         control_runner, control_url = await _listen(
@@ -74,8 +99,11 @@ async def start_gateway(
     except ConfigError:
         await data_runner.cleanup()
         raise
-    chores = (asyncio.create_task(control.sweep()), asyncio.create_task(door.watch()))
-    return GatewayServer(data_url, control_url, calls, (data_runner, control_runner), chores)
+    chores = [asyncio.create_task(control.sweep()), asyncio.create_task(door.watch())]
+    if takeover is not None and moving is not None and moving.peers:
+        calls.pulse = moving.pulse
+        chores.append(asyncio.create_task(calls.pulse.watch(takeover.forget)))
+    return GatewayServer(data_url, control_url, calls, takeover, (data_runner, control_runner), tuple(chores))
 
 
 async def _listen(

@@ -19,11 +19,12 @@ from kat_stream.gateway.limits import Limits
 from kat_stream.gateway.messages import ModelCall, Reply
 from kat_stream.gateway.metrics import CALL_SECONDS, COALESCED, IN_FLIGHT
 from kat_stream.gateway.parsers.base import ToolParser
+from kat_stream.gateway.peers import Pulse
 from kat_stream.gateway.prompts import Conversation, Prompt
 from kat_stream.gateway.recording import Publisher, count, make_turn, record
 from kat_stream.gateway.render import Renderer, unpack
 from kat_stream.gateway.sampling import Draft, Sampler
-from kat_stream.gateway.sessions import Session
+from kat_stream.gateway.sessions import Session, ended
 from kat_stream.gateway.side import side_reason
 from kat_stream.gateway.tools import AUTO, NONE, family, get_parser, read_reply
 from kat_stream.routing.router import Router
@@ -34,8 +35,8 @@ log = logging.getLogger(__name__)
 class Call:
     """One model call. Watch it with `async with`; `result` is the reply, `next_ids` tells a stream what is new."""
 
-    def __init__(self, session: Session, asked: ModelCall, prompt: Prompt, service: CallService) -> None:
-        self.session, self.asked, self.prompt = session, asked, prompt
+    def __init__(self, session: Session, asked: ModelCall, prompt: Prompt, digest: bytes, service: CallService) -> None:
+        self.session, self.asked, self.prompt, self.digest = session, asked, prompt, digest
         self.side = side_reason(asked)
         self.turn_id = uuid.uuid4().hex
         self.delivered = False
@@ -80,19 +81,22 @@ class CallService:
 
     def __init__(self, renderer: Renderer, publisher: Publisher, router: Router, tools: str, limits: Limits) -> None:
         self.renderer, self.limits = renderer, limits
+        self.pulse = Pulse()
         self.parser: ToolParser = get_parser(family(renderer.template) if tools == AUTO else tools)
         self._publisher, self._router = publisher, router
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, session: Session, asked: ModelCall, digest: bytes, *, retry: bool) -> Call:
         """The call that answers this request: an earlier one if this is its retry, else a new one. RequestRefused."""
+        if session.closed:
+            raise ended(session)
         if (known := _retried(session, digest, retry)) is not None:
             COALESCED.inc()
             return known
         self._check(session, side=bool(side_reason(asked)))
         prompt = session.conversation.prompt(self.renderer, asked)
         _check_context(session, prompt)
-        call = Call(session, asked, prompt, self)
+        call = Call(session, asked, prompt, digest, self)
         session.running.add(call)
         session.remember(digest, call, self.limits.remembered_calls)
         call.task = self._spawn(self._run(call))
@@ -145,6 +149,13 @@ class CallService:
             await _cancel(late)
         session.recent.clear()
         session.conversation = Conversation()
+        self._router.forget(session.session_id)
+
+    def give_up(self, session: Session) -> None:
+        """Another gateway may have the session: stop what runs for it and record nothing."""
+        for call in session.running:
+            if call.task is not None:
+                call.task.cancel()
         self._router.forget(session.session_id)
 
     async def close(self) -> None:
@@ -210,8 +221,12 @@ class CallService:
             thinks=self.renderer.thinks,
             opened=call.prompt.opened,
         )
-        turn = make_turn(call.session, call.turn_id, call.asked, call.prompt, draft, said, call.side)
+        turn = make_turn(call.session, call.turn_id, call.asked, call.prompt, draft, said, call.side, call.digest)
         await record(self._publisher, turn, self.limits.publish_s)
+        if self.pulse.stalled():
+            # Another gateway may have claimed the session before this turn: only the log knows whether it counts.
+            call.session.moved = True
+            raise ended(call.session)
         reply = Reply(
             turn_id=call.turn_id,
             content=said.content,
@@ -219,7 +234,7 @@ class CallService:
             ill_formed=said.ill_formed,
             tool_calls=said.tool_calls,
             finish_reason=draft.finish_reason,
-            matched_stop=draft.matched_stop if draft.matched_stop in call.asked.stop else "",
+            matched_stop=turn.matched_stop,
             prompt_tokens=call.prompt.tokens,
             completion_tokens=len(draft.ids),
             cached_tokens=draft.cached_tokens,

@@ -5,26 +5,43 @@ Invariant: every call has a deadline, and whatever goes wrong is a GatewayError 
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
 
 import aiohttp
 import msgspec
 
 from kat_stream.errors import GatewayError
-from kat_stream.gateway.control import CLOSE_S, MSGPACK
+from kat_stream.gateway.control import CLOSE_S, KEY_HEADER, MSGPACK
 from kat_stream.gateway.sessions import SessionHandle, SessionStatus
 from topics.request import Sampling
 from topics.turn import Turn
 
 CALL_S = 30.0
+AGAIN_S = 0.2
+"""Between two rounds over gateways none of which can be reached."""
 _turns = msgspec.msgpack.Decoder(list[Turn])
 
 
 class GatewayControl:
-    """The control listener at `control_url`; `session` carries the connections and stays the caller's."""
+    """The control listener at `control_url`; `session` carries the connections and stays the caller's.
 
-    def __init__(self, control_url: str, session: aiohttp.ClientSession) -> None:
-        self._url, self._session = control_url.rstrip("/"), session
+    `others` are further gateways of the same run: where one cannot be reached, the next is asked, for `patience_s`.
+    """
+
+    def __init__(
+        self,
+        control_url: str,
+        session: aiohttp.ClientSession,
+        others: Sequence[str] = (),
+        patience_s: float = 0.0,
+    ) -> None:
+        self._urls, self._session = deque(url.rstrip("/") for url in (control_url, *others)), session
+        self._patience_s = patience_s
+        self._keys: dict[str, str] = {}
+        """Of open sessions: a gateway that did not open one asks for its key."""
 
     async def open(
         self, *, run: str, group_id: str, rollout_id: str, sampling: Sampling, purpose: str = "train"
@@ -32,7 +49,9 @@ class GatewayControl:
         """A new session. Agents reach it at `data_url + handle.path`, with `/v1` behind it for OpenAI's clients."""
         about = {"run": run, "group_id": group_id, "rollout_id": rollout_id, "sampling": sampling, "purpose": purpose}
         raw = await self._call("POST", "/sessions", msgspec.msgpack.encode(about), CALL_S)
-        return msgspec.json.decode(raw, type=SessionHandle)
+        handle = msgspec.json.decode(raw, type=SessionHandle)
+        self._keys[handle.session_id] = handle.key
+        return handle
 
     async def close(self, session_id: str, *, deadline_s: float = CLOSE_S) -> list[Turn]:
         """End a session: calls in flight are aborted, awaited for up to `deadline_s`, and recorded.
@@ -40,7 +59,14 @@ class GatewayControl:
         All acknowledged turns in order of completion; closing again gives them again.
         """
         path = f"/sessions/{session_id}/close?deadline_s={deadline_s:g}"
-        return _turns.decode(await self._call("POST", path, None, deadline_s + CALL_S))
+        raw = await self._call("POST", path, None, deadline_s + CALL_S, self._keys.get(session_id, ""))
+        self._keys.pop(session_id, None)
+        return _turns.decode(raw)
+
+    async def release(self, session_id: str, *, deadline_s: float) -> str:
+        """For another gateway, which takes the session over: unknown | released | ended."""
+        raw = await self._call("POST", f"/sessions/{session_id}/release", None, deadline_s)
+        return str(msgspec.json.decode(raw)["state"])
 
     async def sessions(self) -> list[SessionStatus]:
         """The open sessions."""
@@ -54,18 +80,34 @@ class GatewayControl:
             return False
         return True
 
-    async def _call(self, method: str, path: str, body: bytes | None, seconds: float) -> bytes:
-        headers: dict[str, Any] = {"Content-Type": MSGPACK} if body is not None else {}
+    async def _call(self, method: str, path: str, body: bytes | None, seconds: float, key: str = "") -> bytes:
+        """The answer of the first gateway that can be reached; `seconds` for each."""
+        give_up = time.monotonic() + self._patience_s
+        headers = {"Content-Type": MSGPACK} if body is not None else {}
+        if key:
+            headers[KEY_HEADER] = key
+        tried = 0
+        while True:
+            url, tried = self._urls[0] + path, tried + 1
+            try:
+                return await self._ask(method, url, body, seconds, headers)
+            except (aiohttp.ClientConnectionError, OSError) as error:
+                self._urls.rotate(-1)
+                if tried >= len(self._urls) and time.monotonic() + AGAIN_S > give_up:
+                    raise GatewayError(f"{method} {url}: {error or type(error).__name__}") from error
+            if tried % len(self._urls) == 0:
+                await asyncio.sleep(AGAIN_S)
+
+    async def _ask(self, method: str, url: str, body: bytes | None, seconds: float, headers: dict[str, str]) -> bytes:
+        """One gateway's answer. GatewayError; aiohttp.ClientConnectionError or OSError if it is not there."""
         limit = aiohttp.ClientTimeout(total=seconds)
         try:
-            async with self._session.request(
-                method, self._url + path, data=body, headers=headers, timeout=limit
-            ) as answer:
+            async with self._session.request(method, url, data=body, headers=headers, timeout=limit) as answer:
                 raw = await answer.read()
         except TimeoutError as error:
-            raise GatewayError(f"{method} {self._url}{path}: nothing within {seconds:g} s") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise GatewayError(f"{method} {self._url}{path}: {error or type(error).__name__}") from error
+            raise GatewayError(f"{method} {url}: nothing within {seconds:g} s") from error
+        except (aiohttp.ClientPayloadError, aiohttp.InvalidURL) as error:
+            raise GatewayError(f"{method} {url}: {error or type(error).__name__}") from error
         if answer.status >= 300:
-            raise GatewayError(f"{method} {self._url}{path}: {answer.status}: {raw[:500].decode(errors='replace')}")
+            raise GatewayError(f"{method} {url}: {answer.status}: {raw[:500].decode(errors='replace')}")
         return raw

@@ -12,12 +12,16 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from kat_stream.errors import GatewayError, RequestRefused
+from kat_stream.errors import GatewayError, KatError, LogError, RequestRefused
 from kat_stream.gateway.calls import CallService
 from kat_stream.gateway.limits import Limits
+from kat_stream.gateway.metrics import LET_GO
 from kat_stream.gateway.sessions import Session, SessionHandle, SessionRequest, Sessions
+from kat_stream.gateway.takeover import Takeover
 
 MSGPACK = "application/msgpack"
+KEY_HEADER = "X-Session-Key"
+"""By which a gateway can close a session that another one opened."""
 CLOSE_S = 10.0
 MAX_CLOSE_S = 600.0
 SWEEP_S = 30.0
@@ -28,12 +32,15 @@ class ControlListener:
 
     def __init__(self, sessions: Sessions, calls: CallService, limits: Limits) -> None:
         self._sessions, self._calls, self._limits = sessions, calls, limits
+        self.takeover: Takeover | None = None
+        """Where sessions come from that other gateways opened."""
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=self._limits.body_bytes)
         app.router.add_post("/sessions", self._open)
         app.router.add_get("/sessions", self._list)
         app.router.add_post("/sessions/{id}/close", self._close)
+        app.router.add_post("/sessions/{id}/release", self._release)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
         return app
@@ -49,24 +56,52 @@ class ControlListener:
         body = await request.read()
         decode = msgspec.msgpack.decode if request.content_type == MSGPACK else msgspec.json.decode
         try:
-            session = self._sessions.open(decode(body, type=SessionRequest))
+            about = decode(body, type=SessionRequest)
+            session = await self.takeover.open(about) if self.takeover else self._sessions.open(about)
         except msgspec.DecodeError as error:
             return _error(400, f"POST /sessions: {error}")
         except RequestRefused as error:
             return _error(error.status, str(error))
+        except LogError as error:
+            return _error(503, str(error))
         return _answer(SessionHandle(session_id=session.session_id, key=session.key, path=f"/s/{session.session_id}"))
 
     async def _close(self, request: web.Request) -> web.Response:
         try:
             deadline_s = float(request.query.get("deadline_s", CLOSE_S))
-            session = self._sessions.find(request.match_info["id"])
+            session = await self._known(request.match_info["id"], request.headers.get(KEY_HEADER, ""))
         except ValueError:
             return _error(400, f"deadline_s: not a number: {request.query['deadline_s']!r}")
+        except RequestRefused as error:
+            return _error(error.status, str(error))
         except GatewayError as error:
             return _error(404, str(error))
+        except KatError as error:
+            return _error(503, f"{type(error).__name__}: {error}")
         await self._end(session, min(max(deadline_s, 0.0), MAX_CLOSE_S))
         turns = sorted(session.turns, key=lambda turn: turn.index)
         return web.Response(body=msgspec.msgpack.encode(turns), content_type=MSGPACK)
+
+    async def _known(self, session_id: str, key: str) -> Session:
+        if self.takeover is not None and self._sessions.get(session_id) is None:
+            await self.takeover.admit(session_id, key)
+        return self._sessions.find(session_id)
+
+    async def _release(self, request: web.Request) -> web.Response:
+        """Another gateway is asked for a session: this one lets it go, with all that it has said on the log."""
+        session_id = request.match_info["id"]
+        if self.takeover is not None:
+            await self.takeover.stand_back(session_id)
+        session = self._sessions.get(session_id)
+        if session is None:
+            return _answer({"state": "unknown"})
+        if session.closed and not session.moved:
+            return _answer({"state": "ended"})
+        session.moved = True
+        await self._calls.finish_session(session, CLOSE_S / 2)
+        self._sessions.drop(session)
+        LET_GO.labels("moved").inc()
+        return _answer({"state": "released"})
 
     async def _end(self, session: Session, deadline_s: float) -> None:
         await self._calls.finish_session(session, deadline_s)

@@ -21,9 +21,10 @@ from kat_stream.gateway.door import Door
 from kat_stream.gateway.limits import Limits
 from kat_stream.gateway.messages import ModelCall, Reply
 from kat_stream.gateway.metrics import REFUSED
-from kat_stream.gateway.sessions import Session, Sessions
+from kat_stream.gateway.sessions import Session, Sessions, ended
 from kat_stream.gateway.side import SUFFIX
 from kat_stream.gateway.stream_text import Shown, StreamText
+from kat_stream.gateway.takeover import Takeover
 from kat_stream.gateway.threads import named_thread
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class DataListener:
 
     def __init__(self, sessions: Sessions, calls: CallService, model_name: str, limits: Limits, door: Door) -> None:
         self._sessions, self._calls, self._limits, self._door = sessions, calls, limits, door
+        self.takeover: Takeover | None = None
+        """Where sessions come from that other gateways opened."""
         self._models = (model_name, model_name + SUFFIX)
 
     def app(self) -> web.Application:
@@ -69,7 +72,7 @@ class DataListener:
         found = route(request.method, path) if request.path.startswith("/s/") else None
         if found is None:
             raise RequestRefused(f"there is no {request.method} {request.path}", status=404, code="not_found")
-        session = self._sessions.admit(session_id, _key(request))
+        session = await self._admit(session_id, _key(request))
         self._door.admit(request.protocol)
         if session.requests >= self._limits.requests_per_session:
             raise too_many("requests")
@@ -85,6 +88,11 @@ class DataListener:
             return await self._call(request, session, found.dialect, asked, digest)
         finally:
             session.requests -= 1
+
+    async def _admit(self, session_id: str, key: str) -> Session:
+        if self.takeover is not None and self._sessions.get(session_id) is None:
+            await self.takeover.admit(session_id, key)
+        return self._sessions.admit(session_id, key)
 
     async def _asked(
         self, request: web.Request, session: Session, dialect: Dialect, path: str
@@ -121,7 +129,7 @@ class DataListener:
         async with call:
             if asked.stream:
                 return await self._stream(request, dialect, call, asked)
-            reply = _whole(await asyncio.shield(call.result))
+            reply = _whole(call, await asyncio.shield(call.result))
             response = _json(dialect.reply(asked, reply))
             await response.prepare(request)
             await response.write_eof()
@@ -135,7 +143,7 @@ class DataListener:
         await self._write(response, events.start())
         try:
             shown = await self._deltas(response, call, events)
-            ending = events.end(_whole(call.result.result()), shown)
+            ending = events.end(_whole(call, call.result.result()), shown)
         except RequestRefused as error:
             ending = events.failed(error)
         except KatError as error:
@@ -199,10 +207,10 @@ def _is_retry(request: web.Request) -> bool:
     return request.headers.get("x-stainless-retry-count", "0") not in ("", "0")
 
 
-def _whole(reply: Reply) -> Reply:
+def _whole(call: Call, reply: Reply) -> Reply:
     """A reply that came to its own end; a call that was aborted under its client has none."""
     if reply.finish_reason == "abort":
-        raise RequestRefused("this session has ended", status=409, code="session_ended")
+        raise ended(call.session)
     return reply
 
 

@@ -15,7 +15,7 @@ import msgspec
 
 from kat_stream.gateway.messages import Message, ModelCall, Reply, chain, extend
 from kat_stream.gateway.paths import WIDTH, Node, PathTree
-from kat_stream.gateway.render import Renderer, Said
+from kat_stream.gateway.render import Renderer, Said, text_digest
 from topics.record import pack_ints
 
 
@@ -32,7 +32,7 @@ class Prompt:
     messages: int
     tools: bytes
     chars: int
-    text_hash: int
+    text_hash: bytes
     opened: bool
     """The template began the reasoning that the policy is to write."""
     said: Said | None
@@ -84,7 +84,7 @@ class Conversation:
             messages=len(call.messages),
             tools=call.tools_digest(),
             chars=len(full),
-            text_hash=hash(full),
+            text_hash=text_digest(full),
             opened=renderer.opens_reasoning(full),
             said=said,
             appends=tail is not None,
@@ -92,11 +92,14 @@ class Conversation:
 
     def add(
         self, renderer: Renderer, prompt: Prompt, reply: Reply, raw: str, sampled: list[int], *, side: bool
-    ) -> None:
-        """A turn was acknowledged: later calls may go on behind it. `raw` is the text of `sampled`."""
+    ) -> tuple[Node, Said | None]:
+        """A turn was acknowledged: later calls may go on behind it. `raw` is the text of `sampled`.
+
+        Its place in the tree, and its reply unless it was aborted.
+        """
         node = self.tree.add(reply.turn_id, prompt.parent, prompt.prefix_len, prompt.ids + pack_ints(sampled))
         if reply.finish_reason == "abort":
-            return
+            return node, None
         said = Said(
             node=node,
             message=reply.message(),
@@ -114,6 +117,7 @@ class Conversation:
         if not side:
             self.threads[prompt.thread] = said
             self._asked.add(prompt.digest)
+        return node, said
 
     def _last_said(self, call: ModelCall, digests: list[bytes]) -> Said | None:
         """The turn that said the last assistant message which this session produced, after exactly these messages."""
@@ -136,7 +140,7 @@ class Conversation:
             return "compaction" if not call.system() and len(call.messages) < longest else "subagent"
         if digest in self._asked:
             return "branch"
-        if hash(full[: newest.prompt_chars]) == newest.prompt_hash and full.startswith(
+        if text_digest(full[: newest.prompt_chars]) == newest.prompt_hash and full.startswith(
             newest.raw.rstrip() or newest.raw, newest.prompt_chars
         ):
             return "retokenisation"

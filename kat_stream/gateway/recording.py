@@ -41,8 +41,9 @@ def make_turn(
     draft: Draft,
     said: Said,
     side: str,
+    request: bytes,
 ) -> Turn:
-    """The record of a finished call; it takes the session's next index."""
+    """The record of a finished call; it takes the session's next index. `request` is the digest of its body."""
     versions_known = draft.cover()
     whole = draft.finish_reason != "abort" and bool(draft.ids) and versions_known
     about = session.about
@@ -77,6 +78,12 @@ def make_turn(
         conversation=prompt.digest,
         messages=prompt.messages,
         tools=prompt.tools,
+        claim=session.claim,
+        after=prompt.said.node.turn_id if prompt.said else "",
+        prompt_chars=prompt.chars,
+        prompt_hash=prompt.text_hash,
+        request=request,
+        matched_stop=draft.matched_stop if draft.matched_stop in call.stop else "",
     )
 
 

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from hashlib import blake2b
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ class Said:
     ended: tuple[int, ...]
     """The sampled ids that already belong to the template's end of turn; empty if the reply was cut."""
     prompt_chars: int
-    prompt_hash: int
+    prompt_hash: bytes
     messages: int
     """Messages in the prompt."""
     tools: bytes
@@ -126,7 +127,7 @@ class Renderer:
 
     def _tail(self, said: Said, full: str, messages: Sequence[Message], tools: Tools | None) -> str | None:
         at = said.prompt_chars
-        if hash(full[:at]) != said.prompt_hash:
+        if text_digest(full[:at]) != said.prompt_hash:
             return None
         if full.startswith(said.raw + self.closing, at):
             return full[at + len(said.raw) :]
@@ -203,6 +204,11 @@ class Renderer:
         special = set(self._backend.get_added_tokens_decoder())
         stops = {self._tokenizer.eos_token_id, *self._closing_ids[:1]}
         return frozenset(token for token in stops if token in special)
+
+
+def text_digest(text: str) -> bytes:
+    """16 bytes that are equal for equal texts, in every process."""
+    return blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def unpack(ids: bytes) -> list[int]:

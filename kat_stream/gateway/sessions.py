@@ -83,6 +83,10 @@ class Session:
     """Requests that may come at once, as of `allowed_at`."""
     allowed_at: float = field(default_factory=time.monotonic)
     closed: bool = False
+    moved: bool = False
+    """Another gateway has it: what this one still does for it is given up, and agents are to ask again."""
+    claim: str = ""
+    """The takeover under which this gateway has it; empty if it opened the session."""
     completed: int = 0
     """Turns that were given an index."""
     opened: float = field(default_factory=time.monotonic)
@@ -125,6 +129,13 @@ class Session:
         )
 
 
+def ended(session: Session) -> RequestRefused:
+    """The answer to whoever asks for more of a session that this gateway has no more."""
+    if session.moved:
+        return RequestRefused("this session has moved; ask again", status=503, code="session_moved")
+    return RequestRefused("this session has ended", status=409, code="session_ended")
+
+
 class Sessions:
     """All sessions of a gateway, the closed ones for a while."""
 
@@ -135,30 +146,46 @@ class Sessions:
 
     def open(self, about: SessionRequest) -> Session:
         """A new session; RequestRefused (503) when there are too many."""
-        if len(self._open) >= self._limits.sessions:
-            raise RequestRefused(f"{len(self._open)} sessions are open", status=503, code="too_many_sessions")
-        session = Session(
-            secrets.token_hex(12), secrets.token_hex(24), about, allowance=float(self._limits.request_burst)
-        )
-        self._open[session.session_id] = session
-        SESSIONS.set(len(self._open))
+        session = self.make(secrets.token_hex(12), secrets.token_hex(24), about)
+        self.enter(session)
         return session
 
+    def make(self, session_id: str, key: str, about: SessionRequest) -> Session:
+        """A session that nobody can call yet."""
+        return Session(session_id, key, about, allowance=float(self._limits.request_burst))
+
+    def enter(self, session: Session) -> None:
+        """From now on it can be called; RequestRefused (503) when there are too many."""
+        if len(self._open) >= self._limits.sessions:
+            raise RequestRefused(f"{len(self._open)} sessions are open", status=503, code="too_many_sessions")
+        self._open[session.session_id] = session
+        SESSIONS.set(len(self._open))
+
+    def drop(self, session: Session) -> None:
+        """Know nothing of it any more."""
+        session.closed = session.moved = True
+        self._open.pop(session.session_id, None)
+        SESSIONS.set(len(self._open))
+
     def admit(self, session_id: str, key: str) -> Session:
-        """The session that this key opens. RequestRefused: 404 unknown, 401 wrong key, 409 ended."""
-        session = self._open.get(session_id) or self._closed.get(session_id)
+        """The session that this key opens. RequestRefused: 404 unknown, 401 wrong key, 409 ended, 503 moved."""
+        session = self.get(session_id)
         if session is None:
             raise RequestRefused("there is no such session", status=404, code="session_not_found")
         if not compare_digest(session.key.encode(), key.encode(errors="surrogateescape")):
             raise RequestRefused("Incorrect API key provided.", status=401, code="invalid_api_key")
         if session.closed:
-            raise RequestRefused("this session has ended", status=409, code="session_ended")
+            raise ended(session)
         session.used = time.monotonic()
         return session
 
+    def get(self, session_id: str) -> Session | None:
+        """A session, open or closed not long ago."""
+        return self._open.get(session_id) or self._closed.get(session_id)
+
     def find(self, session_id: str) -> Session:
-        """A session, open or closed not long ago; GatewayError if there is none."""
-        session = self._open.get(session_id) or self._closed.get(session_id)
+        """As `get`; GatewayError if there is none."""
+        session = self.get(session_id)
         if session is None:
             raise GatewayError(f"there is no session {session_id}")
         return session

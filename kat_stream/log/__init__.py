@@ -48,14 +48,16 @@ def open_log(
     security: SecuritySection | None = None,
     blobs: str = "",
     blob_limit_bytes: int = 900_000,
+    static_member: bool = False,
 ) -> Log:
     """The log at `memory:` or `kafka:host:port[,host:port]`; call `start` before use and `close` after.
 
     `prefix` goes before topic, group and transaction names on a broker. `security`: who this process is.
     `blobs`: a store (`file:DIRECTORY`, `s3://BUCKET/PREFIX`) for values over `blob_limit_bytes`; empty: all values are
-    on the log. ConfigError for any other URL.
+    on the log. `static_member`: names of members are those of the group (config.LogSection). ConfigError for any other
+    URL.
     """
-    log = _open(url, prefix, security or SecuritySection())
+    log = _open(url, prefix, security or SecuritySection(), static_member)
     if not blobs:
         return log
     from kat_stream.log.blobs import BlobStore
@@ -64,7 +66,7 @@ def open_log(
     return ClaimCheckedLog(log, BlobStore(blobs), blob_limit_bytes)
 
 
-def _open(url: str, prefix: str, security: SecuritySection) -> Log:
+def _open(url: str, prefix: str, security: SecuritySection, static_member: bool) -> Log:
     scheme, _, rest = url.partition(":")
     if scheme == "memory" and not rest:
         return MemoryLog()
@@ -72,5 +74,6 @@ def _open(url: str, prefix: str, security: SecuritySection) -> Log:
         from kat_stream.log.kafka import KafkaLog
         from kat_stream.log.security import connection_options
 
-        return KafkaLog(rest, prefix=prefix, security=connection_options(security))
+        options = connection_options(security)
+        return KafkaLog(rest, prefix=prefix, security=options, static_member=static_member)
     raise ConfigError(f"log: {url!r} is neither memory: nor kafka:host:port[,host:port]")

@@ -79,7 +79,7 @@ class Handling:
     async def _once(self, delivered: Delivered, attempt: int) -> Settled | Hold | Retry | Reject:
         try:
             outcome = await self.handle(delivered)
-            return _sealed(outcome) if isinstance(outcome, Emit) else outcome
+            return sealed(outcome) if isinstance(outcome, Emit) else outcome
         except DataError as error:
             return Reject(str(error), type(error).__name__)
         except KatError as error:
@@ -98,7 +98,8 @@ class Handling:
         return Settled((seal(dead_letter(delivered, self.stage, reject)),))
 
 
-def _sealed(emit: Emit) -> Settled:
+def sealed(emit: Emit) -> Settled:
+    """What an Emit writes, as messages."""
     return Settled(tuple(seal(record) for record in emit.records), emit.done)
 
 

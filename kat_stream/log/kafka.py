@@ -6,7 +6,6 @@ writers it opened. Invariant: acknowledged means acks=all; readers see committed
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from weakref import WeakValueDictionary
 
@@ -31,9 +30,6 @@ from kat_stream.log.message import check, seal
 from topics.catalogue import Topic
 from topics.record import Record
 
-STATIC_MEMBER = "KAT_STATIC_MEMBER"
-"""Environment: this process's name where the platform guarantees that it has one holder; see ops/runbooks/groups.md."""
-
 
 class KafkaLog:
     """The `Log` protocol on Kafka."""
@@ -47,6 +43,7 @@ class KafkaLog:
         session_timeout_ms: int = 6000,
         heartbeat_interval_ms: int = 1000,
         max_poll_interval_ms: int = 300_000,
+        static_member: bool = False,
     ) -> None:
         self._broker = Broker(
             bootstrap,
@@ -55,7 +52,7 @@ class KafkaLog:
             session_timeout_ms,
             heartbeat_interval_ms,
             max_poll_interval_ms,
-            os.environ.get(STATIC_MEMBER, ""),
+            static_member,
         )
         self._members: WeakValueDictionary[str, KafkaMember] = WeakValueDictionary()
         self._admin = KafkaAdmin(self._broker)

@@ -7,6 +7,7 @@ FencedError, DataError or LogError. Topics, groups and transactional ids carry t
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 from collections.abc import Awaitable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from aiokafka.conn import create_conn
 
 from kat_stream.errors import AccessDenied, DataError, FencedError, LogError, LogUnavailable
 from kat_stream.log.base import TopicPartition
+
+logger = logging.getLogger(__name__)
 
 CONNECT_S = 15.0
 STOP_S = 5.0
@@ -47,6 +50,10 @@ UNAVAILABLE = (
     kafka_errors.OutOfOrderSequenceNumber,
     kafka_errors.ProducerClosed,
 )
+RETRIABLE = tuple(
+    name for name, kind in vars(kafka_errors).items() if isinstance(kind, type) and getattr(kind, "retriable", False)
+)
+"""Names of the errors that aiokafka calls retriable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +69,9 @@ class Broker:
     heartbeat_interval_ms: int = 1000
     max_poll_interval_ms: int = 300_000
     """A member that does not poll this long is dead although its heart beats."""
-    static_member: str = ""
-    """A name that exactly one live process has (a StatefulSet's pod): it keeps its partitions through a restart. Two
-    processes with one name take the partitions from each other for ever (research/kafka_real.md 1.5)."""
+    static_member: bool = False
+    """Every member's name has exactly one live holder (a StatefulSet's pod), which keeps its partitions through a
+    restart. Two of one name take the partitions from each other for ever (research/kafka_real.md 1.5)."""
 
     def options(self, retry_backoff_ms: int = 20) -> dict[str, Any]:
         return {"bootstrap_servers": self.bootstrap, "retry_backoff_ms": retry_backoff_ms, **self.security}
@@ -110,8 +117,14 @@ def translated(what: str) -> Iterator[None]:
     except UNAVAILABLE as error:
         raise LogUnavailable(f"{what}: {_text(error)}") from error
     except kafka_errors.KafkaError as error:
-        kind = LogUnavailable if error.retriable else LogError
+        kind = LogUnavailable if _passing(error) else LogError
         raise kind(f"{what}: {_text(error)}") from error
+
+
+def _passing(error: kafka_errors.KafkaError) -> bool:
+    """Whether it may be well later. aiokafka wraps retriable errors of its background tasks, by their text only."""
+    wrapped = type(error) is kafka_errors.KafkaError
+    return error.retriable or (wrapped and any(name in str(error) for name in RETRIABLE))
 
 
 def _resource(error: BaseException, prefix: str) -> str:
@@ -168,4 +181,7 @@ async def refused_at_the_door(broker: Broker) -> None:
 async def stopped(stop: Awaitable[object]) -> None:
     """Stop a client, but never wait long: with the broker gone there is nobody to say goodbye to."""
     with anyio.move_on_after(STOP_S, shield=True):
-        await stop
+        try:
+            await stop
+        except kafka_errors.KafkaError as error:  # of a background task: whoever needed its work was told already
+            logger.info("while closing: %s", _text(error))

@@ -113,9 +113,10 @@ class KafkaFollower(BaseFollower):
     async def _reached(self, ends: dict[TopicPartition, int]) -> bool:
         """By the consumer's own positions: they pass transaction markers and compacted gaps."""
         assert self._consumer is not None
-        for partition, end in ends.items():
-            if await self._consumer.position(self._broker.there(partition)) < end:
-                return False
+        with self._broker.translated(f"reading {', '.join(self._topics)}", "Read"):
+            for partition, end in ends.items():
+                if await self._consumer.position(self._broker.there(partition)) < end:
+                    return False
         return True
 
     def _fetched(self) -> dict[TopicPartition, int]:

@@ -24,7 +24,7 @@ from kat_stream.log.kafka_assignor import Claim, assignor
 from kat_stream.log.kafka_client import Broker, stopped, whole
 from kat_stream.log.kafka_generation import NOBODY, Holder
 
-FETCH_BYTES = 1 << 16
+FETCH_BYTES = 1 << 20
 """A partition's share of what is fetched ahead; a larger message comes whole."""
 FETCH = 10_000
 """Messages taken from aiokafka at once: all that it has, so that age decides and not the partition."""
@@ -63,7 +63,7 @@ class KafkaMember:
         self._consumer = AIOKafkaConsumer(
             **broker.options(),
             group_id=broker.named(group),
-            group_instance_id=_static_id(broker, group),
+            group_instance_id=f"{group}.{name}" if broker.static_member else None,
             client_id=name,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
@@ -135,11 +135,12 @@ class KafkaMember:
         waiting = self._buffer.position(partition)
         if waiting is not None:
             return waiting
-        try:
-            async with asyncio.timeout(POSITION_S):
-                return int(await self._consumer.position(self._broker.there(partition)))
-        except (IllegalStateError, TimeoutError):
-            return None
+        with self._broker.translated(f"position in {partition}", "Read"):
+            try:
+                async with asyncio.timeout(POSITION_S):
+                    return int(await self._consumer.position(self._broker.there(partition)))
+            except (IllegalStateError, TimeoutError):
+                return None
 
     async def commit(self, commits: Mapping[TopicPartition, Committed]) -> None:
         offsets = {self._broker.there(p): OffsetAndMetadata(*place) for p, place in commits.items()}
@@ -180,8 +181,3 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def on_partitions_assigned(self, assigned: set[aiokafka.TopicPartition]) -> None:
         self._member.receive(assigned)
-
-
-def _static_id(broker: Broker, group: str) -> str | None:
-    """Static membership: a process that comes back within the session timeout has its partitions at once."""
-    return f"{group}.{broker.static_member}" if broker.static_member else None

@@ -11,7 +11,7 @@ in the commit's metadata. Lanes of partitions that come back after a rebalance g
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 
 import anyio
@@ -19,13 +19,16 @@ import anyio
 from kat_stream.errors import DeadlineExceeded, FencedError, LogUnavailable
 from kat_stream.log.base import Committed, Delivered, Log, Member, Message, Position, TopicPartition, Writer
 from kat_stream.log.dead_letter_cap import NORMAL, DeadLetterCap, DeadLetterLimit
-from kat_stream.log.handling import Handling, Settled
-from kat_stream.log.outcome import TransformHandler
+from kat_stream.log.handling import Handling, Settled, sealed
+from kat_stream.log.outcome import Emit, TransformHandler
 from kat_stream.log.remembered import Remembered
 from kat_stream.log.tracker import Tracker, output_of, with_output
 from kat_stream.log.work import LEAVE_S, MOVING_S, POLL_S, RETRY_S, REVOKE_DRAIN_S, readable_from
 
 logger = logging.getLogger(__name__)
+
+Late = Callable[[int], Emit | None]
+"""Asked for a partition number after each batch, empty ones too: what a handler does because time has passed."""
 
 REPLAY_S = 300.0
 """How long reading back the stage's own output may take when partitions are taken over."""
@@ -45,17 +48,19 @@ async def run_transform(
     batch: int = 100,
     max_attempts: int = 5,
     dead_letters: DeadLetterLimit = NORMAL,
+    late: Late | None = None,
 ) -> None:
     """Handle messages until `stopping`. Topics are joined by partition number, so a handler sees whole groups.
 
     `remember`: a topic that only this stage writes, of the same partition count. What a restart can still meet of its
     messages, and the newest KEEP of each partition, are given to `handler.assigned` so that it knows what it wrote.
+    `late`: finishes held messages whose time is up, in the transaction of the batch.
     `batch`: messages a transaction, at most. Retries wait in place: a group's messages stay in order.
     Raises what the handler raised if it is neither a DataError nor retriable, and TooManyDeadLetters; nothing of that
     batch is visible.
     """
     handling = Handling(group, handler.handle, max_attempts, DeadLetterCap(dead_letters), tiers=False)
-    stage = _Transform(log, topics, handling, handler, remember)
+    stage = _Transform(log, topics, handling, handler, remember, late)
     stage.member = await log.join(topics, group=group, member=member, on_revoked=stage.on_revoked, together=True)
     try:
         while not stopping.is_set():
@@ -88,7 +93,7 @@ class _Lane:
         self._committed = dict(starts)
         self._output = output
 
-    async def process(self, batch: Iterable[Delivered], handling: Handling) -> None:
+    async def process(self, batch: Iterable[Delivered], handling: Handling, late: Late | None) -> None:
         """Handle a batch in order, then make it visible. FencedError and LogUnavailable end the lane."""
         if self._output is not None:
             await self._output.mark(self.trackers)
@@ -100,6 +105,9 @@ class _Lane:
                 if isinstance(settled, Settled):
                     messages += settled.messages
                     self._finish({position, *settled.done})
+        if late is not None and (overdue := late(self.partition)) is not None:
+            messages += sealed(overdue).messages
+            self._finish(set(overdue.done))
         await self._commit(messages)
 
     async def close(self) -> None:
@@ -147,13 +155,20 @@ class _Transform:
     member: Member
 
     def __init__(
-        self, log: Log, topics: Sequence[str], handling: Handling, handler: TransformHandler, remember: str | None
+        self,
+        log: Log,
+        topics: Sequence[str],
+        handling: Handling,
+        handler: TransformHandler,
+        remember: str | None,
+        late: Late | None,
     ) -> None:
         self._log = log
         self._topics = topics
         self._handling = handling
         self._handler = handler
         self._remember = remember
+        self._late = late
         self._lanes: dict[int, _Lane] = {}
         self._epoch = -1
         self._busy = anyio.Lock()
@@ -170,6 +185,8 @@ class _Transform:
             lanes.setdefault(delivered.position.partition, []).append(delivered)
         if not batch:
             lanes = {partition: [] for partition in await self._skip_markers()}
+        if self._late is not None:
+            lanes = {partition: [] for partition in self._lanes} | lanes
         if lanes:
             await self._process(lanes)
 
@@ -192,7 +209,7 @@ class _Transform:
 
     async def _process_one(self, lane: _Lane, batch: list[Delivered]) -> None:
         try:
-            await lane.process(batch, self._handling)
+            await lane.process(batch, self._handling, self._late)
         except (FencedError, LogUnavailable) as error:
             logger.warning("%s: partition %d is opened anew: %s", self._handling.stage, lane.partition, error)
             await self._drop(lane.partition)

@@ -117,6 +117,15 @@ class Ledger:
             if fate.state == state and (not reason or fate.reason == reason)
         ]
 
+    def second_account(self) -> dict[str, int]:
+        """Rollouts by the last thing that the topic `ledger` says of them; what it says nothing of is not counted."""
+        last = []
+        for facts in self._facts.values():
+            states = {state for _, state, _, _ in facts.said if state in _WINS or state == "trained"}
+            if facts.purpose and states:
+                last.append("trained" if "trained" in states else max(states, key=lambda state: _WINS[state]))
+        return dict(sorted(Counter(last).items()))
+
     def check(self) -> list[str]:
         """What is wrong with the account, a sentence each; empty if it closes."""
         problems = [f"{rollout_id}: has a fate but was never requested" for rollout_id in self._unrequested()]

@@ -111,7 +111,11 @@ def _reward(r: Reward) -> str:
 
 
 def _score(r: Score) -> str:
-    return f"{r.rollout_id}  {r.scorer} {r.version}: {plural(len(r.turn_ids), 'turn')}, {plural(r.repeats, 'repeat')}"
+    if r.reason:
+        return f"{r.rollout_id}  {r.kind}: no score: {one_line(r.reason)}"
+    same = ", all identical" if r.identical else ""
+    turns, repeats = plural(len(r.turn_ids), "turn"), plural(r.repeats, "repeat")
+    return f"{r.rollout_id}  {r.scorer} {r.version}: {turns}, {repeats}{same}"
 
 
 def _batch(r: PackedBatch) -> str:

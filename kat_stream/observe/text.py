@@ -17,7 +17,7 @@ from topics import Record, VersionSpan
 from topics.record import floats, ints
 
 INT32_FIELDS = frozenset({"prompt_ids", "sampled_ids", "ids", "pos", "parent", "end", "turn_len", "index", "member"})
-FLOAT32_FIELDS = frozenset({"logprobs", "advantage", "weight"})
+FLOAT32_FIELDS = frozenset({"logprobs", "advantage", "weight", "scored_logprobs", "teacher_logprobs"})
 _BARS = "▁▂▃▄▅▆▇█"
 
 

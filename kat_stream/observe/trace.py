@@ -119,6 +119,8 @@ class RolloutTrace:
             case Reward():
                 return _graded(record)
             case Score():
+                if record.reason:
+                    return [f"not scored ({record.kind}): {record.reason}"]
                 return [f"scored by {record.scorer} {record.version}, {plural(record.repeats, 'repeat')}"]
             case PackedBatch():
                 return _packed(record, self.rollout_id)
@@ -157,7 +159,7 @@ def _key(record: Record) -> object:
         case LedgerEntry():
             return LedgerEntry, record.state
         case Score():
-            return Score, record.scorer, record.version
+            return Score, record.kind, record.scorer, record.version
     return type(record)
 
 

@@ -6,8 +6,8 @@ Failures of our own side and stale members are outside the baseline: they say no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,11 @@ from kat_stream.errors import DataError
 from kat_stream.rl.advantages import ADVANTAGES, grouped
 from kat_stream.rl.aggregation import turn_weights
 from kat_stream.rl.registry import find
+from kat_stream.rl.scores import ScoreRules, is_scored, with_scores
 from kat_stream.rl.settings import Aggregation, Level
 from kat_stream.rl.staleness import Forks, is_stale, oldest
 from kat_stream.trees import TrainBatch, TurnTokens, make_batch, to_arrays, turns_of
-from topics import GroupMember, PackedBatch, PackedRow, Reward, Trajectory
+from topics import GroupMember, PackedBatch, PackedRow, Reward, Score, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,11 @@ class GroupRules:
     """A name in `rl.advantages.ADVANTAGES`."""
     aggregation: Aggregation = "trajectory"
     level: Level = "turn"
+    scores: ScoreRules = field(default_factory=ScoreRules)
+
+
+Scores = Mapping[str, Sequence[Score]]
+"""By rollout: what scorers said of it."""
 
 
 @dataclass(slots=True)
@@ -54,10 +60,17 @@ class _Member:
 
 
 def pack_group(
-    finished: Sequence[tuple[Trajectory, Reward | None]], head: str, forks: Forks, rules: GroupRules
+    finished: Sequence[tuple[Trajectory, Reward | None]],
+    head: str,
+    forks: Forks,
+    rules: GroupRules,
+    scores: Scores | None = None,
 ) -> PackedBatch:
     """`finished` holds every member of one group, with a reward where the trajectory could be graded."""
     members = [_judge(trajectory, reward, head, forks, rules) for trajectory, reward in finished]
+    for member in members:
+        if member.fate == "packed":
+            _join_scores(member, (scores or {}).get(member.trajectory.rollout_id, ()), rules.scores)
     _compare(members, rules)
     batch = _batch_of([member for member in members if member.fate == "packed"], rules)
     first = finished[0][0]
@@ -102,6 +115,16 @@ def _read_turns(member: _Member, head: str, forks: Forks, rules: GroupRules) -> 
         return member.drop("filtered", f"bad_turn: {error}")
     if is_stale(member.version, head, forks, rules.staleness):
         member.drop("stale", f"sampled by {member.version}, head is {head}")
+    return None
+
+
+def _join_scores(member: _Member, scores: Sequence[Score], rules: ScoreRules) -> None:
+    try:
+        member.turns = with_scores(member.turns, scores, rules)
+    except DataError as error:
+        return member.drop("filtered", f"bad_score: {error}")
+    if rules.required and not is_scored(member.turns, rules):
+        member.drop("filtered", "no_score: " + (", ".join(s.reason for s in scores if s.reason) or "none came in time"))
     return None
 
 

@@ -103,11 +103,7 @@ class TorchLearner:
         units = self._objective.units(batch)
         tally = Tally()
         self.optimizer.zero_grad()
-        for rows in plan_micro_batches(batch, units, self.config.micro_batch_tokens):
-            if should_stop():
-                self.optimizer.zero_grad()
-                raise StepCancelled(f"step {self.step_count + 1} was stopped; nothing was changed")
-            self._backward(batch, units, rows, tally)
+        self._gradients(batch, units, tally, should_stop)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
         applied = bool(np.isfinite(norm))
         self.step_count += 1
@@ -184,6 +180,17 @@ class TorchLearner:
         largest = max(int(row.ids.max()) for row in batch.rows)
         if largest >= self.model.config.vocab_size:
             raise BatchError(f"id {largest} is outside the vocabulary of {self.model.config.vocab_size}")
+
+    def _gradients(self, batch: TrainBatch, units: Units, tally: Tally, should_stop: Callable[[], bool]) -> None:
+        """The gradient of the whole step, or `StepCancelled` and none."""
+        for rows in plan_micro_batches(batch, units, self.config.micro_batch_tokens):
+            if should_stop():
+                self.optimizer.zero_grad()
+                raise StepCancelled(f"step {self.step_count + 1} was stopped; nothing was changed")
+            self._backward(batch, units, rows, tally)
+
+    def close(self) -> None:
+        """Nothing to end: this learner is one process."""
 
     def _backward(self, batch: TrainBatch, units: Units, rows: list[int], tally: Tally) -> None:
         gateways = Backward(

@@ -77,18 +77,25 @@ class Tally:
         self.masked += _sum(output.masked)
         self.units += int(weighty.sum())
 
+    def merge(self, other: Tally) -> None:
+        """Take in the sums of another rank's micro-batches."""
+        for name in ("loss", "ratio", "clipped", "gap", "entropy", "masked", "units"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.peak_tokens = max(self.peak_tokens, other.peak_tokens)
+
     def finish(
         self, batch: TrainBatch, *, step: int, applied: bool, grad_norm: float, learning_rate: float, seconds: float
     ) -> StepMetrics:
         sampled = batch.trained_tokens
+        units = max(self.units, 1)  # a rank of several may have had none
         return StepMetrics(
             step=step,
             applied=applied,
             loss=self.loss,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
-            mean_ratio=self.ratio / self.units,
-            clip_fraction=self.clipped / self.units,
+            mean_ratio=self.ratio / units,
+            clip_fraction=self.clipped / units,
             log_ratio_abs=self.gap / sampled,
             entropy=self.entropy / sampled,
             masked_fraction=self.masked / sampled,

@@ -18,6 +18,9 @@ from kat_stream.trees.layout import TreeLayout, check_layout
 from kat_stream.trees.packing import pack
 from kat_stream.trees.turns import TurnTokens
 
+OPTIONAL = ("teacher_logprobs", "scored_logprobs")
+"""Arrays over sampled tokens that a batch may lack, and in which NaN says that a token lacks it."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TrainBatch:
@@ -38,6 +41,8 @@ class TrainBatch:
     """Versions between each rollout's oldest token and the newest weights; empty if unknown."""
     teacher_logprobs: NDArray[np.float32] | None = None
     """float32[sum of turn lengths]: a teacher's log-probs of the sampled tokens, NaN where a turn has no teacher."""
+    scored_logprobs: NDArray[np.float32] | None = None
+    """float32[sum of turn lengths]: behaviour log-probs averaged over repeated prefills, NaN where not scored."""
 
     def __post_init__(self) -> None:
         turns = sum(len(row.turns) for row in self.rows)
@@ -46,10 +51,17 @@ class TrainBatch:
                 raise BatchError(f"{name} has shape {getattr(self, name).shape} for {turns} turns")
         if self.logprobs.shape != (self.trained_tokens,):
             raise BatchError(f"logprobs has shape {self.logprobs.shape} for {self.trained_tokens} sampled tokens")
-        teacher = self.teacher_logprobs
-        if teacher is not None and teacher.shape != self.logprobs.shape:
-            raise BatchError(f"teacher_logprobs has shape {teacher.shape} for {self.trained_tokens} sampled tokens")
+        for name in OPTIONAL:
+            given = getattr(self, name)
+            if given is not None and given.shape != self.logprobs.shape:
+                raise BatchError(f"{name} has shape {given.shape} for {self.trained_tokens} sampled tokens")
         _check_values(self)
+
+    @property
+    def behaviour(self) -> NDArray[np.float32]:
+        """float32[sum of turn lengths]: pi_old of the ratio: scored where a token was scored, else as sampled."""
+        scored = self.scored_logprobs
+        return self.logprobs if scored is None else np.where(np.isnan(scored), self.logprobs, scored)
 
     @property
     def lengths(self) -> NDArray[np.int32]:
@@ -95,32 +107,38 @@ def make_batch(
         weight=np.asarray(weight, np.float32)[order],
         rollout=np.asarray(rollout, np.int32)[order],
         rollout_ids=tuple(rollout_ids),
+        teacher_logprobs=join_optional([turns[i].teacher_logprobs for i in order], chosen),
+        scored_logprobs=join_optional([turns[i].scored_logprobs for i in order], chosen),
     )
 
 
 def merge(batches: Sequence[TrainBatch], ages: Sequence[int] = ()) -> TrainBatch:
     """Batches of several groups as one step; `ages` are per rollout of the result."""
     rows, _ = number_turns([row for batch in batches for row in batch.rows])
+    logprobs = [batch.logprobs for batch in batches]
     shift = np.cumsum([0, *(len(batch.rollout_ids) for batch in batches)])
     return TrainBatch(
         rows=rows,
-        logprobs=_join([batch.logprobs for batch in batches], np.float32),
+        logprobs=_join(logprobs, np.float32),
         advantage=_join([batch.advantage for batch in batches], np.float32),
         weight=_join([batch.weight for batch in batches], np.float32),
         rollout=_join([batch.rollout + at for batch, at in zip(batches, shift, strict=False)], np.int32),
         rollout_ids=tuple(rollout for batch in batches for rollout in batch.rollout_ids),
         ages=tuple(ages),
-        teacher_logprobs=_teachers(batches),
+        teacher_logprobs=join_optional([batch.teacher_logprobs for batch in batches], logprobs),
+        scored_logprobs=join_optional([batch.scored_logprobs for batch in batches], logprobs),
     )
 
 
-def _teachers(batches: Sequence[TrainBatch]) -> NDArray[np.float32] | None:
-    """NaN for the turns of batches without a teacher; None if no batch has one."""
-    if all(batch.teacher_logprobs is None for batch in batches):
+def join_optional(
+    parts: Sequence[NDArray[np.float32] | None], like: Sequence[NDArray[np.float32]]
+) -> NDArray[np.float32] | None:
+    """The parts one after the other; NaN in the shape of its fellow in `like` for a missing one; None if all are."""
+    if all(part is None for part in parts):
         return None
-    unknown = np.float32(np.nan)
-    parts = [np.full_like(b.logprobs, unknown) if b.teacher_logprobs is None else b.teacher_logprobs for b in batches]
-    return _join(parts, np.float32)
+    missing = np.float32(np.nan)
+    filled = [np.full_like(a, missing) if part is None else part for part, a in zip(parts, like, strict=True)]
+    return _join(filled, np.float32)
 
 
 def number_turns(rows: Sequence[TreeLayout]) -> tuple[tuple[TreeLayout, ...], NDArray[np.int32]]:
@@ -144,8 +162,10 @@ def _check_values(batch: TrainBatch) -> None:
     for name in ("logprobs", "advantage", "weight"):
         if not np.isfinite(getattr(batch, name)).all():
             raise BatchError(f"{name} holds a value that is not finite")
-    if batch.teacher_logprobs is not None and np.isinf(batch.teacher_logprobs).any():
-        raise BatchError("teacher_logprobs holds an infinite value")
+    for name in OPTIONAL:
+        given = getattr(batch, name)
+        if given is not None and np.isinf(given).any():
+            raise BatchError(f"{name} holds an infinite value")
     if (batch.weight < 0).any():
         raise BatchError("weight holds a negative share")
     if ((batch.rollout < 0) | (batch.rollout >= len(batch.rollout_ids))).any():

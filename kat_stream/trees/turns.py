@@ -35,8 +35,14 @@ class TurnTokens:
     """Which policy version sampled which tokens."""
     trainable: bool = True
     """False: recorded for people, left out of the tree."""
+    scored_logprobs: NDArray[np.float32] | None = None
+    """float32[T]: averaged over repeated prefills (MCLA), NaN for tokens that were not scored; None: not scored."""
+    teacher_logprobs: NDArray[np.float32] | None = None
+    """float32[T] under a teacher, NaN for tokens without; None: no teacher."""
 
     def __post_init__(self) -> None:
+        _check_given(self, "scored_logprobs")
+        _check_given(self, "teacher_logprobs")
         if self.trainable:
             _check_ids(self.turn_id, "prompt_ids", self.prompt_ids)
             _check_ids(self.turn_id, "sampled_ids", self.sampled_ids)
@@ -89,6 +95,18 @@ def _check_ids(turn_id: str, name: str, ids: NDArray[np.int32]) -> None:
         raise TurnError(f"turn {turn_id}: {name} is empty")
     if ids.min() < 0:
         raise TurnError(f"turn {turn_id}: {name} holds the negative id {ids.min()}")
+
+
+def _check_given(turn: TurnTokens, name: str) -> None:
+    """What is optional may be NaN, but has a value for each sampled token and none that is no log-probability."""
+    values: NDArray[np.float32] | None = getattr(turn, name)
+    if values is None:
+        return
+    if values.dtype != np.float32 or values.shape != turn.sampled_ids.shape:
+        shape = f"{values.dtype}{list(values.shape)}"
+        raise TurnError(f"turn {turn.turn_id}: {name} is {shape} for {len(turn.sampled_ids)} sampled ids")
+    if np.isinf(values).any() or (values > LOGPROB_SLACK).any():
+        raise TurnError(f"turn {turn.turn_id}: {name} holds what is no log-probability")
 
 
 def _check_logprobs(turn: TurnTokens) -> None:

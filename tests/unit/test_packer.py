@@ -1,13 +1,16 @@
 """The packer closes each group once, whatever the order and the repetition of its messages, and after any restart."""
 
 import random
+import time
+from dataclasses import replace
 
 import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consumers.packer import PackerHandler
+from consumers import packer
+from consumers.packer import GRACE_S, IDLE_S, PackerHandler
 from kat_stream.log.base import Delivered, Position
 from kat_stream.log.outcome import Emit, Hold
 from kat_stream.rl.group import GroupRules
@@ -98,3 +101,70 @@ def test_an_evaluation_ends_with_its_reward_and_is_never_packed() -> None:
     outcome = anyio.run(made.handle, delivered(reward(asked, 1.0), 1))
     assert isinstance(outcome, Emit)
     assert [(type(r), r.state) for r in outcome.records if isinstance(r, LedgerEntry)] == [(LedgerEntry, "evaluated")]
+
+
+def at(record: Record, offset: int, log_s: float) -> Delivered:
+    return replace(delivered(record, offset), timestamp_ms=int(log_s * 1000))
+
+
+def late(made: PackerHandler) -> Emit | None:
+    return made.late(partition_of(trajectory(request(GROUPS[0]))))
+
+
+DEADLINE_S = request().deadline_unix_s
+
+
+def test_a_group_that_misses_members_is_closed_long_after_its_deadline_and_not_before() -> None:
+    made = handler()
+    first = [at(record, offset, DEADLINE_S - 10) for offset, record in enumerate(messages_of(GROUPS[0])[:3])]
+    assert anyio.run(feed, made, first) == ([], set())
+    assert late(made) is None
+    partition = first[0].position.partition
+    made.heard[partition] = (DEADLINE_S + GRACE_S - 1, time.monotonic())
+    assert late(made) is None
+    made.heard[partition] = (DEADLINE_S + GRACE_S + 1, time.monotonic())
+    closed = late(made)
+    assert closed is not None
+    batch, *entries = closed.records
+    assert isinstance(batch, PackedBatch) and batch.rows == ()
+    expected = [(f"{GROUPS[0]}-{sample}", "failed", "incomplete") for sample in range(3)]
+    assert [(m.rollout_id, m.fate, m.reason) for m in batch.members] == expected
+    assert [(e.rollout_id, e.state, e.reason) for e in entries if isinstance(e, LedgerEntry)] == expected
+    assert set(closed.done) == {message.position for message in first}
+    rest = [at(record, 10 + offset, DEADLINE_S + GRACE_S + 2) for offset, record in enumerate(messages_of(GROUPS[0]))]
+    batches, done = anyio.run(feed, made, rest)
+    assert (batches, len(done)) == ([], 6)
+
+
+def test_a_duplicate_later_than_what_is_remembered_opens_no_group_for_ever_and_writes_nothing() -> None:
+    made = handler()
+    asked = request(GROUPS[0], 0, 3)
+    stream = [
+        at(trajectory(asked, turn(asked, [1], [2])), 0, DEADLINE_S + GRACE_S + 5),
+        at(reward(asked, 1.0), 1, DEADLINE_S + GRACE_S + 5),
+    ]
+    assert anyio.run(feed, made, stream) == ([], set())
+    closed = late(made)
+    assert closed is not None
+    assert (closed.records, set(closed.done)) == ((), {message.position for message in stream})
+    assert late(made) is None
+
+
+def test_a_reward_that_nobody_asked_for_does_not_hold_the_partition_for_ever() -> None:
+    made = handler()
+    orphan = at(reward(request(GROUPS[0]), 1.0), 0, 1000.0)
+    assert anyio.run(feed, made, [orphan]) == ([], set())
+    assert late(made) is None
+    made.heard[orphan.position.partition] = (1000.0, time.monotonic() - IDLE_S - 1)
+    closed = late(made)
+    assert closed is not None
+    assert (closed.records, closed.done) == ((), (orphan.position,))
+
+
+def test_what_is_remembered_is_bounded_and_the_newest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packer, "REMEMBERED", 3)
+    made = handler()
+    partition = next(iter(PARTITIONS))
+    made.assigned(partition, [replace(delivered(reward(request(f"g{n}"), 0.0), n), position=Position("b", 0, n))
+                              for n in range(8)])  # fmt: skip
+    assert list(made.packed[partition]) == ["g5", "g6", "g7"]

@@ -30,7 +30,7 @@ from topics.record import floats, ints, pack_floats, pack_ints
 
 GOLDEN = Path(__file__).with_name("golden_records.json")
 ASKED = request()
-ROW = PackedRow(**{name: pack_ints([1, 2]) for name in PackedRow.__struct_fields__})
+ROW = PackedRow(**{name: pack_ints([1, 2]) for name in PackedRow.__struct_fields__ if not name.endswith("_logprobs")})
 SAMPLES: tuple[Record, ...] = (
     TASK,
     ASKED,
@@ -78,7 +78,40 @@ GROWN: dict[str, Record] = {
         threads=1,
         batch_sha256="b",
         learner_sha256="l",
-    )
+    ),
+    "Score/1 with kind": Score(
+        run=RUN,
+        group_id="g",
+        rollout_id="g-0",
+        scorer="t",
+        version="a.1",
+        turn_ids=(),
+        repeats=0,
+        logprobs=b"",
+        kind="teacher",
+        reason="unmapped",
+        identical=True,
+    ),
+    "PackedBatch/1 with scores": PackedBatch(
+        run=RUN,
+        group_id="g",
+        task_id="t",
+        members=(),
+        rows=(
+            msgspec.structs.replace(
+                ROW, scored_logprobs=pack_floats([-0.5, -1.0]), teacher_logprobs=pack_floats([-0.25, -2.0])
+            ),
+        ),
+    ),
+    "Turn/1 with claim": msgspec.structs.replace(
+        turn(ASKED, [1, 2, 3], [4, 5]),
+        claim="c",
+        after="t",
+        prompt_chars=9,
+        prompt_hash=b"h",
+        request=b"r",
+        matched_stop="END",
+    ),
 }
 """Records that had grown by a field when they were shipped: the header, and since which field."""
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from kat_stream.engines.embedded import start_engine
+from kat_stream.engines.embedded.runner import DTYPES
 
 
 def _arguments() -> argparse.Namespace:
@@ -24,6 +25,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-running-requests", type=int, default=128)
     parser.add_argument("--weight-version", default="default")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of weights, keys and values")
     return parser.parse_args()
 
 
@@ -35,6 +37,7 @@ async def _serve(args: argparse.Namespace) -> None:
         args.model_path, host=args.host, port=args.port, model_name=args.served_model_name,
         max_total_tokens=args.max_total_tokens, max_running=args.max_running_requests,
         weight_version=args.weight_version, threads=args.threads,
+        dtype=args.dtype,
     )  # fmt: skip
     sys.stdout.write(f"engine: {args.served_model_name} at {server.url}\n")
     sys.stdout.flush()

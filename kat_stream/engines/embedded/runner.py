@@ -7,7 +7,7 @@ tensor or has another shape is refused before the first byte is copied.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -15,9 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import logging as transformers_logging
 
 from kat_stream.engines.embedded.attention import IMPLEMENTATION
-from kat_stream.engines.embedded.graph import StepInput, build_step
+from kat_stream.engines.embedded.graph import StepInput, StepModule, build_step
 from kat_stream.engines.embedded.kv import KvStore
 from kat_stream.errors import ConfigError, DataError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 # A server prints no progress bars.
 transformers_logging.disable_progress_bar()
@@ -74,11 +81,15 @@ def _shape(config: Any) -> tuple[int, int, int]:
 
 
 class ModelRunner:
-    """Runs steps. `context` is the longest sequence in tokens; `vocab` the number of rows of the embedding."""
+    """Runs steps. `context` is the longest sequence in tokens; `vocab` the number of rows of the embedding.
 
-    def __init__(self, path: Path, slots: int, version: str) -> None:
+    In half precision the step is checked in float32 first, where a wrong attention shows, and then runs eagerly.
+    """
+
+    def __init__(self, path: Path, slots: int, version: str, dtype: Dtype = "float32") -> None:
         self.path = path
         self.version = version
+        self.dtype = dtype
         self.model = load_weights(path)
         self.tokenizer = load_tokenizer(path)
         config = self.model.config.get_text_config()
@@ -87,9 +98,12 @@ class ModelRunner:
         self.context = min(int(config.max_position_embeddings), slots)
         layers, groups, dim = _shape(config)
         with torch.inference_mode():
-            self.kv = KvStore(layers, slots, groups, dim, torch.float32)
+            self.kv = KvStore(layers, slots, groups, dim, DTYPES[dtype])
             trial = KvStore(layers, 128, groups, dim, torch.float32)
             self._step = build_step(self.model, trial.pool, trial.dense, self.vocab)
+            if dtype != "float32":
+                self.model.to(dtype=DTYPES[dtype])  # type: ignore[call-arg]
+                self._step = StepModule(self.model)
 
     @property
     def traced(self) -> bool:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from kat_stream.engines.embedded.metrics import Metrics
 from kat_stream.engines.embedded.request import GenerateBody, Request, SamplingBody
-from kat_stream.engines.embedded.runner import ModelRunner, load_weights, require_room
+from kat_stream.engines.embedded.runner import Dtype, ModelRunner, load_weights, require_room
 from kat_stream.engines.embedded.scheduler import Update
 from kat_stream.engines.embedded.worker import Worker
 from kat_stream.errors import DeadlineExceeded, EngineRejected, EngineUnavailable
@@ -196,8 +196,9 @@ class EngineServer:
             raise EngineRejected("stop: the model directory has no tokenizer; use stop_token_ids")
         stop_ids = frozenset() if params.ignore_eos else self.runner.eos | set(params.stop_token_ids or ())
         return Request(
-            rid=body.rid or uuid4().hex, prompt=prompt, params=params, limit=room if asked is None else min(asked, room),
-            start=self._start(body, len(prompt)), stop_ids=stop_ids, body=body, arrived=time.perf_counter(),
+            rid=body.rid or uuid4().hex, prompt=prompt, params=params,
+            limit=room if asked is None else min(asked, room), start=self._start(body, len(prompt)),
+            stop_ids=stop_ids, body=body, arrived=time.perf_counter(),
         )  # fmt: skip
 
     def _prompt(self, body: GenerateBody) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
@@ -327,7 +328,7 @@ class EngineServer:
     async def _server_info(self, http: web.Request) -> web.Response:
         return _json({
             "model_path": str(self.runner.path), "served_model_name": self.model_name, "device": "cpu",
-            "dtype": "float32", "context_length": self.runner.context, "vocab_size": self.runner.vocab,
+            "dtype": self.runner.dtype, "context_length": self.runner.context, "vocab_size": self.runner.vocab,
             "max_total_num_tokens": self.runner.kv.total, "max_running_requests": self.worker.scheduler.max_running,
             "traced": self.runner.traced, "internal_states": [{"paused": self.worker.scheduler.paused}],
             "version": "kat-embedded",
@@ -365,18 +366,19 @@ def _resolve_from_thread(
 async def start_engine(
     model_dir: Path, *, host: str = "127.0.0.1", port: int = 0, model_name: str, max_total_tokens: int,
     max_running: int,
-    weight_version: str = "default", threads: int | None = 1,
+    weight_version: str = "default", threads: int | None = 1, dtype: Dtype = "float32",
 ) -> EngineServer:  # fmt: skip
-    """Serve a Hugging Face model directory on the CPU in float32; loading takes place outside the event loop.
+    """Serve a Hugging Face model directory on the CPU; loading takes place outside the event loop.
 
     `max_total_tokens`: slots of keys and values (>= 128, also bounds a single request); `max_running`: requests
     decoded at once; `threads`: torch threads of the model's own thread (None: torch's default). One is the default
     because threads that spin for a core somebody else uses made steps 10 to 100 times slower on a shared 2-core
-    machine. Raises DataError for a directory that cannot be loaded, ConfigError for an architecture or size that
+    machine. `dtype`: of weights, keys and values.
+    Raises DataError for a directory that cannot be loaded, ConfigError for an architecture or size that
     cannot be served.
     """
     require_room(max_total_tokens, max_running)
-    runner = await asyncio.to_thread(ModelRunner, model_dir, max_total_tokens, weight_version)
+    runner = await asyncio.to_thread(ModelRunner, model_dir, max_total_tokens, weight_version, dtype)
     server = EngineServer(runner, Worker(runner, max_running, threads), model_name)
     await server.listen(host, port)
     return server

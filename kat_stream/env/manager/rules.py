@@ -17,10 +17,11 @@ Order = Literal["completed", "thread", "branch"]
 Decode = Callable[[list[int]], str]
 
 FAILED = (
-    r"\[exit (?!0\])-?\d+\]|<returncode>(?!0<)-?\d+</returncode>|<tool_use_error>|(?m:^Exit code:? (?!0\b)-?\d+)"
-    r"|(?m:^\s*(?:[Ee]rror|\w+Error):)"
+    r"\[exit (?!0\])-?\d+\]|<returncode>(?!0<)-?\d+</returncode>|\"returncode\": (?!0\b)-?\d+"
+    r"|(?i:exit code:? (?!0\b)-?\d+)|(?m:^\s*(?:[Ee]rror|\w+Error):)"
 )
-"""How agents tell the policy that a call went wrong: the shell agent, mini-swe-agent, Claude Code, Codex, others."""
+"""How agents tell the policy that a call went wrong: the shell agent, mini-swe-agent (both forms), Qwen Code,
+OpenHands; and errors of Python. What is only a flag in an agent's request (Anthropic's is_error) is in no prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Rules:
     """What is left out, and how the rest is ordered."""
 
     order: Order = "completed"
-    """completed: as calls ended; thread: the agent's threads one by one; branch: each branch of the tree in one piece."""
+    """completed: as calls ended; thread: the agent's threads one by one; branch: branches of the tree one by one."""
     max_tokens: int | None = None
     """Longest path of a turn, its prompt included."""
     max_turns: int | None = None

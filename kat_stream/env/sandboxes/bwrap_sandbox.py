@@ -63,6 +63,8 @@ class BwrapSandbox(FileTransfer):
 
     def __init__(self, name: str, spec: SandboxSpec, owner: str, parts: Parts) -> None:
         self.id, self.spec, self.owner = name, spec, owner
+        self.peak_memory_bytes = 0
+        """Of everything inside together, known once it was destroyed; 0 without cgroups."""
         self._parts, self._server = parts, parts.server
         self._child = 0
         self._child_handle = -1
@@ -201,6 +203,7 @@ class BwrapSandbox(FileTransfer):
             listener.close()
         gone = await ended(parts.process, _END_DEADLINE_S)
         if gone and parts.group is not None:
+            self.peak_memory_bytes = parts.group.peak_memory_bytes()
             gone = await parts.group.empty_and_remove()
         shutil.rmtree(parts.directory, ignore_errors=True)
         assert parts.process.stdin is not None and parts.process.stdout is not None

@@ -85,6 +85,14 @@ class Cgroup:
             return set(map(int, (self.directories[0] / "cgroup.procs").read_text().split()))
         return set()
 
+    def peak_memory_bytes(self) -> int:
+        """The most memory its members held at once, page cache included; 0 where the kernel does not say."""
+        for directory in self.directories:
+            for file in ("memory.max_usage_in_bytes", "memory.peak"):
+                if (directory / file).exists():
+                    return int((directory / file).read_text())
+        return 0
+
     async def freeze(self, deadline_s: float = 1.0) -> None:
         """Stop all members, so that they can be listed without a race; gives up quietly at the deadline."""
         self._set_frozen(True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kat_stream.env.plugins import load
 from kat_stream.env.sandboxes.base import Sandbox
 from topics import Task
 from topics.trajectory import Outcome
@@ -54,6 +53,7 @@ class Needs:
     network: bool = False
     memory_mb: int = 0
     pids: int = 0
+    disk_mb: int = 0
     mounts: dict[str, str] = field(default_factory=dict)
     """Path inside the sandbox -> path on the worker."""
 
@@ -74,12 +74,6 @@ class Scaffold(Protocol):
     async def close(self) -> None:
         """Release what the instance holds (connections); idempotent."""
         ...
-
-
-def get_scaffold(name: str) -> Scaffold:
-    """A new instance of the scaffold registered as `name`; ConfigError if there is none."""
-    scaffold: Scaffold = load(GROUP, name)()
-    return scaffold
 
 
 def log_tail(output: bytes) -> str:

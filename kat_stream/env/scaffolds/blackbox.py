@@ -17,16 +17,22 @@ import msgspec
 from kat_stream.env.datasets.toolchains import resolve
 from kat_stream.env.sandboxes.base import GATEWAY_PORT, ExecResult, Sandbox
 from kat_stream.env.scaffolds.base import Limits, Needs, ScaffoldResult, SessionEndpoint, log_tail
-from kat_stream.env.scaffolds.install import install, installed
+from kat_stream.env.scaffolds.description import Description, Ending, read_description
+from kat_stream.env.scaffolds.install import install_npm, install_python, installed, installed_node
 from kat_stream.env.scaffolds.relay import relay
-from kat_stream.errors import ConfigError, SandboxDied, SandboxError
+from kat_stream.errors import SandboxDied, SandboxError
 from topics import Task
 from topics.trajectory import Outcome
 
+__all__ = ["BlackBox", "Description", "read_description"]
+
+MODEL = "policy"
 _AGENT = "/opt/agent"
+_NODE = "/opt/node"
 _HOME = "/tmp/.agent"
-# The end of the log is what tells why an agent gave up; a long log must not cut it off.
-_SCRIPT = f'mkdir -p {_HOME}; "$@" >{_HOME}/log 2>&1 </dev/null; code=$?; tail -c 4000 {_HOME}/log; exit $code'
+# The end of the log is what tells why an agent gave up; a long log must not cut it off. What an agent leaves running in
+# the background has the pipe no more.
+_SCRIPT = f'mkdir -p {_HOME}; "$@" >{_HOME}/log 2>&1; code=$?; tail -c 16000 {_HOME}/log; exit $code'
 _OUTPUT_LIMIT = 1 << 14
 _OUTCOME_LIMIT = 1 << 24
 # The runner's own clock fires first only if the sandbox does not keep this one.
@@ -34,84 +40,60 @@ _MARGIN_S = 2.0
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
-class _Install(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    packages: tuple[str, ...]
-
-
-class _Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    command: tuple[str, ...]
-    env: dict[str, str] = {}
-    files: dict[str, str] = {}
-    """Absolute path inside the sandbox -> content; placeholders are filled in."""
-
-
-class _Needs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    memory_mb: int
-    pids: int
-
-
-class _Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the program says how it ended: a JSON file, a dotted field in it, and what its values mean."""
-
-    file: str
-    field: str
-    values: dict[str, str]
-
-
-class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A black-box agent as data."""
-
-    name: str
-    version: str
-    install: _Install
-    run: _Run
-    needs: _Needs
-    outcome: _Outcome
-
-
-def read_description(path: Path) -> Description:
-    """Read and check an agent's TOML file; ConfigError names the file and the key."""
-    try:
-        description = msgspec.toml.decode(path.read_bytes(), type=Description)
-    except (OSError, msgspec.DecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    for value in description.outcome.values.values():
-        if value not in get_args(Outcome):
-            raise ConfigError(f"{path}: outcome.values: {value!r} is not one of {', '.join(get_args(Outcome))}")
-    return description
-
-
 class BlackBox:
-    """One described agent."""
+    """One described agent. `lock`: the file with the hashes of its packages."""
 
-    def __init__(self, description: Description) -> None:
+    def __init__(self, description: Description, lock: Path | None = None) -> None:
         self.name = description.name
-        self._is = description
+        self.description = description
+        self._lock = lock
 
     def install(self) -> Path:
         """Install the program on this worker (a no-op if it is there); ConfigError if that fails."""
-        return install(self.name, self._is.version, self._is.install.packages)
+        what = self.description
+        if what.install.kind == "npm":
+            return install_npm(self.name, what.version, what.packages(), what.install.node, self._lock)
+        return install_python(self.name, what.version, what.packages(), self._lock)
 
     def needs(self) -> Needs:
-        agent = installed(self.name, self._is.version)
-        mounts = {_AGENT: str(agent), **resolve({"/opt/python": "toolchain:python"})}
-        return Needs(network=True, memory_mb=self._is.needs.memory_mb, pids=self._is.needs.pids, mounts=mounts)
+        what = self.description
+        mounts = {_AGENT: str(installed(self.name, what.version))}
+        if what.install.kind == "python":
+            mounts |= resolve({"/opt/python": "toolchain:python"})
+        if what.install.node:
+            mounts[_NODE] = str(installed_node(what.install.node))
+        return Needs(
+            network=True,
+            memory_mb=what.needs.memory_mb,
+            pids=what.needs.pids,
+            disk_mb=what.needs.disk_mb,
+            mounts=mounts,
+        )
 
     async def run(self, task: Task, session: SessionEndpoint, sandbox: Sandbox, limits: Limits) -> ScaffoldResult:
         listener = await sandbox.listen(GATEWAY_PORT)
+        what = self.description.run
+        root_url = sandbox.base_url(GATEWAY_PORT) + urlsplit(session.base_url).path
         values = {
-            "base_url": f"{sandbox.base_url(GATEWAY_PORT)}{urlsplit(session.base_url).path}/v1",
+            "root_url": root_url,
+            "base_url": f"{root_url}/v1",
             "key": session.key,
+            "model": MODEL,
             "instruction": task.instruction,
             "max_turns": str(limits.max_turns),
+            "max_context": str(limits.max_context),
+            "max_new_tokens": str(limits.max_new_tokens),
+            "seconds": f"{limits.seconds:.0f}",
             "agent": _AGENT,
+            "workdir": task.environment.workdir,
         }
         async with relay(listener, session.base_url):
             await self._write_files(sandbox, values)
             done = await sandbox.exec(
-                ["sh", "-c", _SCRIPT, self.name, *(_fill(word, values) for word in self._is.run.command)],
+                ["sh", "-c", _SCRIPT, self.name, *(_fill(word, values) for word in what.command)],
                 timeout_s=max(limits.seconds - _MARGIN_S, 1.0),
-                env={name: _fill(value, values) for name, value in self._is.run.env.items()},
+                stdin=_fill(what.stdin, values).encode(),
+                env={name: _fill(value, values) for name, value in what.env.items()},
                 output_limit=_OUTPUT_LIMIT,
             )
         if done.timed_out:
@@ -122,31 +104,37 @@ class BlackBox:
         pass
 
     async def _write_files(self, sandbox: Sandbox, values: Mapping[str, str]) -> None:
-        for path, content in self._is.run.files.items():
+        for path, content in self.description.run.files.items():
             directory, _, name = path.rpartition("/")
             await sandbox.put({name: (_fill(content, values).encode(), 0o644)}, directory or "/")
 
     async def _ending(self, sandbox: Sandbox, done: ExecResult) -> ScaffoldResult:
-        """What the program's own record says; agent_error if it left none or none that is known."""
-        log = log_tail(done.stdout)
-        rule = self._is.outcome
-        said = await self._said(sandbox, rule)
-        for value, outcome in rule.values.items():
-            if said == value:
-                return ScaffoldResult(_outcome(outcome), "" if outcome == "submitted" else said, log)
-        return ScaffoldResult("agent_error", f"ended with {said or 'no record'!r} and exit code {done.exit_code}", log)
+        """What the program itself says, in its record, its output, its exit code; agent_error if it says nothing."""
+        rule, log = self.description.outcome, log_tail(done.stdout)
+        said = await _said(sandbox, rule) if rule.file else ""
+        outcome = rule.values.get(said) or _logged(rule, done.stdout.decode("utf-8", errors="replace"))
+        outcome = outcome or rule.exit.get(str(done.exit_code), "")
+        if not outcome:
+            why = f"ended with {said or 'no record'!r} and" if rule.file else "ended with"
+            return ScaffoldResult("agent_error", f"{why} exit code {done.exit_code}", log)
+        return ScaffoldResult(_outcome(outcome), "" if outcome == "submitted" else said, log)
 
-    async def _said(self, sandbox: Sandbox, rule: _Outcome) -> str:
-        try:
-            value: Any = msgspec.json.decode(await sandbox.read_file(rule.file, _OUTCOME_LIMIT))
-        except SandboxDied:
-            raise
-        except (SandboxError, FileNotFoundError, msgspec.DecodeError):
-            # The agent may have deleted or broken it: then it has not said how it ended.
-            return ""
-        for key in rule.field.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        return value if isinstance(value, str) else ""
+
+async def _said(sandbox: Sandbox, rule: Ending) -> str:
+    try:
+        value: Any = msgspec.json.decode(await sandbox.read_file(rule.file, _OUTCOME_LIMIT))
+    except SandboxDied:
+        raise
+    except (SandboxError, FileNotFoundError, msgspec.DecodeError):
+        # The agent may have deleted or broken it: then it has not said how it ended.
+        return ""
+    for key in rule.field.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, str) else ""
+
+
+def _logged(rule: Ending, log: str) -> str:
+    return next((outcome for pattern, outcome in rule.log.items() if re.search(pattern, log)), "")
 
 
 def _outcome(text: str) -> Outcome:

@@ -33,6 +33,7 @@ requested               20
   in flight              2
     requested            1
     graded               1
+the topic ledger says: cancelled 1, failed 1, filtered 2, requested 2, stale 2, trained 4
 the account closes: 20 = 20
 """
 
@@ -90,6 +91,7 @@ def test_the_ledger_as_json_and_its_names(
     assert main(["ledger", "demo", "--json"]) == 0
     account = json.loads(capsys.readouterr().out)
     assert (account["requested"], account["closes"], account["failed"]["VerifierError"]) == (20, True, 1)
+    assert account["topic_ledger"]["trained"] == account["trained"] == 4
     assert main(["ledger", "latest", "--names", "in-flight:graded"]) == 0
     assert capsys.readouterr().out.split() == small_run.by_fate["graded"]
 
@@ -122,6 +124,19 @@ def test_trace_tells_the_story(run_dir: Path, capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr().out
     assert "    > mv a b\n" in said
     assert said.endswith("fate: trained in step 1\n")
+
+
+def test_trace_of_a_group_prints_positions_and_gaps(
+    run_dir: Path, small_run: FabricatedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["trace", "demo-t000001", "--run", "demo"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "group demo-t000001"
+    places = {f"{d.position.topic}[{d.position.partition}] at {d.position.offset}" for d in small_run.delivered()}
+    placed = [line for line in lines if ": " in line and "] at " in line and line[2] == ":"]
+    assert len(placed) > 3
+    assert all(line[13:].partition(": ")[0] in places for line in placed)
+    assert "ledger[" in "".join(placed) and "turns[" in "".join(lines)
 
 
 def test_plot_writes_both_files(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +173,7 @@ def test_plugins_are_listed_with_what_they_are(kind: str, capsys: pytest.Capture
         (["tail", "trajectory"], 2, "no topic `trajectory`"),
         (["ledger", "nobody"], 2, "no run `nobody`"),
         (["ledger", "--names", "dead"], 2, "--names dead: no such state"),
-        (["trace", "nobody"], 1, "no record speaks of a rollout `nobody`"),
+        (["trace", "nobody"], 1, "no record speaks of a rollout or a group `nobody`"),
         (["tail", "turns", "--log", "amqp:here"], 2, "neither memory: nor kafka:"),
         (["tail", "turns", "--log", "kafka:127.0.0.1:1"], 75, "127.0.0.1:1"),
         (["topics", "diff"], 2, "the log is memory:"),

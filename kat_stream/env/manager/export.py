@@ -1,0 +1,93 @@
+"""The rollouts of a run through a format into a folder.
+
+Owns which records count: the first trajectory of a rollout, as for the packer, and its first reward that is a grade.
+Invariant: what is not in the file is counted by why; a rollout that cannot be written is named, never an exception.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kat_stream.env.manager.base import COMMON, Format, Row, common
+from kat_stream.env.manager.parquet import open_rows
+from kat_stream.env.manager.rollout import Rollout, rollout_of
+from kat_stream.env.manager.rules import Rules, apply_rules
+from kat_stream.env.manager.transcript import Policy
+from kat_stream.env.manager.where import Condition
+from kat_stream.errors import DataError, RequestRefused
+from kat_stream.observe.sources import Source, read_records
+from topics import Reward, Trajectory
+
+
+@dataclass(slots=True)
+class Report:
+    """What became of the run's rollouts; counts of rollouts, but `rows`, and `kept` and `failed`, which are turns."""
+
+    rows: int = 0
+    kept: int = 0
+    failed: int = 0
+    fates: Counter[str] = field(default_factory=Counter)
+    unwritable: list[str] = field(default_factory=list)
+    """Rollout and why, of those that cannot be written in this format."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """How to write: conditions on a rollout, rules for its turns, a format for the rows."""
+
+    format: Format
+    policy: Policy
+    rules: Rules
+    where: Sequence[Condition] = ()
+
+    def rows(self, trajectory: Trajectory, score: float | None, report: Report) -> list[Row]:
+        """The rows of one rollout; none, and counted, if it is not meant or cannot be written."""
+        try:
+            whole = rollout_of(trajectory, score)
+            if not all(condition.holds(whole) for condition in self.where):
+                report.fates["other than asked"] += 1
+                return []
+            rollout = apply_rules(whole, self.rules, self.policy.decode)
+            rows = [common(rollout) | row for row in self.format.rows(rollout, self.policy)]
+        except (DataError, RequestRefused) as error:
+            report.fates["cannot be written"] += 1
+            report.unwritable.append(f"{trajectory.rollout_id}: {error}")
+            return []
+        self._count(rollout, rows, report)
+        return rows
+
+    def _count(self, rollout: Rollout, rows: Sequence[Row], report: Report) -> None:
+        report.fates["written" if rows else "nothing to learn"] += 1
+        report.kept += len(rollout.kept)
+        report.failed += len(rollout.failed)
+
+
+async def export(source: Source, how: Export, directory: Path) -> Report:
+    """Write DIRECTORY/train.parquet; StorageError if that cannot be."""
+    report = Report()
+    scores = await _scores(source)
+    with open_rows(directory, {**COMMON, **how.format.columns}) as writer:
+        async for made in _trajectories(source):
+            for row in how.rows(made, scores.get(made.rollout_id), report):
+                writer.add(row)
+    report.rows = writer.count
+    return report
+
+
+async def _scores(source: Source) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    async for record, _ in read_records(source, ("rewards",)):
+        if isinstance(record, Reward) and record.status == "graded":
+            scores.setdefault(record.rollout_id, record.score)
+    return scores
+
+
+async def _trajectories(source: Source) -> AsyncIterator[Trajectory]:
+    seen: set[str] = set()
+    async for record, _ in read_records(source, ("trajectories",)):
+        if isinstance(record, Trajectory) and record.rollout_id not in seen:
+            seen.add(record.rollout_id)
+            yield record

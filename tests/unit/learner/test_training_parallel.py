@@ -1,0 +1,88 @@
+"""Two ranks make the step that one makes: same weights, same metrics, nothing half done when a step is stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kat_stream.errors import ServiceDied, StepCancelled
+from kat_stream.rl.settings import RatioConfig
+from kat_stream.training.learner import LearnerConfig, TorchLearner
+from kat_stream.training.parallel import ParallelLearner, deal, open_learner
+from kat_stream.trees import TrainBatch
+
+Build = Callable[..., Any]
+CONFIG = LearnerConfig(
+    ratio=RatioConfig(level="sequence", mask="none"), learning_rate=1e-3, warmup_steps=1, dtype="float64"
+)
+
+
+@pytest.fixture(scope="module")
+def ranks(model_dir: Path) -> Iterator[ParallelLearner]:
+    learner = open_learner(model_dir, CONFIG, ranks=2, threads=1, step_s=120.0)
+    assert isinstance(learner, ParallelLearner)
+    yield learner
+    learner.close()
+
+
+def steps(grow: Build, batch_of: Build) -> list[TrainBatch]:
+    rng = np.random.default_rng(11)
+    return [batch_of(grow(rng, count), rng) for count in (40, 1, 25)]
+
+
+def difference(one: TorchLearner, other: TorchLearner) -> float:
+    pairs = zip(one.model.parameters(), other.model.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+def test_two_ranks_are_one(ranks: ParallelLearner, model_dir: Path, grow: Build, batch_of: Build) -> None:
+    """The second step has one turn: one rank has nothing to run and takes part all the same."""
+    alone = TorchLearner(model_dir, CONFIG)
+    start = alone.state_dict()
+    ranks.load(start)
+    for batch in steps(grow, batch_of):
+        mine, theirs = alone.step(batch).as_dict(), ranks.step(batch).as_dict()
+        for name in mine.keys() - {"seconds", "tokens_per_second", "peak_tokens"}:
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-6, abs=1e-9), name
+    assert difference(alone, ranks) < 1e-6
+    assert difference(TorchLearner(model_dir, CONFIG), ranks) > 1e-4
+
+
+def test_a_step_that_is_stopped_changes_no_rank(
+    ranks: ParallelLearner, model_dir: Path, grow: Build, batch_of: Build
+) -> None:
+    batch = steps(grow, batch_of)[0]
+    alone = TorchLearner(model_dir, CONFIG)
+    ranks.load(alone.state_dict())
+    with pytest.raises(StepCancelled, match="nothing was changed"):
+        ranks.step(batch, lambda: True)
+    ranks.skip_step()
+    alone.skip_step()
+    alone.step(batch)
+    ranks.step(batch)
+    assert difference(alone, ranks) < 1e-6 and ranks.step_count == alone.step_count == 2
+
+
+@given(st.lists(st.floats(0.1, 50.0), max_size=30), st.integers(1, 6))
+def test_what_is_dealt_is_contiguous_and_no_rank_has_much_more_than_its_share(costs: list[float], count: int) -> None:
+    dealt = deal(costs, count)
+    assert len(dealt) == len(costs) and (np.diff(dealt) >= 0).all()
+    assert dealt.max(initial=0) < count
+    loads = [sum(cost for cost, rank in zip(costs, dealt, strict=True) if rank == r) for r in range(count)]
+    assert max(loads) <= sum(costs) / count + max(costs, default=0.0) + 1e-6
+
+
+def test_a_rank_that_is_gone_ends_the_step(ranks: ParallelLearner, grow: Build, batch_of: Build) -> None:
+    """Last in this file: the learner cannot go on after it."""
+    ranks._children[0].kill()
+    ranks._children[0].join(30)
+    with pytest.raises(ServiceDied, match="a rank of the learner is gone"):
+        ranks.step(steps(grow, batch_of)[0])
+    assert torch.distributed.is_initialized()

@@ -1,0 +1,227 @@
+"""Members of both stages that come, go, crash and are fenced, in any order: nothing is lost, no group comes twice.
+
+A crash: the process's calls reach the log no more, and its membership ends. A fence: its membership ends, but it works
+on (a zombie: SIGSTOP for longer than a session) until it is stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kat_stream.errors import LogUnavailable
+from kat_stream.log import (
+    Committed,
+    Delivered,
+    Emit,
+    MemoryLog,
+    Message,
+    Outcome,
+    TopicPartition,
+    run_transform,
+    run_work,
+)
+from kat_stream.log.memory_group import MemoryMember, MemoryWriter
+from tests.contract.log_records import SIZE, GroupJoin, everything, reward
+from topics import CATALOGUE, Reward
+
+WAIT_S = 30.0
+TURN_S = 0.004
+"""How long the stages run between two rules."""
+ZOMBIE_S = 0.5
+"""How long zombies may go on reading at the end; one that waits for a partition that it lost reads no more."""
+pick = st.integers(0, 99)
+
+
+class Process:
+    """One process's connection to the log; when it is cut, nothing that is sent arrives."""
+
+    def __init__(self, log: MemoryLog) -> None:
+        self.log, self.cut = log, False
+        self.members: list[MemoryMember] = []
+        self.writers = 0
+
+    @property
+    def works(self) -> bool:
+        """Both stages are in their groups, and the transform has opened its partitions."""
+        return len(self.members) == 2 and self.writers >= max(1, min(len(member.owned) for member in self.members))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.log, name)
+
+    @property
+    def has_unread(self) -> bool:
+        return any(self.log.readable(member._active()) for member in self.members)
+
+    def check(self) -> None:
+        if self.cut:
+            raise LogUnavailable("the process is gone")
+
+    async def append(self, *messages: Message, deadline_s: float = 30.0) -> None:
+        self.check()
+        await self.log.append(*messages, deadline_s=deadline_s)
+
+    async def join(self, topics: Sequence[str], **how: Any) -> Any:
+        member = await self.log.join(topics, **how)
+        assert isinstance(member, MemoryMember)
+        self.members.append(member)
+        commit = member.commit
+
+        async def guarded(commits: Mapping[TopicPartition, Committed]) -> None:
+            self.check()
+            await commit(commits)
+
+        member.commit = guarded  # type: ignore[method-assign]
+        return member
+
+    async def writer(self, writer_id: str, *, group: str) -> Any:
+        writer = await self.log.writer(writer_id, group=group)
+        assert isinstance(writer, MemoryWriter)
+        commit = writer.commit
+        self.writers += 1
+
+        async def guarded(messages: Sequence[Message], commits: Mapping[TopicPartition, Committed]) -> None:
+            self.check()
+            await commit(messages, commits)
+
+        writer.commit = guarded  # type: ignore[method-assign]
+        return writer
+
+    async def evict(self) -> None:
+        for member in self.members:
+            await member.leave()
+
+
+class Life:
+    """One process with a member of each stage."""
+
+    def __init__(self, log: MemoryLog, name: str, worked: Counter[int]) -> None:
+        self.process, self.stopping = Process(log), anyio.Event()
+        self.scope = anyio.CancelScope()
+        self._name, self._worked = name, worked
+        self.task = asyncio.ensure_future(self._run())
+
+    async def _work(self, delivered: Delivered) -> Outcome:
+        await anyio.lowlevel.checkpoint()
+        record = delivered.record()
+        assert isinstance(record, Reward)
+        self._worked[int(record.score)] += 1
+        return Emit()
+
+    async def _run(self) -> None:
+        how: dict[str, Any] = {"member": self._name, "stopping": self.stopping}
+        log: Any = self.process
+        with self.scope:
+            async with anyio.create_task_group() as loops:
+                loops.start_soon(lambda: run_work(log, ["rewards"], group="w", handler=self._work, drain_s=0.1, **how))
+                loops.start_soon(
+                    lambda: run_transform(
+                        log, ["rewards"], group="t", handler=GroupJoin(), remember="ledger", batch=4, **how
+                    )
+                )
+
+    async def leave(self) -> None:
+        self.stopping.set()
+        with anyio.fail_after(WAIT_S):
+            await self.task
+
+    async def crash(self) -> None:
+        self.process.cut = True
+        self.scope.cancel()
+        with anyio.fail_after(WAIT_S):
+            await self.task
+        await self.process.evict()
+
+
+class Stages(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.Runner()
+        self.log = MemoryLog()
+        self.worked: Counter[int] = Counter()
+        self.lives: list[Life] = []
+        self.zombies: list[Life] = []
+        self.number, self.published, self.unclean = 0, 0, False
+        self.loop.run(self.log.apply_topics(CATALOGUE))
+
+    @rule(groups=st.integers(1, 4), seed=st.randoms(use_true_random=False))
+    def publish(self, groups: int, seed: Any) -> None:
+        scores = list(range(self.published, self.published + groups * SIZE))
+        self.published += len(scores)
+        seed.shuffle(scores)
+        self.loop.run(self.log.publish(*[reward(score, f"g{score // SIZE}") for score in scores]))
+
+    @precondition(lambda self: len(self.lives) < 4)
+    @rule()
+    def join(self) -> None:
+        self.number += 1
+        self.loop.run(self._join())
+
+    async def _join(self) -> None:
+        self.lives.append(Life(self.log, f"m{self.number}", self.worked))
+        with anyio.fail_after(WAIT_S):
+            while not self.lives[-1].process.works:
+                await anyio.sleep(TURN_S)
+
+    @precondition(lambda self: self.lives)
+    @rule(which=pick, how=st.sampled_from(["leaves", "crashes", "is fenced"]))
+    def end(self, which: int, how: str) -> None:
+        life = self.lives.pop(which % len(self.lives))
+        self.unclean |= how != "leaves"
+        match how:
+            case "leaves":
+                self.loop.run(life.leave())
+            case "crashes":
+                self.loop.run(life.crash())
+            case "is fenced":
+                self.zombies.append(life)
+                self.loop.run(life.process.evict())
+
+    @rule()
+    def time_passes(self) -> None:
+        self.loop.run(anyio.sleep(TURN_S))
+
+    @invariant()
+    def no_group_comes_twice(self) -> None:
+        assert max(self.loop.run(self._groups()).values(), default=0) <= 1
+
+    async def _groups(self) -> Counter[str]:
+        return Counter(d.record().group_id for d in await everything(self.log, "ledger"))  # type: ignore[attr-defined]
+
+    async def _finish(self) -> None:
+        """Whatever went before: one more member does what is left and what still comes, while zombies work on."""
+        self.number += 1
+        await self._join()
+        more = range(self.published, self.published + 24 * SIZE)
+        self.published = more.stop
+        await self.log.publish(*[reward(score, f"g{score // SIZE}") for score in more])
+        with anyio.fail_after(WAIT_S):
+            while len(self.worked) < self.published or len(await self._groups()) < self.published // SIZE:
+                await anyio.sleep(0.005)
+        with anyio.move_on_after(ZOMBIE_S):
+            while any(life.process.has_unread for life in self.zombies):
+                await anyio.sleep(0.005)
+        for life in [*self.zombies, *self.lives]:
+            await life.leave()
+
+    def teardown(self) -> None:
+        try:
+            self.loop.run(self._finish())
+            assert self.loop.run(self._groups()) == Counter(f"g{n}" for n in range(self.published // SIZE))
+            assert self.worked.keys() == set(range(self.published))
+            if not self.unclean:
+                assert self.worked == Counter(range(self.published))
+        finally:
+            self.loop.close()
+
+
+TestStages = Stages.TestCase
+TestStages.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
