@@ -75,6 +75,6 @@ async def _awake(engine: EngineClient) -> bool:
         ready = await engine.health()
         if ready:
             await engine.resume()
-    except EngineUnavailable:
+    except (EngineUnavailable, DeadlineExceeded):
         return False
     return ready
