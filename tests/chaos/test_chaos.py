@@ -1,4 +1,4 @@
-"""Six faults on a running system, and every rollout accounted for; `make chaos` runs as many as you like."""
+"""Faults on a running system, and every rollout accounted for; `make chaos` runs as many as you like."""
 
 import os
 import re

@@ -128,6 +128,8 @@ class Cgroup:
         end = time.monotonic() + deadline_s
         while not (gone := self.remove()) and time.monotonic() < end:
             self.kill()
+            with suppress(FileNotFoundError):
+                self.thaw()  # its owner may have died while it was frozen, and nobody frozen can die
             await asyncio.sleep(_POLL_S)
         return gone
 
