@@ -50,7 +50,7 @@ def test_an_engine_that_dies_in_mid_turn_costs_no_rollout(tmp_path: Path) -> Non
         out = tmp_path / "out.txt"
         run = start("run", DEMO, *settings(tmp_path, run__name="shot", engine__urls=f"['{url}']"), out=out)
         try:
-            wait_for("turns", lambda: any((tmp_path / "shot" / "archive" / "turns").glob("*.parquet")), 200)
+            wait_for("turns", lambda: any((tmp_path / "shot" / "archive" / "turns").rglob("part-*.parquet")), 200)
             end(engine)
             engine = serve_engine(tmp_path / "engine2.txt", port=int(url.rpartition(":")[2]))
             assert run.wait(240) == 0, out.read_text()

@@ -6,6 +6,7 @@ family writes JSON, arguments are kept byte for byte; where it writes tags, they
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,30 @@ def is_object(json: str) -> bool:
         return isinstance(msgspec.json.decode(json), dict)
     except (msgspec.DecodeError, RecursionError):
         return False
+
+
+def sectioned(
+    begin: str, end: str, call: re.Pattern[str], read: Callable[[str, str], tuple[str, str] | None]
+) -> ToolParser:
+    """A parser of one section of calls at the end of a text; `call` has the groups head and tail.
+
+    `read` makes name and arguments of head and tail, or None: then nothing of the text is a call.
+    """
+
+    def parse(text: str, _tools: Tools | None = None) -> Parsed:
+        before, opened, section = text.partition(begin)
+        body, closed, after = section.partition(end)
+        if not opened or not closed or after.strip() or call.sub("", body).strip():
+            return text, []
+        calls: Calls = []
+        for head, tail in call.findall(body):
+            made = read(head, tail)
+            if made is None or not is_object(made[1]):
+                return text, []
+            calls.append((made[0], made[1].strip()))
+        return (before.rstrip(), calls) if calls else (text, [])
+
+    return ToolParser((begin,), parse)
 
 
 def by_schema(name: str, arguments: list[tuple[str, str]], tools: Tools | None) -> str:

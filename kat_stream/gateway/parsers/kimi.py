@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-from kat_stream.gateway.parsers.base import Calls, Parsed, ToolParser, Tools, is_object
+from kat_stream.gateway.parsers.base import sectioned
 
-_BEGIN, _END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 _CALL = re.compile(
     r"<\|tool_call_begin\|>(.*?)<\|tool_call_argument_begin\|>(.*?)<\|tool_call_end\|>",
     re.DOTALL,
@@ -14,18 +13,9 @@ _CALL = re.compile(
 _ID = re.compile(r"(?:functions\.)?(.+):\d+")
 
 
-def parse(text: str, _tools: Tools | None = None) -> Parsed:
-    before, begin, section = text.partition(_BEGIN)
-    body, end, after = section.partition(_END)
-    if not begin or not end or after.strip() or _CALL.sub("", body).strip():
-        return text, []
-    calls: Calls = []
-    for head, arguments in _CALL.findall(body):
-        named = _ID.fullmatch(head.strip())
-        if named is None or not is_object(arguments):
-            return text, []
-        calls.append((named.group(1), arguments.strip()))
-    return (before.rstrip(), calls) if calls else (text, [])
+def _read(head: str, tail: str) -> tuple[str, str] | None:
+    named = _ID.fullmatch(head.strip())
+    return (named.group(1), tail) if named else None
 
 
-PARSER = ToolParser((_BEGIN,), parse)
+PARSER = sectioned("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", _CALL, _read)
