@@ -58,7 +58,9 @@ async def run_work(
     """
     handling = Handling(group, handler, max_attempts, DeadLetterCap(dead_letters), tiers=True)
     stage = _Work(log, handling, stopping, max_in_flight, drain_s)
-    stage.member = await log.join([*topics, *TIERS], group=group, member=member, on_revoked=stage.on_revoked)
+    # Together: each member gets its share of every topic, not one the topics and another their empty tiers.
+    every = [*topics, *TIERS]
+    stage.member = await log.join(every, group=group, member=member, on_revoked=stage.on_revoked, together=True)
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(stage.guarded, stage.commit_loop)

@@ -185,6 +185,7 @@ async def test_members_come_and_go_and_nothing_is_lost_or_done_twice(connect: Co
             owned = await settled_members(log, {"a", "b"})
             assert {name: len(partitions) for name, partitions in owned.items()} == {"a": 24, "b": 24}
             assert len(set().union(*owned.values())) == 48
+            assert [sum(place.topic == "rewards" for place in places) for places in owned.values()] == [6, 6]
             await publish(100)
             await eventually(lambda: by_member["b"] > 0)
             await second.stop()
