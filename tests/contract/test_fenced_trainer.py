@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import anyio
@@ -17,6 +17,7 @@ from kat_stream.config import load
 from kat_stream.log import Log, open_log
 from kat_stream.rl.group import GroupRules, pack_group
 from kat_stream.runs import create_run
+from tests.contract.test_log_kill import own_broker
 from tests.unit.records import request, reward, trajectory, turn
 from topics import CATALOGUE, LedgerEntry, PackedBatch, PolicyVersion, Record, TrainStep, encode
 
@@ -26,8 +27,16 @@ PUBLISHED = ("policy.versions", "train.steps", "ledger")
 
 
 @pytest.fixture
-async def log(kafka_bootstrap: str) -> AsyncIterator[Log]:
-    opened = open_log(f"kafka:{kafka_bootstrap}")
+def bootstrap(kafka_bootstrap: str, tmp_path: Path) -> Iterator[str]:
+    """A broker of its own: a service knows no other prefix than the default one, which other tests use too."""
+    with own_broker(tmp_path / "broker") as own:
+        assert own != kafka_bootstrap
+        yield own
+
+
+@pytest.fixture
+async def log(bootstrap: str) -> AsyncIterator[Log]:
+    opened = open_log(f"kafka:{bootstrap}")
     await opened.start()
     await opened.apply_topics(CATALOGUE)
     yield opened
@@ -35,8 +44,8 @@ async def log(kafka_bootstrap: str) -> AsyncIterator[Log]:
 
 
 @pytest.fixture
-def run_dir(kafka_bootstrap: str, tmp_path: Path) -> Path:
-    changes = [f"log.url='kafka:{kafka_bootstrap}'", f"run.directory='{tmp_path}'", "run.name=r", "run.steps=9"]
+def run_dir(bootstrap: str, tmp_path: Path) -> Path:
+    changes = [f"log.url='kafka:{bootstrap}'", f"run.directory='{tmp_path}'", "run.name=r", "run.steps=9"]
     changes += ["sampler.groups_per_step=1", "trainer.checkpoint_every=1"]
     return create_run(load(None, changes))[1]
 
