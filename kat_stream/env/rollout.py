@@ -19,7 +19,7 @@ from kat_stream.env.grading import Grader
 from kat_stream.env.sandboxes.base import Sandbox, SandboxBackend
 from kat_stream.env.scaffolds import Limits, Scaffold, ScaffoldResult, SessionEndpoint, get_scaffold
 from kat_stream.env.trajectories import lay_out, sandbox_spec, take_patch
-from kat_stream.errors import ConfigError, DataError, DeadlineExceeded, GatewayError, SandboxDied
+from kat_stream.errors import ConfigError, DataError, DeadlineExceeded, GatewayError, SandboxDied, SandboxError
 from topics import Reward, RolloutRequest, Sampling, Trajectory, Turn
 from topics.trajectory import Outcome
 
@@ -217,7 +217,7 @@ class RolloutRunner:
             if state.request.task.verifier.in_place:
                 graded = _record(state.request, 1, state, end, time.monotonic())
                 state.reward = await self._grader.grade_in_place(graded, state.sandbox)
-        except SandboxDied as error:
+        except SandboxError as error:  # also one in which nothing can be started any more
             return _End("sandbox_died", str(error))
         except DataError as error:
             return _End("agent_error", str(error))

@@ -26,6 +26,10 @@ def _break(worker: Worker) -> None:
     worker._turn = turn  # type: ignore[method-assign]
 
 
+def _workers() -> list[Worker]:
+    return [found for found in gc.get_objects() if type(found) is Worker]
+
+
 def test_a_dead_model_thread_ends_the_service(tmp_path: Path) -> None:
     async def scenario() -> None:
         log = open_log("memory:")
@@ -34,11 +38,12 @@ def test_a_dead_model_thread_ends_the_service(tmp_path: Path) -> None:
         path = str(model_dir("demo"))
         await log.publish(PolicyVersion(run="r", model="policy", lineage="a", number=0, path=path, checksum=""))
         ctx = Context(config=choose_ports(load(None)), run="r", run_dir=tmp_path, log=log, member="engine")
+        others = _workers()  # of tests before this one, not collected yet
         async with anyio.create_task_group() as group:
 
             async def sabotage() -> None:
                 with anyio.fail_after(120):
-                    while not (workers := [found for found in gc.get_objects() if type(found) is Worker]):
+                    while not (workers := [found for found in _workers() if found not in others]):
                         await anyio.sleep(0.1)
                 _break(workers[0])
 
