@@ -1,11 +1,14 @@
 """Packer: joins the trajectories, rewards and scores of a group and writes it as one tree-packed batch.
 
 In:      trajectories, rewards, scores (if a scorer runs); policy.versions (to know what is stale)
-Out:     batches, ledger (packed, filtered, stale, failed, cancelled, evaluated)
+Out:     batches, ledger (packed, filtered, stale, failed, cancelled, evaluated), groups.closed
 Key:     group_id
 Commits: the low-watermark of open groups, in the transaction that writes the batch
 Fails:   a record that cannot be read is a dead letter; a turn that cannot be trained is a counted filter; a group that
          lacks members long after its requests' deadline is closed as failed (incomplete)
+
+A group is closed once: every group that was closed is known for as long as the run lasts (some 150 bytes a group, read
+back from groups.closed after a restart), so a message that comes late closes nothing a second time.
 """
 
 from __future__ import annotations
@@ -25,22 +28,18 @@ from kat_stream.log.outcome import Emit, Hold, Outcome
 from kat_stream.log.stages import run_transform
 from kat_stream.policy import max_positions
 from kat_stream.rl.group import GroupRules, pack_group
-from kat_stream.rl.incomplete import incomplete_batch
+from kat_stream.rl.incomplete import Listening, incomplete_batch
 from kat_stream.rl.scores import ScoreRules
 from kat_stream.service import Context
 from kat_stream.versions import Versions
-from topics import LedgerEntry, PackedBatch, Record, Reward, Score, Trajectory, partition_of
+from topics import GroupClosed, LedgerEntry, PackedBatch, Record, Reward, Score, Trajectory, partition_of
+from topics.catalogue import GROUP_PARTITIONS
 from topics.ledger import State
 
 log = logging.getLogger(__name__)
 
 VERSION_READY_S = 180.0
-REMEMBERED = 10_000
-"""Newest groups of a partition whose late duplicates are known as such."""
-GRACE_S = 900.0
-"""After the deadline of its requests a group is given so long to be ended, graded and read."""
-IDLE_S = 60.0
-"""So long after its last message a partition's time is the wall clock's."""
+CLOSED = "groups.closed"
 
 
 class Packer:
@@ -54,9 +53,17 @@ class Packer:
             budget_tokens=ctx.config.trainer.micro_batch_tokens,
             max_positions=max_positions(ctx.config.policy.model),
             scores=score_rules(ctx.config.scorer),
+            distils=ctx.config.trainer.distillation_coefficient > 0,
         )
         scored = bool(rules.scores.kinds)
-        handler = PackerHandler(ctx.run, versions, rules, wait_s=ctx.config.scorer.wait_s)
+        handler = PackerHandler(
+            ctx.run,
+            versions,
+            rules,
+            rollout_s=ctx.config.sampler.rollout_timeout_s,
+            wait_s=ctx.config.scorer.wait_s,
+            partitions=ctx.config.log.partitions,
+        )
         async with anyio.create_task_group() as group:
             group.start_soon(versions.follow, ctx.log)
             await versions.first(VERSION_READY_S)
@@ -67,7 +74,8 @@ class Packer:
                 member=ctx.member,
                 handler=handler,
                 stopping=ctx.stopping,
-                remember="batches",
+                remember=CLOSED,
+                mine=handler.mine,
                 dead_letters=ctx.dead_letters,
                 late=handler.late,
             )
@@ -88,14 +96,16 @@ def score_rules(section: ScorerSection) -> ScoreRules:
 class OpenGroup:
     """What has arrived of a group; `positions` stay uncommitted until it is packed."""
 
+    heard_s: float
+    """When it was first heard of, by `Listening.listened_s`."""
+    written_s: float
+    """The time that its first message bears, seconds since the epoch."""
     trajectories: dict[str, Trajectory] = field(default_factory=dict)
     rewards: dict[str, Reward] = field(default_factory=dict)
     scores: dict[str, list[Score]] = field(default_factory=dict)
     positions: list[Position] = field(default_factory=list)
-    since_s: float = 0.0
-    """Log time of its first message, seconds since the epoch."""
-    graded_at: float | None = None
-    """When nothing but scores was missing any more, on the monotonic clock."""
+    graded_s: float | None = None
+    """When nothing but scores was missing any more, by `Listening.listened_s`."""
 
     def take(self, record: Trajectory | Reward | Score) -> None:
         """The first one counts."""
@@ -117,11 +127,6 @@ class OpenGroup:
             if member.gradable
         )
 
-    @property
-    def deadline_s(self) -> float:
-        """When all its rollouts had to be over; without a trajectory that says so, when it was first heard of."""
-        return max((member.request.deadline_unix_s for member in self.trajectories.values()), default=self.since_s)
-
     def finished(self) -> list[tuple[Trajectory, Reward | None]] | None:
         """Every member with its reward, in the order of samples; None while one is missing."""
         members = sorted(self.trajectories.values(), key=lambda trajectory: trajectory.request.sample)
@@ -135,30 +140,40 @@ class OpenGroup:
 class PackerHandler:
     """Holds the messages of open groups; the first trajectory, reward and score of a rollout count.
 
-    `wait_s`: how long a group that lacks only scores is held. Time is the log's, so that what piled up while this
-    stage was away is read before anything of it is given up.
+    `rollout_s`: how long a rollout may last from its request on. `wait_s`: how long a group that lacks only scores is
+    held. After a restart both begin anew. `partitions`: of each topic that is partitioned by group.
     """
 
-    def __init__(self, run: str, versions: Versions, rules: GroupRules, *, wait_s: float = 30.0) -> None:
-        self.run_name, self.versions, self.rules, self.wait_s = run, versions, rules, wait_s
+    def __init__(
+        self,
+        run: str,
+        versions: Versions,
+        rules: GroupRules,
+        *,
+        rollout_s: float = 900.0,
+        wait_s: float = 30.0,
+        partitions: int = GROUP_PARTITIONS,
+    ) -> None:
+        self.run_name, self.versions, self.rules = run, versions, rules
+        self.rollout_s, self.wait_s, self.partitions = rollout_s, wait_s, partitions
         self.open: dict[int, dict[str, OpenGroup]] = {}
-        self.packed: dict[int, dict[str, None]] = {}
-        """Oldest first, at most REMEMBERED."""
-        self.heard: dict[int, tuple[float, float]] = {}
-        """Of each partition: the newest log time (s since the epoch), and when (monotonic) it came."""
+        self.closed: dict[int, set[str]] = {}
+        self.time: dict[int, Listening] = {}
+
+    def mine(self, delivered: Delivered) -> bool:
+        """Whether a message of groups.closed is of this run."""
+        return _closed_group(delivered, self.run_name) is not None
 
     def assigned(self, partition: int, replay: Sequence[Delivered]) -> None:
-        """`replay`: what this stage wrote to `batches` so far; those groups are done."""
+        """`replay`: what is `mine` of groups.closed; those groups are done."""
         self.open[partition] = {}
-        self.packed[partition] = {}
-        for delivered in replay:
-            self._remember(partition, _group_of(delivered))
-        self.heard[partition] = (0.0, time.monotonic())
+        self.closed[partition] = {name for one in replay if (name := _closed_group(one, self.run_name)) is not None}
+        self.time[partition] = Listening(time.monotonic())
 
     def revoked(self, partition: int) -> None:
         self.open.pop(partition, None)
-        self.packed.pop(partition, None)
-        self.heard.pop(partition, None)
+        self.closed.pop(partition, None)
+        self.time.pop(partition, None)
 
     async def handle(self, delivered: Delivered) -> Outcome:
         record = delivered.record()
@@ -166,16 +181,17 @@ class PackerHandler:
             return Emit()
         if not isinstance(record, Score) and _purpose(record) == "eval":
             return Emit(*_evaluated(record))
-        partition = partition_of(record)
-        if partition != delivered.position.partition:
-            raise DataError(f"{delivered.position}: {record.group_id} belongs on partition {partition}, not here")
+        partition = delivered.position.partition
+        if (right := partition_of(record, self.partitions)) != partition:
+            raise DataError(f"{delivered.position}: {record.group_id} belongs on partition {right}, not here")
         if not record.rollout_id:
             raise DataError(f"{delivered.position}: rollout_id is empty: nobody asked for this")
-        log_s = delivered.timestamp_ms / 1000
-        self.heard[partition] = (max(log_s, self.heard[partition][0]), time.monotonic())
-        if record.group_id in self.packed[partition]:
+        log_s, now = delivered.timestamp_ms / 1000, self.time[partition]
+        now.hear(log_s)
+        if record.group_id in self.closed[partition]:
+            telemetry.LATE.inc()
             return Emit()
-        group = self.open[partition].setdefault(record.group_id, OpenGroup(since_s=log_s))
+        group = self.open[partition].setdefault(record.group_id, OpenGroup(now.listened_s, log_s))
         group.take(record)
         group.positions.append(delivered.position)
         return self._close(partition, record.group_id) or Hold()
@@ -183,6 +199,7 @@ class PackerHandler:
     def late(self, partition: int) -> Emit | None:
         """Close the groups that have waited long enough: for scores, or for members."""
         telemetry.HELD.set(sum(map(len, self.open.values())))
+        self.time[partition].turn(time.monotonic())
         closed = [*self._unscored(partition), *self._overdue(partition)]
         if not closed:
             return None
@@ -190,68 +207,68 @@ class PackerHandler:
         return Emit(*records, done=[position for emit in closed for position in emit.done])
 
     def _unscored(self, partition: int) -> list[Emit]:
-        overdue = [
-            name for name, group in self.open.get(partition, {}).items()
-            if group.graded_at is not None and time.monotonic() - group.graded_at > self.wait_s
-        ]  # fmt: skip
+        overdue = [name for name, group in self.open[partition].items() if self._gave_time(partition, group)]
         closed = [emit for name in overdue if (emit := self._close(partition, name)) is not None]
         telemetry.UNSCORED.inc(len(closed))
         return closed
 
     def _overdue(self, partition: int) -> list[Emit]:
-        now_s = self._now_s(partition)
-        groups = self.open.get(partition, {})
-        overdue = [name for name, group in groups.items() if now_s > group.deadline_s + GRACE_S]
+        now, groups = self.time[partition], self.open[partition]
+        overdue = [
+            name for name, group in groups.items() if now.overdue(group.heard_s, group.written_s, self.rollout_s)
+        ]
         return [self._give_up(partition, name) for name in overdue]
 
-    def _now_s(self, partition: int) -> float:
-        log_s, heard = self.heard.get(partition, (0.0, time.monotonic()))
-        return log_s if time.monotonic() - heard < IDLE_S else max(log_s, time.time())
-
     def _give_up(self, partition: int, group_id: str) -> Emit:
-        """A group that came in time is closed; what came after its deadline alone repeats a group closed long ago."""
-        group = self.open[partition].pop(group_id)
-        self._remember(partition, group_id)
-        if not group.trajectories or group.since_s > group.deadline_s:
-            log.warning("%s: %d late messages are passed over", group_id, len(group.positions))
+        """The batch of a group that lacks members; rewards and scores of no rollout at all are passed over."""
+        group = self.open[partition][group_id]
+        if not group.trajectories:
+            del self.open[partition][group_id]
+            log.warning("%s: %d messages of no rollout are passed over", group_id, len(group.positions))
             return Emit(done=group.positions)
         batch = incomplete_batch(list(group.trajectories.values()))
         log.error("%s: %d of %d members came", group_id, len(group.trajectories), len(batch.members))
         telemetry.INCOMPLETE.inc()
-        return Emit(batch, *_entries(batch), done=group.positions)
+        return self._closing(partition, batch)
 
     def _close(self, partition: int, group_id: str) -> Emit | None:
         group = self.open[partition][group_id]
         finished = group.finished()
-        if finished is None or not self._has_scores(group):
+        if finished is None or not self._has_scores(partition, group):
             return None
         batch = pack_group(finished, self.versions.head, self.versions.forks, self.rules, group.scores)
-        del self.open[partition][group_id]
-        self._remember(partition, group_id)
         for member in batch.members:
             telemetry.PACKED.labels(member.fate).inc()
-        return Emit(batch, *_entries(batch), done=group.positions)
+        return self._closing(partition, batch)
 
-    def _remember(self, partition: int, group_id: str) -> None:
-        packed = self.packed[partition]
-        packed[group_id] = None
-        if len(packed) > REMEMBERED:
-            del packed[next(iter(packed))]
+    def _closing(self, partition: int, batch: PackedBatch) -> Emit:
+        """Everything that is written of a group, and the one place where a group ceases to be open."""
+        group = self.open[partition].pop(batch.group_id)
+        self.closed[partition].add(batch.group_id)
+        closed = GroupClosed(run=batch.run, group_id=batch.group_id)
+        return Emit(batch, *_entries(batch), closed, done=group.positions)
 
-    def _has_scores(self, group: OpenGroup) -> bool:
+    def _has_scores(self, partition: int, group: OpenGroup) -> bool:
         """Of a group that is otherwise complete: its scores are there, or it has waited long enough for them."""
         if group.scored(self.rules.scores.kinds):
             return True
-        group.graded_at = group.graded_at or time.monotonic()
-        return time.monotonic() - group.graded_at > self.wait_s
+        if group.graded_s is None:
+            group.graded_s = self.time[partition].listened_s
+        return self._gave_time(partition, group)
+
+    def _gave_time(self, partition: int, group: OpenGroup) -> bool:
+        """Whether a group that lacks only scores has been held for long enough."""
+        return group.graded_s is not None and self.time[partition].listened_s - group.graded_s > self.wait_s
 
 
-def _group_of(delivered: Delivered) -> str:
-    """The group of a message; its key says so, too, where it cannot be read."""
+def _closed_group(delivered: Delivered, run: str) -> str | None:
+    """The group of a message of groups.closed; None for another run's, and for what nobody can read."""
     try:
-        return str(getattr(delivered.record(), "group_id", ""))
-    except DecodeError:
-        return (delivered.key or b"").decode(errors="replace")
+        record = delivered.record()
+    except DecodeError as error:
+        log.error("passed over: %s", error)
+        return None
+    return record.group_id if isinstance(record, GroupClosed) and record.run == run else None
 
 
 def _purpose(record: Trajectory | Reward) -> str:

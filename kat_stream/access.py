@@ -54,14 +54,14 @@ SERVICES: dict[str, Access] = {
     "verifier": Access(reads=("trajectories",), writes=("rewards",), works=True, group=True),
     "scorer": Access(reads=("trajectories",), writes=("scores",), works=True, group=True),
     "packer": Access(
-        reads=("trajectories", "rewards", "scores", "policy.versions", "batches"),
-        writes=("batches", "ledger"),
+        reads=("trajectories", "rewards", "scores", "policy.versions", "groups.closed"),
+        writes=("batches", "ledger", "groups.closed"),
         group=True,
         transactional=True,
         dead_letters=True,
     ),
     "trainer": Access(
-        reads=("batches", "policy.versions", "ledger"),
+        reads=("batches", "policy.versions", "ledger", "train.steps"),
         writes=("policy.versions", "train.steps", "ledger"),
         transactional=True,
         dead_letters=True,

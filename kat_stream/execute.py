@@ -15,21 +15,19 @@ import anyio
 
 from kat_stream.config import Config
 from kat_stream.curriculum import group_of
-from kat_stream.errors import DeadlineExceeded, KatError, LogError
+from kat_stream.errors import KatError
 from kat_stream.local import run_local
+from kat_stream.observe.lag_export import export_lag
 from kat_stream.observe.progress import Progress
 from kat_stream.observe.sources import archived_ledger
-from kat_stream.observe.stage_lag import stage_lags
 from kat_stream.runs import open_run_log, registered
 from kat_stream.service import Context
 from kat_stream.signals import stop_on_signal
 from kat_stream.supervisor import members_of, supervise
-from kat_stream.telemetry import LAG, LAG_SECONDS, serve_metrics
-from topics import CATALOGUE, LedgerEntry
+from kat_stream.telemetry import serve_metrics
+from topics import LedgerEntry, catalogue
 
 log = logging.getLogger(__name__)
-
-LAG_EVERY_S = 5.0
 
 
 @dataclass(slots=True)
@@ -54,14 +52,14 @@ async def execute(config: Config, run_dir: Path, *, resume: bool, progress: Prog
     signalled = anyio.Event()
     error: BaseException | None = None
     try:
-        await the_log.apply_topics(CATALOGUE)
+        await the_log.apply_topics(catalogue(config.log.partitions))
         if resume and one_process:
             await _settle_interrupted(ctx)
         with registered(run_dir, "run", url):
             async with anyio.create_task_group() as group:
                 group.start_soon(stop_on_signal, ctx.stopping, signalled)
                 group.start_soon(progress.follow, ctx)
-                group.start_soon(_export_lag, ctx)
+                group.start_soon(export_lag, ctx)
                 try:
                     await (run_local(ctx) if one_process else supervise(run_dir, ctx.stopping, members_of(config)))
                 except KatError as failure:
@@ -74,17 +72,6 @@ async def execute(config: Config, run_dir: Path, *, resume: bool, progress: Prog
             await the_log.close()
         metrics.shutdown()
     return Result(time.monotonic() - began, signalled.is_set(), error)
-
-
-async def _export_lag(ctx: Context) -> None:
-    """Keep the gauges of how far each stage is behind; a log that is away for a while is not this task's business."""
-    while not await ctx.stopped_within(LAG_EVERY_S):
-        try:
-            for lag in await stage_lags(ctx.log, ctx.run, ctx.run_dir, ctx.log_id):
-                LAG.labels(lag.group, lag.topic).set(lag.messages)
-                LAG_SECONDS.labels(lag.group, lag.topic).set(lag.seconds or 0.0)
-        except (LogError, DeadlineExceeded) as error:
-            log.warning("lag is not known: %s", error)
 
 
 async def _settle_interrupted(ctx: Context) -> None:

@@ -24,7 +24,6 @@ from kat_stream.log.base import Log, TopicPartition
 from kat_stream.observe.ledger import Ledger
 from kat_stream.observe.sources import LOG_ID
 from kat_stream.runs import load_run
-from topics import topic_named
 
 TRIMMED = ("turns", "trajectories", "scores", "batches")
 """Where the bytes are."""
@@ -66,11 +65,10 @@ async def plan(log: Log, run_dir: Path, account: Ledger) -> list[Trim]:
     found: list[Bound] = [bound async for bound in _bounds(log, run_dir, account)]
     trims = []
     for topic in TRIMMED:
-        begins = await log.beginning_offsets(topic)
-        for number in range(topic_named(topic).partitions):
+        for number, begin in (await log.beginning_offsets(topic)).items():
             place = TopicPartition(topic, number)
             least = min((bound for bound in found if bound.place == place), key=lambda bound: bound.offset)
-            trims.append(Trim(begins[number], least))
+            trims.append(Trim(begin, least))
     return trims
 
 
@@ -90,9 +88,10 @@ async def _bounds(log: Log, run_dir: Path, account: Ledger) -> AsyncIterator[Bou
         for place, offset in (await log.committed(group)).items():
             yield Bound(place, offset, f"group {group}")
     for beside in _runs_on(run_dir, groups):
-        name = load_run(beside).run.name
-        for bound in (*_archive_bounds(beside, name), *_checkpoint_bounds(beside, name)):
-            yield bound
+        config = load_run(beside)
+        for bounds in (_archive_bounds, _checkpoint_bounds):
+            for bound in bounds(beside, config.run.name, config.log.partitions):
+                yield bound
     for bound in _flight_bounds(run_dir, account):
         yield bound
 
@@ -107,22 +106,22 @@ def _runs_on(run_dir: Path, groups: list[str]) -> Iterable[Path]:
             yield path.parent
 
 
-def _archive_bounds(run_dir: Path, run: str) -> Iterable[Bound]:
+def _archive_bounds(run_dir: Path, run: str, partitions: int) -> Iterable[Bound]:
     after = archived_positions(run_dir / "archive", LOG_ID, TRIMMED)
-    for place in _places(TRIMMED):
+    for place in _places(TRIMMED, partitions):
         yield Bound(place, after.get(place, 0), f"archive of {run}")
 
 
-def _checkpoint_bounds(run_dir: Path, run: str) -> Iterable[Bound]:
+def _checkpoint_bounds(run_dir: Path, run: str, partitions: int) -> Iterable[Bound]:
     cards = sorted((run_dir / "checkpoints").glob("step-*/state.json"))
     if not cards:
-        yield from (Bound(place, 0, f"{run} has no checkpoint") for place in _places(("batches",)))
+        yield from (Bound(place, 0, f"{run} has no checkpoint") for place in _places(("batches",), partitions))
     for card in cards:
         try:
             positions = msgspec.json.decode(card.read_bytes(), type=_Card).positions
         except (OSError, msgspec.DecodeError) as error:
             raise CheckpointError(f"{card}: {error}") from error
-        for place in _places(("batches",)):
+        for place in _places(("batches",), partitions):
             yield Bound(place, positions.get(str(place.partition), 0), f"checkpoint {card.parent.name} of {run}")
 
 
@@ -135,7 +134,7 @@ def _flight_bounds(run_dir: Path, account: Ledger) -> Iterable[Bound]:
             yield Bound(place, row["offset"], f"group {row['group_id']} is in flight")
 
 
-def _places(topics: Iterable[str]) -> Iterable[TopicPartition]:
+def _places(topics: Iterable[str], partitions: int) -> Iterable[TopicPartition]:
     for topic in topics:
-        for number in range(topic_named(topic).partitions):
+        for number in range(partitions):
             yield TopicPartition(topic, number)

@@ -15,7 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -109,12 +109,27 @@ def registered(run_dir: Path, member: str, metrics_url: str) -> Iterator[None]:
 
 
 def write_targets(run_dir: Path) -> None:
-    """Prometheus `file_sd_configs` targets of the live services."""
-    services = [json.loads(path.read_text()) for path in sorted((run_dir / "services").glob("*.json"))]
-    addresses = [(service["member"], _address(service["metrics"])) for service in services]
-    addresses += [("engine-http", address) for address in _engine_addresses(load_run(run_dir))]
-    targets = [{"targets": [where], "labels": {"service": who, "run": run_dir.name}} for who, where in addresses]
-    _write(targets_file(run_dir), json.dumps(targets, indent=1))
+    """Prometheus `file_sd_configs` targets of the live services.
+
+    Services come and go beside this one without a lock: who wrote last looks once more, so what stays is what is true.
+    """
+    engines = [("engine-http", address) for address in _engine_addresses(load_run(run_dir))]
+    written: list[tuple[str, str]] | None = None
+    while (services := _services(run_dir)) != written:
+        addresses = [*services, *engines]
+        targets = [{"targets": [where], "labels": {"service": who, "run": run_dir.name}} for who, where in addresses]
+        _write(targets_file(run_dir), json.dumps(targets, indent=1))
+        written = services
+
+
+def _services(run_dir: Path) -> list[tuple[str, str]]:
+    """Member and /metrics address of each live service."""
+    found = []
+    for path in sorted((run_dir / "services").glob("*.json")):
+        with suppress(FileNotFoundError):  # it has ended since it was listed
+            service = json.loads(path.read_text())
+            found.append((service["member"], _address(service["metrics"])))
+    return found
 
 
 def _engine_addresses(config: Config) -> list[str]:

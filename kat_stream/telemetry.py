@@ -23,6 +23,7 @@ GRADED = Counter("kat_gradings_total", "Trajectories graded by this process", ["
 PACKED = Counter("kat_groups_total", "Groups resolved by the packer", ["fate"])
 HELD = Gauge("kat_groups_held", "Groups of which the packer has something and waits for the rest")
 INCOMPLETE = Counter("kat_groups_incomplete_total", "Groups given up: members were missing long after the deadline")
+LATE = Counter("kat_groups_late_messages_total", "Messages of groups that were closed before: repeated, or too late")
 UNSCORED = Counter("kat_groups_unscored_total", "Groups packed after scorer.wait_s without all their scores")
 STEPS = Counter("kat_train_steps_total", "Optimizer steps made")
 STEP_SECONDS = Histogram(
@@ -41,6 +42,7 @@ ADMITTED = Gauge("kat_groups_admitted", "Groups requested so far")
 DEATHS = Counter("kat_service_deaths_total", "Service processes that ended and were started again", ["member", "how"])
 LAG = Gauge("kat_lag_messages", "Messages a stage has still to finish", ["stage", "topic"])
 LAG_SECONDS = Gauge("kat_lag_seconds", "Age of the oldest message that a stage has not finished", ["stage", "topic"])
+UNACKNOWLEDGED = Gauge("kat_unacknowledged_seconds", "Age of the oldest send that no broker has acknowledged yet")
 
 
 def setup_logging(level: str = "INFO", file: Path | None = None) -> None:

@@ -40,6 +40,9 @@ class PackedRow(msgspec.Struct, frozen=True, kw_only=True):
     was not scored by the version that sampled it; empty: none was."""
     teacher_logprobs: bytes = b""
     """float32[sum turn_len] a teacher's log-probabilities of the sampled tokens, NaN without; empty: no teacher."""
+    routed_experts: bytes = b""
+    """uint16[N, hidden layers * experts a token]: where the engine routed each token, 65535 where it did not say; a
+    token of several turns has the routing of the first one that sampled it, else prefilled it; empty: not recorded."""
 
 
 class GroupMember(msgspec.Struct, frozen=True, kw_only=True):

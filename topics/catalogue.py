@@ -1,18 +1,20 @@
 """The catalogue of topics, as code: name, record, key, partitions, cleanup. `kat-stream topics apply` makes it real.
 
 Invariant: group topics and the ledger have one partition count and the partition is computed from `group_id`
-whatever the key is, so that one consumer joins a whole group without a shuffle.
+whatever the key is, so that one consumer joins a whole group without a shuffle. That count is chosen once, before the
+first record (`log.partitions`); whoever places records takes it from the topic itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from zlib import crc32
 
 from topics.batch import PackedBatch
 from topics.dead_letter import DeadLetter
 from topics.deferred import Deferred
+from topics.group_closed import GroupClosed
 from topics.ledger import LedgerEntry
 from topics.policy_version import PolicyVersion
 from topics.record import Record
@@ -25,6 +27,7 @@ from topics.trajectory import Trajectory
 from topics.turn import Turn
 
 GROUP_PARTITIONS = 12
+"""Unless the configuration says otherwise: at most so many workers share a topic."""
 MIB = 1 << 20
 FOREVER = -1
 """No message goes because it is old: `kat-stream topics trim` removes what is archived and needed by nobody."""
@@ -57,6 +60,7 @@ CATALOGUE: tuple[Topic, ...] = (
     Topic("policy.versions", PolicyVersion, "branch", None, "compact", "weights that may be sampled", partitions=1),
     Topic("train.steps", TrainStep, "run", None, "delete", "optimizer steps and their manifests", partitions=1),
     Topic("ledger", LedgerEntry, "rollout_id", "group_id", "compact", "newest fate of each rollout"),
+    Topic("groups.closed", GroupClosed, "group_id", "group_id", "compact", "groups that have a batch"),
     Topic("retries.10s", Deferred, None, None, "delete", "tried again after 10 s, in the partition it came from"),
     Topic("retries.60s", Deferred, None, None, "delete", "tried again after a minute"),
     Topic("retries.600s", Deferred, None, None, "delete", "tried again after ten minutes"),
@@ -79,9 +83,17 @@ def key_of(record: Record) -> bytes | None:
     return None if field is None else str(getattr(record, field)).encode()
 
 
-def partition_of(record: Record) -> int:
-    """The partition of a record: a hash of its `group_id`, or 0 for topics with one partition."""
+def catalogue(partitions: int = GROUP_PARTITIONS) -> tuple[Topic, ...]:
+    """The topics, with so many partitions wherever a record's group decides, and of the tiers where it waits."""
+    return tuple(topic if topic.partitions == 1 else replace(topic, partitions=partitions) for topic in CATALOGUE)
+
+
+def spread_of(record: Record) -> int:
+    """A hash of its `group_id`, 0 for topics with one partition: modulo the topic's partitions it is the record's."""
     topic = topic_of(record)
-    if topic.partition_by is None:
-        return 0
-    return crc32(getattr(record, topic.partition_by).encode()) % topic.partitions
+    return 0 if topic.partition_by is None else crc32(getattr(record, topic.partition_by).encode())
+
+
+def partition_of(record: Record, partitions: int = GROUP_PARTITIONS) -> int:
+    """The partition of a record on a topic that has so many."""
+    return spread_of(record) % partitions

@@ -85,3 +85,6 @@ class Turn(Record, frozen=True, kw_only=True, tag="Turn/1"):
     """16 bytes: digest of the request's body, by which a retry of it is known."""
     matched_stop: str = ""
     """The agent's stop string that ended it."""
+    routed_experts: bytes = b""
+    """uint16[R, hidden layers * experts a token], row-major: experts of the path's tokens from max(prefix_len - 1, 0)
+    to the last but one, which are those that this call ran or found cached; empty: not recorded."""

@@ -35,6 +35,8 @@ NO_RUN = "__HIVE_DEFAULT_PARTITION__"
 ABOUT = b"kat_stream.part"
 """Metadata of a file: {"log": id, "spans": {partition: [first offset, next offset]}, "flushes": [first, last]}."""
 POLL_S = 0.1
+LOOKS = 10
+"""How often to list files that another process merges meanwhile; one merge takes longer than one look."""
 Spans = Mapping[int, tuple[int, int]]
 
 
@@ -122,7 +124,17 @@ def recover(directory: Path) -> Commit:
 
 
 def parts(directory: Path, topic: str) -> list[Part]:
-    """The files of a topic as of the last commit, in the order of their first flush. DataError: no archive's file."""
+    """The files of a topic as of the last commit, in the order of their first flush. DataError: no archive's file.
+
+    Looks again where an archiver merged files between the list and the look.
+    """
+    for _ in range(LOOKS):
+        with suppress(FileNotFoundError):
+            return _parts_now(directory, topic)
+    raise DataError(f"{directory / topic}: its files change faster than they can be listed")
+
+
+def _parts_now(directory: Path, topic: str) -> list[Part]:
     commit = read_commit(directory)
     removed = {directory / name for name in commit.remove}
     found = set((directory / topic).glob("run=*/day=*/part-*.parquet")) - removed

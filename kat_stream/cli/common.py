@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kat_stream.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kat_stream.config import Config, SecuritySection
+    from kat_stream.config import Config, LogSection, SecuritySection
     from kat_stream.log import Log
     from kat_stream.observe.sources import Source
 
@@ -101,18 +101,43 @@ def where(args: argparse.Namespace) -> Where:
     return Where(run_dir, url, security)
 
 
-def broker_log(args: argparse.Namespace) -> Log:
-    """The log of a command that asks the broker itself; ConfigError if the log lives in a run's own process."""
+def broker_log(args: argparse.Namespace, *, values: bool = False) -> Log:
+    """The log of a command that asks the broker itself; ConfigError if the log lives in a run's own process.
+
+    `values`: with the store of its large values, for a command that reads or writes them.
+    """
     from kat_stream.log import open_log
+
+    section = log_section(args)
+    url = args.log or section.url
+    if url.startswith("memory:"):
+        raise ConfigError(
+            "the log is memory:, which lived and died inside the run's own process; this needs a run on Kafka, or "
+            "--log kafka:HOST:PORT"
+        )
+    return open_log(url, security=section.security, blobs=_store(args) if values else "")
+
+
+def _store(args: argparse.Namespace) -> str:
+    """Where the large values of the log lie: of the run that is meant, else as configured; empty if nobody says."""
+    from kat_stream.runs import blobs_url, find_run, load_run
+
+    config, run = _given_config(args), getattr(args, "run", "")
+    if run or (config is None and not args.log):
+        run_dir = find_run(run or "latest")
+        return blobs_url(load_run(run_dir), run_dir)
+    return config.blobs.url if config else ""
+
+
+def log_section(args: argparse.Namespace) -> LogSection:
+    """[log] of the given configuration, else of the run; the defaults if only --log is given."""
+    from kat_stream.config import LogSection
     from kat_stream.runs import find_run, load_run
 
     config = _given_config(args)
     if config is None and not args.log:
         config = load_run(find_run(getattr(args, "run", "") or "latest"))
-    url = args.log or (config.log.url if config else "")
-    if url.startswith("memory:"):
-        raise ConfigError("the log is memory:, inside the run's own process; give --log kafka:HOST:PORT")
-    return open_log(url, security=config.log.security if config else None)
+    return config.log if config else LogSection()
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

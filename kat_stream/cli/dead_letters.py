@@ -129,7 +129,7 @@ async def _replay(args: argparse.Namespace) -> None:
     from kat_stream.cli.dead_letters_text import summary, wanted
     from kat_stream.log import dead_letters
 
-    log = broker_log(args)
+    log = broker_log(args, values=True)
     await log.start()
     try:
         count = 0

@@ -25,17 +25,21 @@ def register(subparsers: Any) -> None:
         "the oldest of them is. The trainer counts from the positions of its newest step, the archiver from its files. "
         "Work that is done beyond a slow message is not lag; delay tiers in which nothing waits are left out. "
         "Reading it disturbs nobody. With --log and no RUN, all "
-        "consumer groups on that broker. A running `kat-stream run` exports the same as kat_lag_messages and "
-        "kat_lag_seconds. A run on the in-memory log shows its lag in its own progress view.",
+        "consumer groups on that broker. `kat-stream run` exports the same as kat_lag_messages and kat_lag_seconds; "
+        "where services are started one by one, --serve does. A run on the in-memory log shows its lag in its own "
+        "progress view.",
         examples=[
             "lag",
             "lag mine --watch",
+            "lag mine --serve 9105                        as metrics, beside services that were started one by one",
             "lag --log kafka:localhost:9092",
             "lag --json | jq '.[] | select(.seconds > 60)'",
         ],
     )
     parser.add_argument("run", metavar="RUN", nargs="?", default="", help="a run's folder, its name, or `latest`")
     parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:g} s, until Ctrl-C")
+    serve = "export /metrics on this port (0: any), listed among the run's Prometheus targets, until Ctrl-C"
+    parser.add_argument("--serve", type=int, metavar="PORT", help=serve)
     form = "a list of {group, topic, messages, seconds, partitions}"
     parser.add_argument("--json", action="store_true", help=form)
     add_log_options(parser)
@@ -44,8 +48,35 @@ def register(subparsers: Any) -> None:
 def lag(args: argparse.Namespace) -> int:
     import anyio
 
-    anyio.run(_lag, args)
+    anyio.run(_lag if args.serve is None else _serve, args)
     return 0
+
+
+async def _serve(args: argparse.Namespace) -> None:
+    """With the log that the run's folder names, or another address of it."""
+    import anyio
+
+    from kat_stream.errors import ConfigError
+    from kat_stream.observe.lag_export import MEMBER, serve_lag
+    from kat_stream.runs import find_run, load_run
+    from kat_stream.service import Context
+    from kat_stream.signals import stop_on_signal
+
+    if args.watch or args.json:
+        raise ConfigError("--serve prints nothing: leave out --watch and --json")
+    run_dir = find_run(args.run or "latest")
+    config = load_run(run_dir)
+    log = broker_log(args)
+    await log.start()
+    ctx = Context(config=config, run=config.run.name, run_dir=run_dir, log=log, member=MEMBER)
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(stop_on_signal, ctx.stopping)
+            await serve_lag(ctx, args.serve)
+            group.cancel_scope.cancel()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await log.close()
 
 
 async def _lag(args: argparse.Namespace) -> None:

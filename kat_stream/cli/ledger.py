@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from kat_stream.cli.common import Where, add_command, add_log_options, add_run_argument, table, where
@@ -45,8 +46,11 @@ def ledger(args: argparse.Namespace) -> int:
     account, where_from = anyio.run(_collect, where(args))
     if args.names:
         state, _, reason = args.names.partition(":")
-        for rollout_id in account.rollouts(_state(state), reason):
+        found = account.rollouts(_state(state), reason)
+        for rollout_id in found:
             print(rollout_id)
+        if not found:
+            print(f"no rollout of {where_from} is {args.names}", file=sys.stderr)
         return 0
     problems = account.check()
     said = account.second_account()

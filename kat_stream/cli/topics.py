@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from kat_stream.cli import topics_acl, trim
-from kat_stream.cli.common import add_command, add_group, add_log_options, broker_log, table
+from kat_stream.cli.common import add_command, add_group, add_log_options, broker_log, log_section, table
 
 if TYPE_CHECKING:
     from kat_stream.log.kafka import KafkaLog
@@ -41,8 +41,12 @@ def register(subparsers: Any) -> None:
         help="create the topics that a broker lacks and set what differs",
         description="Creates missing topics and sets retention, cleanup, message size and min.insync.replicas to the "
         "catalogue's values. Nothing is ever deleted. A topic with another number of partitions is an error and "
-        "nothing is changed: records of a group would not meet any more. Doing it twice changes nothing.",
-        examples=["topics apply --log kafka:localhost:9092", "topics apply --config my.toml --dry-run"],
+        "nothing is changed: records of a group would not meet any more. Choose log.partitions (12) before the first "
+        "run: it is the most workers of a stage. Doing it twice changes nothing.",
+        examples=[
+            "topics apply --log kafka:localhost:9092 --set log.partitions=48",
+            "topics apply --config my.toml --dry-run",
+        ],
     )
     apply_parser.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
     diff_parser = add_command(
@@ -101,13 +105,14 @@ def diff(args: argparse.Namespace) -> int:
 async def _apply(args: argparse.Namespace) -> list[str]:
     """What was done, or would be: created topics, then settings, then what an operator has to do."""
     from kat_stream.log.kafka_topics import refuse_repartition
-    from topics import CATALOGUE
+    from topics import catalogue
 
+    wanted = catalogue(log_section(args).partitions)
     async with _kafka(args) as log:
-        differences = [one for one in await log.compare_topics(CATALOGUE) if one.what != "unknown"]
+        differences = [one for one in await log.compare_topics(wanted) if one.what != "unknown"]
         refuse_repartition(differences)
         if not args.dry_run:
-            await log.apply_topics(CATALOGUE)
+            await log.apply_topics(wanted)
             await log.align_topics(differences)
     return [_done(difference, "would be " if args.dry_run else "") for difference in differences]
 
@@ -121,10 +126,10 @@ def _done(difference: Difference, would: str) -> str:
 
 
 async def _diff(args: argparse.Namespace) -> list[Difference]:
-    from topics import CATALOGUE
+    from topics import catalogue
 
     async with _kafka(args) as log:
-        return await log.compare_topics(CATALOGUE)
+        return await log.compare_topics(catalogue(log_section(args).partitions))
 
 
 @asynccontextmanager

@@ -50,7 +50,9 @@ def trace(args: argparse.Namespace) -> int:
     else:
         group = anyio.run(_collect_group, args.id, place)
         if not group.known:
-            raise DataError(f"no record speaks of a rollout or a group `{args.id}`")
+            of = f" in run {place.run_dir.name}" if place.run_dir else ""
+            hint = "`kat-stream ledger RUN --names STATE` prints ids"
+            raise DataError(f"no record speaks of a rollout or a group `{args.id}`{of}; {hint}")
         lines = group.lines()
     for line in lines:
         print(line)

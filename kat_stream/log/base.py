@@ -46,6 +46,7 @@ class Message:
 
     topic: str
     partition: int
+    """Any number from 0 on: the log takes it modulo the number of the topic's partitions."""
     key: bytes | None
     value: bytes
     headers: Mapping[str, bytes]
@@ -204,6 +205,9 @@ class Log(Protocol):
 
     async def end_offsets(self, topic: str) -> dict[int, int]:
         """One past the last readable message, per partition."""
+
+    async def high_watermarks(self, topic: str) -> dict[int, int]:
+        """One past the last message, also of transactions that are open: what lies between may become readable."""
 
     async def beginning_offsets(self, topic: str) -> dict[int, int]: ...
 

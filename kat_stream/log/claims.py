@@ -96,6 +96,9 @@ class ClaimCheckedLog:
     async def end_offsets(self, topic: str) -> dict[int, int]:
         return await self._log.end_offsets(topic)
 
+    async def high_watermarks(self, topic: str) -> dict[int, int]:
+        return await self._log.high_watermarks(topic)
+
     async def beginning_offsets(self, topic: str) -> dict[int, int]:
         return await self._log.beginning_offsets(topic)
 

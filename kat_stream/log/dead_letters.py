@@ -6,6 +6,7 @@ transaction of the one writer `dead-letters`; it is opened, which fences any ear
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from kat_stream.log.base import Delivered, Log, Message, Position
 from kat_stream.log.message import seal
 from kat_stream.log.retries import ATTEMPT
 from topics.dead_letter import DeadLetter
+
+logger = logging.getLogger(__name__)
 
 WRITER = "dead-letters"
 CATCH_UP_S = 120.0
@@ -41,7 +44,7 @@ Wanted = Callable[[Letter], bool]
 
 
 async def collect(messages: AsyncIterator[Delivered]) -> list[Letter]:
-    """The letters among the messages of dead.letters, oldest first; what is no letter is passed over."""
+    """The letters among the messages of dead.letters, oldest first; what cannot be read as one is said in the log."""
     found: dict[int, Letter] = {}
     replayed: set[int] = set()
     async for delivered in messages:
@@ -102,6 +105,7 @@ def _mark(letter: Letter) -> DeadLetter:
 def _read(delivered: Delivered) -> DeadLetter | None:
     try:
         record = delivered.record()
-    except DecodeError:
+    except DecodeError as error:
+        logger.warning("no dead letter that can be read: %s", error)
         return None
     return record if isinstance(record, DeadLetter) else None

@@ -82,7 +82,7 @@ class KafkaLog:
     async def append(self, *messages: Message, deadline_s: float = 30.0) -> None:
         for message in messages:
             check(message)
-            await self._admin.count(message.topic)
+            await self._admin.count(message.topic, "Write")
         await self._publisher.append(messages, deadline_s)
 
     def follow(
@@ -97,6 +97,9 @@ class KafkaLog:
 
     async def end_offsets(self, topic: str) -> dict[int, int]:
         return await self._admin.end_offsets(topic)
+
+    async def high_watermarks(self, topic: str) -> dict[int, int]:
+        return await self._admin.high_watermarks(topic)
 
     async def beginning_offsets(self, topic: str) -> dict[int, int]:
         return await self._admin.beginning_offsets(topic)

@@ -40,7 +40,8 @@ class KafkaAdmin:
         self._admin = AIOKafkaAdminClient(**options)
         self._offsets = AIOKafkaConsumer(**options, isolation_level="read_committed", enable_auto_commit=False)
         try:
-            with self._broker.translated(f"no Kafka answers at {self._broker.bootstrap}"):
+            protocol = self._broker.security.get("security_protocol", "PLAINTEXT")
+            with self._broker.translated(f"no Kafka answers at {self._broker.bootstrap} with protocol {protocol}"):
                 async with asyncio.timeout(CONNECT_S):
                     await self._admin.start()
                     await self._offsets.start()
@@ -81,12 +82,15 @@ class KafkaAdmin:
         self._known = {topic["topic"].removeprefix(prefix): len(topic["partitions"]) for topic in ours}
         return dict(self._known)
 
-    async def count(self, topic: str) -> int:
-        """Partitions of a topic; LogError if it does not exist (a send to it would wait 40 s to say so)."""
+    async def count(self, topic: str, operation: str = "Describe") -> int:
+        """Partitions of a topic; LogError if it does not exist (a send to it would wait 40 s to say so).
+
+        `operation`: what it is asked for; without the right to do that a topic may not be seen at all.
+        """
         if topic not in self._known:
             await self.topics()
         if topic not in self._known:
-            await self._ask(f"topic {topic}", lambda: self._may_see(topic))
+            await self._ask(f"topic {topic}", lambda: self._may_see(topic), operation)
             raise LogError(f"topic {topic} does not exist: apply the topics first")
         return self._known[topic]
 
@@ -98,6 +102,18 @@ class KafkaAdmin:
 
     async def end_offsets(self, topic: str) -> dict[int, int]:
         return await self._offsets_of(topic, self._offsets.end_offsets)
+
+    async def high_watermarks(self, topic: str) -> dict[int, int]:
+        """Asked on a connection for this one question: a reader of committed messages is told less."""
+        options = self._broker.options()
+        asking = AIOKafkaConsumer(**options, isolation_level="read_uncommitted", enable_auto_commit=False)
+        try:
+            with self._broker.translated(f"offsets of {topic}"):
+                async with asyncio.timeout(CONNECT_S):
+                    await asking.start()
+            return await self._offsets_of(topic, asking.end_offsets)
+        finally:
+            await stopped(asking.stop())
 
     async def beginning_offsets(self, topic: str) -> dict[int, int]:
         return await self._offsets_of(topic, self._offsets.beginning_offsets)
@@ -207,12 +223,12 @@ class KafkaAdmin:
         name = self._broker.named(topic.name)
         return NewTopic(name, topic.partitions, replicas, topic_configs=settings_of(topic, replicas))
 
-    async def _ask[T](self, what: str, question: Callable[[], Awaitable[T]]) -> T:
+    async def _ask[T](self, what: str, question: Callable[[], Awaitable[T]], operation: str = "Describe") -> T:
         """Ask until there is an answer: a fresh broker or a moved coordinator refuses for a moment."""
         give_up = time.monotonic() + ASK_S
         while True:
             try:
-                with self._broker.translated(what):
+                with self._broker.translated(what, operation):
                     async with asyncio.timeout(ASK_S):
                         return await question()
             except LogUnavailable:

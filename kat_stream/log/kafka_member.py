@@ -9,6 +9,8 @@ is now: a member that lost its partitions and came back must not commit what it 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
 from aiokafka.errors import IllegalStateError
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
-from kat_stream.errors import LogError
+from kat_stream.errors import FencedError, LogError
 from kat_stream.log.base import Committed, Delivered, OnRevoked, Position, TopicPartition
 from kat_stream.log.fair import FairBuffer
 from kat_stream.log.kafka_assignor import Claim, assignor
@@ -36,6 +38,8 @@ POSITION_S = 1.0
 """A position is known at once after a seek; it is not while partitions move."""
 REBALANCE_TIMEOUT_MS = 60_000
 """How long the group waits for a member that hands over; aiokafka's default is the session timeout."""
+LOSSES = 5
+"""A static member that is thrown out so often within fewer sessions has a double."""
 
 
 def delivered(broker: Broker, record: ConsumerRecord[Any, Any]) -> Delivered:
@@ -60,6 +64,11 @@ class KafkaMember:
         self._group = group
         self._on_revoked = on_revoked
         self._failure: Exception | None = None
+        self._name = name
+        self._as = f" as static member {name}, of which there may be one" if broker.static_member else ""
+        """For errors: what a broker says to a double (FENCED_INSTANCE_ID) aiokafka calls UnknownError."""
+        self._losses: deque[float] = deque(maxlen=LOSSES)
+        """When (monotonic) the group did not know this member any more."""
         self._consumer = AIOKafkaConsumer(
             **broker.options(),
             group_id=broker.named(group),
@@ -81,7 +90,7 @@ class KafkaMember:
     async def start(self) -> None:
         """Returns when the group has admitted this member."""
         try:
-            with self._broker.translated(f"joining group {self._group}", "Read"):
+            with self._broker.translated(f"joining group {self._group}{self._as}", "Read"):
                 async with asyncio.timeout(JOIN_S):
                     await self._consumer.start()
         except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
@@ -90,9 +99,9 @@ class KafkaMember:
 
     async def poll(self, *, limit: int, timeout_s: float) -> list[Delivered]:
         if self._failure is not None:
-            raise LogError(f"group {self._group}: handing over failed") from self._failure
+            raise LogError(f"group {self._group}: handing over failed: {self._failure}") from self._failure
         epoch = self.epoch
-        with self._broker.translated(f"polling for group {self._group}", "Read"):
+        with self._broker.translated(f"polling for group {self._group}{self._as}", "Read"):
             got = await whole(self._fetch(timeout_s))
         if self.epoch != epoch:
             return []
@@ -143,6 +152,10 @@ class KafkaMember:
                 return None
 
     async def commit(self, commits: Mapping[TopicPartition, Committed]) -> None:
+        if self._membership() != self._admitted:  # without one, a broker takes a commit if the group is empty (2.3)
+            raise FencedError(
+                f"commit of group {self._group}: this member has left it, its partitions may be others' now"
+            )
         offsets = {self._broker.there(p): OffsetAndMetadata(*place) for p, place in commits.items()}
         with self._broker.translated(f"commit of group {self._group}", "Read"):
             async with asyncio.timeout(COMMIT_S):
@@ -153,10 +166,13 @@ class KafkaMember:
 
     async def hand_over(self, revoked: set[aiokafka.TopicPartition]) -> None:
         """From the listener. aiokafka swallows what a listener raises: keep it for the next poll."""
+        lost = self.assigned is not None and self._membership().generation < 0
         self.assigned = None
         self.epoch += 1
         self._buffer.clear()
         try:
+            if lost and self._broker.static_member:
+                self._note_loss()
             await self._on_revoked(frozenset(self._broker.here(partition) for partition in revoked))
         except Exception as error:  # whatever it is, the next poll raises it
             self._failure = error
@@ -164,12 +180,27 @@ class KafkaMember:
 
     def receive(self, assigned: set[aiokafka.TopicPartition]) -> None:
         """From the listener. No heartbeats run during this callback: the stage's loop does the long part."""
-        coordinator = self._consumer._coordinator
-        self._admitted = Holder(coordinator.generation, coordinator.member_id, coordinator._group_instance_id)
-        self._assignor.claim = Claim(coordinator.generation, frozenset((p.topic, p.partition) for p in assigned))
+        self._admitted = self._membership()
+        self._assignor.claim = Claim(self._admitted.generation, frozenset((p.topic, p.partition) for p in assigned))
         self.assigned = frozenset(self._broker.here(partition) for partition in assigned)
         self.epoch += 1
         self._buffer.clear()
+
+    def _note_loss(self) -> None:
+        """LogError if the group threw this member out more often than silence explains, which takes a session each."""
+        now = time.monotonic()
+        self._losses.append(now)
+        span_s = (LOSSES - 1) * self._broker.session_timeout_ms / 1000
+        if len(self._losses) == LOSSES and now - self._losses[0] < span_s:
+            raise LogError(
+                f"static member {self._name}: another live process has this name, and they take the partitions from"
+                " each other; give each process a --member of its own, or set log.static_member = false"
+            )
+
+    def _membership(self) -> Holder:
+        """What the coordinator knows us as; NOBODY's generation while we are out of the group."""
+        coordinator = self._consumer._coordinator
+        return Holder(coordinator.generation, coordinator.member_id, coordinator._group_instance_id)
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]

@@ -1,17 +1,21 @@
 """Writing to a broker: the idempotent producer behind `publish`, and the transactional writer of a partition.
 
-Invariant: a producer whose state is in doubt is thrown away, never used again. One record that the broker rejects, or
-an unknown outcome, poisons it for good (research/kafka_real.md 12.1).
+Invariant: a producer whose state is in doubt is thrown away, never used again: one record that the broker rejects
+poisons it for good (research/kafka_real.md 12.1). A message that nobody acknowledged in time is still on its way, as
+aiokafka tries for ever (5.5): the same message, appended again, waits for that copy and adds none, so that an outage,
+however long, leaves one copy and not one for every attempt.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, ProducerClosed
 from aiokafka.producer import sender
 from aiokafka.structs import OffsetAndMetadata
 
@@ -20,6 +24,7 @@ from kat_stream.log.base import Committed, Message, TopicPartition
 from kat_stream.log.kafka_client import CONNECT_S, Broker, stopped, whole
 from kat_stream.log.kafka_generation import NOBODY, bind
 from kat_stream.log.kafka_member import KafkaMember
+from kat_stream.log.kafka_unacknowledged import unacknowledged
 from kat_stream.log.message import OVERHEAD, largest
 from topics.catalogue import CATALOGUE
 
@@ -28,6 +33,8 @@ logger = logging.getLogger(__name__)
 MAX_REQUEST = max(largest(topic) for topic in CATALOGUE) + OVERHEAD // 2
 """Below every limit that `check` did not test: our own check comes first, per topic."""
 BATCH = 256 * 1024
+UNKNOWN = 10_000
+"""How many messages of unknown outcome are remembered."""
 COMMIT_S = 30.0
 TRANSACTION_TIMEOUT_MS = 45_000
 """Longer than COMMIT_S, so that the broker does not abort under us; a new owner with the same id aborts at once."""
@@ -47,16 +54,28 @@ def _options(broker: Broker, retry_backoff_ms: int) -> dict[str, object]:
     }
 
 
+async def _handed_over(producer: AIOKafkaProducer, broker: Broker, m: Message) -> asyncio.Future[Any]:
+    """The future of a message's acknowledgement."""
+    topic = broker.named(m.topic)
+    partition = m.partition % len(await producer.partitions_for(topic))
+    acknowledged: asyncio.Future[Any] = await producer.send(
+        topic, m.value, m.key, partition=partition, headers=list(m.headers.items())
+    )
+    return acknowledged
+
+
+async def _acknowledged(pending: Collection[asyncio.Future[Any]]) -> None:
+    """Wait for all; the first error is raised after all have ended. A cancellation leaves them on their way."""
+    if pending:
+        await asyncio.wait(pending)
+    for error in [future.exception() for future in pending]:
+        if error is not None:
+            raise error
+
+
 async def _send(producer: AIOKafkaProducer, broker: Broker, messages: Sequence[Message]) -> None:
-    """Hand over in order, then wait for all acknowledgements; the first error is raised after all have ended."""
-    pending = []
-    for m in messages:
-        headers = list(m.headers.items())
-        topic = broker.named(m.topic)
-        pending.append(await producer.send(topic, m.value, m.key, partition=m.partition, headers=headers))
-    for result in await asyncio.gather(*pending, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result
+    """Hand over in order, then wait for all acknowledgements."""
+    await _acknowledged([await _handed_over(producer, broker, message) for message in messages])
 
 
 class KafkaPublisher:
@@ -66,25 +85,51 @@ class KafkaPublisher:
         self._broker = broker
         self._producer: AIOKafkaProducer | None = None
         self._starting = asyncio.Lock()
-        self._stopping: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
+        self._unknown: dict[bytes, asyncio.Future[Any]] = {}
+        """Messages of calls that failed, oldest first: they are on their way, or they have arrived."""
 
     async def append(self, messages: Sequence[Message], deadline_s: float) -> None:
         """LogUnavailable: not acknowledged within `deadline_s`, the messages may still be written."""
-        with self._broker.translated(f"publishing {len(messages)} messages ({deadline_s:g} s)", "Write"):
-            async with asyncio.timeout(deadline_s):
-                producer = await self._running()
-                try:
-                    await _send(producer, self._broker, messages)
-                except Exception:  # whatever it is: this producer is not used again, and it is raised again
-                    self._discard(producer)
-                    raise
+        what = f"publishing {len(messages)} messages ({deadline_s:g} s; they may still be written)"
+        pending: dict[int, asyncio.Future[Any]] = {}
+        with self._broker.translated(what, "Write"), unacknowledged():
+            try:
+                async with asyncio.timeout(deadline_s):
+                    await self._send(messages, pending)
+            except BaseException:  # also when cancelled: whoever tries all of them again adds only what is missing
+                for number, future in pending.items():
+                    self._remember(_digest(messages[number]), future)
+                raise
 
     async def close(self) -> None:
         """Wait for what was handed over, but not for ever."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            await stopped(producer.stop())
-        await stopped(asyncio.gather(*self._stopping))
+            await _ended(producer, flush=True)
+        await asyncio.gather(*self._ending)
+
+    async def _send(self, messages: Sequence[Message], pending: dict[int, asyncio.Future[Any]]) -> None:
+        """As `_send`, but a message that is on its way is not handed over again."""
+        producer = await self._running()
+        try:
+            for number, message in enumerate(messages):
+                earlier = self._unknown.pop(_digest(message), None) if self._unknown else None
+                pending[number] = earlier or await _handed_over(producer, self._broker, message)
+            await _acknowledged(pending.values())
+        except Exception:  # whatever it is: this producer is not used again, and it is raised again
+            self._discard(producer)
+            raise
+
+    def _remember(self, message: bytes, future: asyncio.Future[Any]) -> None:
+        def forget_if_lost(done: asyncio.Future[Any]) -> None:
+            if (done.cancelled() or done.exception()) and self._unknown.get(message) is done:
+                del self._unknown[message]
+
+        self._unknown[message] = future
+        future.add_done_callback(forget_if_lost)
+        if len(self._unknown) > UNKNOWN:
+            del self._unknown[next(iter(self._unknown))]
 
     async def _running(self) -> AIOKafkaProducer:
         async with self._starting:
@@ -98,12 +143,19 @@ class KafkaPublisher:
         if self._producer is producer:
             logger.warning("the producer is replaced after an error")
             self._producer = None
-            self._stop_aside(producer)
+            task = asyncio.ensure_future(_ended(producer, flush=True))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
-    def _stop_aside(self, producer: AIOKafkaProducer) -> None:
-        task = asyncio.ensure_future(stopped(producer.stop()))
-        self._stopping.add(task)
-        task.add_done_callback(self._stopping.discard)
+
+def _digest(message: Message) -> bytes:
+    """Equal for messages that are the same one, tried again: each sealing has a span of its own in its headers."""
+    place = f"{message.topic} {message.partition}".encode()
+    hashed = blake2b(place, digest_size=16)
+    for part in (message.key or b"", message.value, *message.headers.values()):
+        hashed.update(len(part).to_bytes(8))
+        hashed.update(part)
+    return hashed.digest()
 
 
 async def _started(producer: AIOKafkaProducer) -> None:
@@ -113,6 +165,23 @@ async def _started(producer: AIOKafkaProducer) -> None:
     except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
         await stopped(producer.stop())
         raise
+
+
+async def _ended(producer: AIOKafkaProducer, *, flush: bool) -> None:
+    """Stop; `flush`: give what was handed over a moment to be acknowledged.
+
+    aiokafka's own stop waits for all acknowledgements, and leaves a sender that tries for ever if it is cancelled.
+    """
+    if flush and await stopped(producer.stop()):
+        return
+    sending = producer._sender.sender_task
+    if sending is not None:
+        sending.cancel()
+        await stopped(producer.client.close())
+        sending.cancel()  # it lets requests under way end, but their answers cannot come any more
+        await stopped(asyncio.wait([sending]))
+    producer._message_accumulator.fail_all(ProducerClosed())
+    await stopped(producer.stop())
 
 
 class KafkaWriter:
@@ -138,13 +207,14 @@ class KafkaWriter:
         """Never cut in half: a cancelled commit may still commit."""
         if self._in_doubt:
             raise LogUnavailable(f"writer {self._id} is in doubt: open it anew")
-        await whole(self._commit(messages, commits))
+        with unacknowledged():
+            await whole(self._commit(messages, commits))
 
     async def close(self) -> None:
         """An open transaction is aborted if the broker answers; else the next holder of the id does it."""
         if self._in_doubt:
             await stopped(self._abort())
-        await stopped(self._producer.stop())
+        await _ended(self._producer, flush=not self._in_doubt)
 
     async def _abort(self) -> None:
         try:

@@ -141,8 +141,8 @@ def refuse_repartition(differences: Iterable[Difference]) -> None:
         names = "; ".join(f"{d.topic} has {d.there} partitions, the catalogue says {d.wanted}" for d in wrong)
         raise LogError(
             f"{names}. A record's partition is a hash of its group over this number: with another one, groups that are"
-            " under way would be torn apart, and Kafka cannot take partitions away. Let the runs end, then delete the"
-            " topic and apply again"
+            " under way would be torn apart, and Kafka cannot take partitions away. Set log.partitions to what is"
+            " there, or let the runs end, delete the topics and apply again"
         )
 
 

@@ -155,6 +155,9 @@ class MemoryLog:
     async def end_offsets(self, topic: str) -> dict[int, int]:
         return {number: partition.end for number, partition in enumerate(self.partitions(topic))}
 
+    async def high_watermarks(self, topic: str) -> dict[int, int]:
+        return await self.end_offsets(topic)
+
     async def beginning_offsets(self, topic: str) -> dict[int, int]:
         return {number: partition.begin for number, partition in enumerate(self.partitions(topic))}
 
@@ -198,7 +201,8 @@ class MemoryLog:
 
     def store(self, messages: Sequence[Message]) -> None:
         """Append all or, if a topic is missing, none."""
-        targets = [self.partitions(message.topic)[message.partition] for message in messages]
+        topics = [self.partitions(message.topic) for message in messages]
+        targets = [there[message.partition % len(there)] for there, message in zip(topics, messages, strict=True)]
         now_ms = time.time_ns() // 1_000_000
         for message, partition in zip(messages, targets, strict=True):
             partition.append(message, now_ms)

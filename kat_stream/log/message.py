@@ -11,7 +11,7 @@ from functools import cache
 from kat_stream.errors import DataError
 from kat_stream.log.base import Message
 from kat_stream.log.trace import traceparent_of
-from topics.catalogue import Topic, key_of, partition_of, topic_named, topic_of
+from topics.catalogue import Topic, key_of, spread_of, topic_named, topic_of
 from topics.dead_letter import DeadLetter
 from topics.deferred import Deferred
 from topics.record import Record, encode, header_of
@@ -37,7 +37,7 @@ def seal(record: Record) -> Message:
     """The message of a record; DataError if it is larger than its topic allows."""
     topic = topic_of(record)
     headers = {"record": _header(type(record)), "traceparent": traceparent_of(record)}
-    message = Message(topic.name, partition_of(record), key_of(record), encode(record), headers)
+    message = Message(topic.name, spread_of(record), key_of(record), encode(record), headers)
     check(message)
     return message
 
@@ -45,7 +45,9 @@ def seal(record: Record) -> Message:
 def check(message: Message) -> None:
     """DataError for what a broker would reject: too large, or no key on a compacted topic."""
     topic = topic_named(message.topic)
-    if len(message.value) + len(message.key or b"") > largest(topic):
-        raise DataError(f"{message.topic}: {len(message.value)} bytes, the topic takes {largest(topic)}")
+    headers = sum(len(name) + len(text) for name, text in message.headers.items())
+    size = len(message.value) + len(message.key or b"") + headers
+    if size > largest(topic):
+        raise DataError(f"{message.topic}: {size} bytes, the topic takes {largest(topic)}")
     if topic.cleanup == "compact" and not message.key:
         raise DataError(f"{message.topic}: a message of a compacted topic needs a key")

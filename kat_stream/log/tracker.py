@@ -4,7 +4,7 @@ Invariant: the committed offset is the low-watermark of open messages, and what 
 the commit's metadata, so that after a restart exactly the unfinished messages are delivered again.
 Metadata: `r1:` and run lengths, open and finished in turn, starting at the offset: `r1:2,5,1,3` = 2 open, 5 finished,
 1 open, 3 finished. ASCII, at most METADATA_LIMIT characters (the broker refuses more than 4096); what does not fit is
-repeated after a restart. A transform adds ` o1:` and the offset from which its own output is read back (remembered.py).
+repeated after a restart. A transform adds ` o2:` and the offset from which its own output is read back (transform.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kat_stream.log.base import Committed
 
 METADATA_LIMIT = 3000
 _TAG = "r1:"
-_OUTPUT = "o1:"
+_OUTPUT = "o2:"
 
 
 class Tracker:

@@ -6,13 +6,18 @@ committed place is read, so an owner that lost the partition can neither write n
 fenced), and nothing that it did write is overlooked.
 Messages finish out of order: the committed offset is the low-watermark of held ones, and what is finished beyond it is
 in the commit's metadata. Lanes of partitions that come back after a rebalance go on with their state.
+What the stage wrote is read back whole, so that an input that is repeated ever so late, or read again because somebody
+moved the group's places, is known. Only the beginning is left out: the commit's metadata says where the first output
+lies, in the same transaction; places without it (moved, expired) mean the beginning of the topic.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 
 import anyio
 
@@ -21,17 +26,20 @@ from kat_stream.log.base import Committed, Delivered, Log, Member, Message, Posi
 from kat_stream.log.dead_letter_cap import NORMAL, DeadLetterCap, DeadLetterLimit
 from kat_stream.log.handling import Handling, Settled, sealed
 from kat_stream.log.outcome import Emit, TransformHandler
-from kat_stream.log.remembered import Remembered
 from kat_stream.log.tracker import Tracker, output_of, with_output
 from kat_stream.log.work import LEAVE_S, MOVING_S, POLL_S, RETRY_S, REVOKE_DRAIN_S, readable_from
 
 logger = logging.getLogger(__name__)
 
+Mine = Callable[[Delivered], bool]
+"""Whether this stage wrote a message of the topic that it reads back: runs share topics."""
 Late = Callable[[int], Emit | None]
 """Asked for a partition number after each batch, empty ones too: what a handler does because time has passed."""
 
-REPLAY_S = 300.0
+REPLAY_S = 900.0
 """How long reading back the stage's own output may take when partitions are taken over."""
+DECIDED_S = 120.0
+"""Longer than a broker keeps a transaction open whose writer died."""
 FENCED_PAUSE_S = 2.0
 """Longer than a heartbeat: a member that was fenced learns first whether it still owns the partition."""
 
@@ -45,6 +53,7 @@ async def run_transform(
     handler: TransformHandler,
     stopping: anyio.Event,
     remember: str | None = None,
+    mine: Mine = lambda delivered: True,
     batch: int = 100,
     max_attempts: int = 5,
     dead_letters: DeadLetterLimit = NORMAL,
@@ -52,15 +61,16 @@ async def run_transform(
 ) -> None:
     """Handle messages until `stopping`. Topics are joined by partition number, so a handler sees whole groups.
 
-    `remember`: a topic that only this stage writes, of the same partition count. What a restart can still meet of its
-    messages, and the newest KEEP of each partition, are given to `handler.assigned` so that it knows what it wrote.
+    `remember`: a topic of small records that only this kind of stage writes, of the same partition count. All that is
+    `mine` of a partition is given to `handler.assigned`, so that it knows what it wrote.
     `late`: finishes held messages whose time is up, in the transaction of the batch.
     `batch`: messages a transaction, at most. Retries wait in place: a group's messages stay in order.
     Raises what the handler raised if it is neither a DataError nor retriable, and TooManyDeadLetters; nothing of that
     batch is visible.
     """
     handling = Handling(group, handler.handle, max_attempts, DeadLetterCap(dead_letters), tiers=False)
-    stage = _Transform(log, topics, handling, handler, remember, late)
+    output = _Output(log, remember, mine) if remember is not None else None
+    stage = _Transform(log, topics, handling, handler, output, late)
     stage.member = await log.join(topics, group=group, member=member, on_revoked=stage.on_revoked, together=True)
     try:
         while not stopping.is_set():
@@ -85,18 +95,17 @@ class _Lane:
         partition: int,
         writer: Writer,
         starts: Mapping[TopicPartition, Committed],
-        output: _Output | None,
+        output_from: int | None,
     ) -> None:
+        """`output_from`: where the stage's own output begins, if it has one."""
         self.partition = partition
         self.trackers = {p: Tracker(start) for p, start in starts.items()}
         self._writer = writer
         self._committed = dict(starts)
-        self._output = output
+        self._output_from = output_from
 
     async def process(self, batch: Iterable[Delivered], handling: Handling, late: Late | None) -> None:
         """Handle a batch in order, then make it visible. FencedError and LogUnavailable end the lane."""
-        if self._output is not None:
-            await self._output.mark(self.trackers)
         messages: list[Message] = []
         for delivered in batch:
             position = delivered.position
@@ -119,36 +128,56 @@ class _Lane:
 
     async def _commit(self, messages: Sequence[Message]) -> None:
         places = {p: tracker.commit() for p, tracker in self.trackers.items()}
-        if self._output is not None:
-            places = self._output.noted(places, messages)
+        if self._output_from is not None:
+            places = {p: with_output(place, self._output_from) for p, place in places.items()}
         new = {p: place for p, place in places.items() if place != self._committed[p]}
         if messages or new:
             await self._writer.commit(messages, new)
             self._committed.update(new)
 
 
+@dataclass(frozen=True, slots=True)
 class _Output:
-    """The stage's own topic in one partition: how far back it must be read after a restart."""
+    """The stage's own topic, from where it is read back."""
 
-    def __init__(self, log: Log, topic: str, partition: int, remembered: Remembered) -> None:
-        self._log = log
-        self._topic = topic
-        self._partition = partition
-        self._remembered = remembered
+    log: Log
+    topic: str
+    mine: Mine
 
-    async def mark(self, trackers: Mapping[TopicPartition, Tracker]) -> None:
-        if self._remembered.due:
-            end = (await self._log.end_offsets(self._topic))[self._partition]
-            self._remembered.mark(end, {p: tracker.position for p, tracker in trackers.items()})
+    async def read_back(self, froms: Mapping[int, int]) -> dict[int, _Written]:
+        """What the stage wrote to each partition number from these offsets on."""
+        await self._decided(froms.keys())
+        begins = await self.log.beginning_offsets(self.topic)
+        start = {(self.topic, number): max(offset, begins[number]) for number, offset in froms.items()}
+        mine: dict[int, list[Delivered]] = {number: [] for number in froms}
+        async with self.log.follow([self.topic], start=start, partitions=list(froms)) as follower:
+            async for delivered in follower.catch_up(REPLAY_S):
+                if self.mine(delivered):
+                    mine[delivered.position.partition].append(delivered)
+            ends = follower.position()
+        return {
+            number: _Written(found[0].position.offset if found else ends[TopicPartition(self.topic, number)], found)
+            for number, found in mine.items()
+        }
 
-    def noted(
-        self, places: Mapping[TopicPartition, Committed], messages: Iterable[Message]
-    ) -> dict[TopicPartition, Committed]:
-        """The places to commit with these messages."""
-        self._remembered.wrote(sum(message.topic == self._topic for message in messages))
-        self._remembered.forget({p: place.offset for p, place in places.items()})
-        start = self._remembered.start
-        return {p: with_output(place, start) if start else place for p, place in places.items()}
+    async def _decided(self, numbers: Collection[int]) -> None:
+        """Until all that was written can be read: an open transaction, of another run say, hides what came after it."""
+        written, give_up = await self.log.high_watermarks(self.topic), time.monotonic() + DECIDED_S
+        while True:
+            readable = await self.log.end_offsets(self.topic)
+            if all(readable[number] >= written[number] for number in numbers):
+                return
+            if time.monotonic() > give_up:
+                raise DeadlineExceeded(f"transactions on {self.topic} to be decided", DECIDED_S)
+            await anyio.sleep(RETRY_S)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """The stage's output in one partition; whatever it writes from now on lies at `start` or beyond it."""
+
+    start: int
+    messages: Sequence[Delivered]
 
 
 class _Transform:
@@ -160,14 +189,14 @@ class _Transform:
         topics: Sequence[str],
         handling: Handling,
         handler: TransformHandler,
-        remember: str | None,
+        output: _Output | None,
         late: Late | None,
     ) -> None:
         self._log = log
         self._topics = topics
         self._handling = handling
         self._handler = handler
-        self._remember = remember
+        self._output = output
         self._late = late
         self._lanes: dict[int, _Lane] = {}
         self._epoch = -1
@@ -245,39 +274,18 @@ class _Transform:
             starts = await readable_from(self._log, [p for p in mine if p.partition in writers], stored)
             lanes = {n: {p: start for p, start in starts.items() if p.partition == n} for n in numbers}
             froms = {n: min(map(output_of, lane.values()), default=0) for n, lane in lanes.items()}
-            written = await self._replay(froms)
-            ends = {topic: await self._log.end_offsets(topic) for topic in self._topics}
+            written = await self._output.read_back(froms) if self._output is not None and froms else {}
             for number, writer in writers.items():
-                self._handler.assigned(number, written[number])
-                end = {p: ends[p.topic][p.partition] for p in lanes[number]}
-                output = self._output(number, froms[number], written[number], end)
-                self._lanes[number] = _Lane(number, writer, lanes[number], output)
+                before = written.get(number)
+                self._handler.assigned(number, before.messages if before else ())
+                self._lanes[number] = _Lane(number, writer, lanes[number], before.start if before else None)
             opened.pop_all()
-
-    def _output(
-        self, number: int, start: int, written: Sequence[Delivered], ends: Mapping[TopicPartition, int]
-    ) -> _Output | None:
-        if self._remember is None:
-            return None
-        remembered = Remembered(start, [delivered.position.offset for delivered in written], ends)
-        return _Output(self._log, self._remember, number, remembered)
 
     async def _open_writer(self, number: int, opened: AsyncExitStack) -> Writer:
         group = self._handling.stage
         writer = await self._log.writer(f"{group}.{self._topics[0]}.{number}", group=group)
         opened.push_async_callback(writer.close)
         return writer
-
-    async def _replay(self, froms: Mapping[int, int]) -> dict[int, list[Delivered]]:
-        """What lies in the stage's own topic, from these offsets on; retention may have removed the first of it."""
-        written: dict[int, list[Delivered]] = {number: [] for number in froms}
-        if self._remember is not None and froms:
-            begins = await self._log.beginning_offsets(self._remember)
-            start = {(self._remember, number): max(offset, begins[number]) for number, offset in froms.items()}
-            async with self._log.follow([self._remember], start=start, partitions=list(froms)) as follower:
-                async for delivered in follower.catch_up(REPLAY_S):
-                    written[delivered.position.partition].append(delivered)
-        return written
 
     async def _skip_markers(self) -> list[int]:
         """Partition numbers where the reader stands beyond what is recorded: transaction markers are not lag.

@@ -89,6 +89,8 @@ class _Work:
         self._committed: dict[TopicPartition, Committed] = {}
         self._resting: dict[TopicPartition, float] = {}
         """Partitions of tiers, and when (monotonic) their head is due."""
+        self._rested: dict[TopicPartition, int] = {}
+        """Which head rested last: it is due now, also if a clock that was set back says that it is not."""
         self._epoch = -1
         self._changed = anyio.Event()
         self._uncommitted = False
@@ -186,6 +188,7 @@ class _Work:
         for partition in mine:
             self.member.seek(partition, self._trackers[partition].position)
         self._resting.clear()
+        self._rested.clear()
         self._epoch = epoch
         self._notify()
 
@@ -198,6 +201,7 @@ class _Work:
     def _rest(self, position: Position, seconds: float) -> None:
         """Its head is not due: read it again then."""
         partition = position.topic_partition
+        self._rested[partition] = position.offset
         self._resting[partition] = time.monotonic() + seconds
         self.member.seek(partition, position.offset)
         self.member.pause(partition)
@@ -214,7 +218,7 @@ class _Work:
         if tracker is None or position.topic_partition in self._resting:
             return
         early_s = wait_s(delivered, self._handling.stage)
-        if early_s > 0:
+        if early_s > 0 and self._rested.get(position.topic_partition) != position.offset:
             self._rest(position, early_s)
         elif not tracker.take(position.offset):  # finished in an earlier life: the place may move over it
             self._notify()

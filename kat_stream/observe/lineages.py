@@ -3,6 +3,7 @@
 Invariant: the answer depends on the set of `train.steps` records, never on their order or repetition.
 A trainer that restarts from a checkpoint opens a new lineage and makes the steps after the checkpoint again; what the
 abandoned lineage did from there on is on no surviving branch (topics/policy_version.py).
+Which lineage came later is known by the times of its steps, so these grow whatever the trainer's clock does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from topics import TrainStep
+
+TICK_S = 0.001
+
+
+def time_of_step(now_s: float, before_s: float) -> float:
+    """`TrainStep.unix_s` of a step made now, after one that bears the time `before_s`: never earlier than that."""
+    return max(now_s, before_s + TICK_S)
 
 
 def surviving(steps: Iterable[TrainStep]) -> list[TrainStep]:

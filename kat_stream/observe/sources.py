@@ -88,7 +88,7 @@ class LogSource:
                 place = delivered.position.topic_partition
                 if delivered.position.offset < starts.get(place, 0):
                     yield delivered
-        for some, partitions in _by_partitions(topics, group_id):
+        for some, partitions in await self._by_partitions(topics, group_id):
             async for delivered in self._rest(some, starts, partitions):
                 yield delivered
 
@@ -126,15 +126,15 @@ class LogSource:
                     raise DataError(f"{topic}[{partition}]: the archive ends at offset {after}, {there}")
         return starts
 
-
-def _by_partitions(topics: Sequence[str], group_id: str) -> list[tuple[list[str], list[int] | None]]:
-    """Topics with the partitions to read of them: of a group's topics the group's one."""
-    grouped = [name for name in topics if group_id and topic_named(name).partition_by == "group_id"]
-    others = [name for name in topics if name not in grouped]
-    found: list[tuple[list[str], list[int] | None]] = [(others, None)] if others else []
-    if grouped:
-        found.append((grouped, [crc32(group_id.encode()) % topic_named(grouped[0]).partitions]))
-    return found
+    async def _by_partitions(self, topics: Sequence[str], group_id: str) -> list[tuple[list[str], list[int] | None]]:
+        """Topics with the partitions to read of them: of a group's topics the group's one."""
+        grouped = [name for name in topics if group_id and topic_named(name).partition_by == "group_id"]
+        others = [name for name in topics if name not in grouped]
+        found: list[tuple[list[str], list[int] | None]] = [(others, None)] if others else []
+        if grouped:
+            partitions = len(await self.log.beginning_offsets(grouped[0]))
+            found.append((grouped, [crc32(group_id.encode()) % partitions]))
+        return found
 
 
 @dataclass(slots=True)

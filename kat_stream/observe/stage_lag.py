@@ -33,16 +33,22 @@ async def stage_lags(log: Log, run: str, run_dir: Path | None, log_id: str = "ka
 
 async def _trained_up_to(log: Log, run: str) -> dict[int, int]:
     """The positions of the newest step; empty before the first."""
+    found = await newest_step(log, run)
+    return {int(partition): offset for partition, offset in found.positions.items()} if found is not None else {}
+
+
+async def newest_step(log: Log, run: str) -> TrainStep | None:
+    """The step that a trainer of the run wrote last; DeadlineExceeded."""
     begin = (await log.beginning_offsets("train.steps")).get(0, 0)
     end = (await log.end_offsets("train.steps")).get(0, 0)
     for start in sorted({max(begin, end - NEWEST), begin}, reverse=True):
-        found = await _newest_step(log, run, start)
+        found = await _newest_from(log, run, start)
         if found is not None:
-            return {int(partition): offset for partition, offset in found.positions.items()}
-    return {}
+            return found
+    return None
 
 
-async def _newest_step(log: Log, run: str, start: int) -> TrainStep | None:
+async def _newest_from(log: Log, run: str, start: int) -> TrainStep | None:
     newest: TrainStep | None = None
     async with log.follow(["train.steps"], start={("train.steps", 0): start}) as follower:
         async for delivered in follower.catch_up(READ_S):

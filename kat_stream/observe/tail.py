@@ -17,6 +17,7 @@ from kat_stream.observe.text import clock, number, one_line, plural, readable, v
 from topics import (
     DeadLetter,
     Deferred,
+    GroupClosed,
     GroupMember,
     LedgerEntry,
     PackedBatch,
@@ -142,6 +143,10 @@ def _entry(r: LedgerEntry) -> str:
     return f"{r.rollout_id}  {r.state}{reason}{step}{', says ' + r.stage if r.stage else ''}"
 
 
+def _closed(r: GroupClosed) -> str:
+    return f"{r.group_id}  closed"
+
+
 def _dead(r: DeadLetter) -> str:
     where = f"{r.topic} {r.partition}/{r.offset}"
     return f"{where}  {r.stage}: {r.error_type}: {one_line(r.message, 80)} ({len(r.value)} B)"
@@ -162,6 +167,7 @@ _WORDS: dict[type[Record], Callable[[Any], str]] = {
     PolicyVersion: _version,
     TrainStep: _step,
     LedgerEntry: _entry,
+    GroupClosed: _closed,
     DeadLetter: _dead,
     Deferred: _deferred,
 }

@@ -62,14 +62,16 @@ def _chosen(found: list[tuple[int, PackedBatch]], step: TrainStep, index: int, s
 
 
 async def _messages(source: Source, wanted: dict[Place, str]) -> AsyncIterator[Delivered]:
-    """Of an archive everything; of a live log what lies between the first and the last place of each partition."""
-    if not isinstance(source, LogSource):
+    """Of a live log what lies between the first and the last place of each partition; of an archive everything.
+
+    The archive has what the log has not any more (`kat-stream topics trim`).
+    """
+    if not isinstance(source, LogSource) or await _trimmed(source, wanted):
         async for delivered in source.messages((TOPIC,)):
             yield delivered
         return
     missing = set(wanted)
-    begins = await source.log.beginning_offsets(TOPIC)
-    start = {(TOPIC, p): max(begins[p], min(at for q, at in wanted if q == p)) for p in {p for p, _ in wanted}}
+    start = {(TOPIC, p): min(at for q, at in wanted if q == p) for p in {p for p, _ in wanted}}
     partitions = sorted(partition for _, partition in start)
     async with source.log.follow((TOPIC,), start=start, partitions=partitions) as follower:
         async for delivered in follower.catch_up(READ_S):
@@ -77,3 +79,8 @@ async def _messages(source: Source, wanted: dict[Place, str]) -> AsyncIterator[D
             missing.discard((delivered.position.partition, delivered.position.offset))
             if not missing:
                 return
+
+
+async def _trimmed(source: LogSource, wanted: dict[Place, str]) -> bool:
+    begins = await source.log.beginning_offsets(TOPIC)
+    return any(at < begins[partition] for partition, at in wanted)

@@ -8,6 +8,9 @@ zero: the teacher drops out.) Tokens without a teacher, NaN, give nothing; teach
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -17,13 +20,27 @@ from kat_stream.rl.masks import mismatch_scale
 from kat_stream.rl.settings import DistillationConfig, RatioConfig
 
 
-def distillation(inputs: LossInputs, ratio: RatioConfig, config: DistillationConfig) -> Tensor:
-    """Scalar, without the coefficient: this call's share. `BatchError` if the batch has no teacher's log-probs."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Distilled:
+    loss: Tensor
+    """Scalar, without the coefficient: this call's share."""
+    counts: Mapping[str, Tensor]
+    """Sampled tokens that a teacher knows, whose signal was clipped, and that the mask leaves out (of those known)."""
+
+
+def distillation(inputs: LossInputs, ratio: RatioConfig, config: DistillationConfig) -> Distilled:
+    """`BatchError` if the batch has no teacher's log-probs."""
     teacher = inputs.teacher_logp
     if teacher is None:
         raise BatchError("distillation is on, but the batch holds no teacher's log-probs")
     policy = inputs.logp.detach()
     known = ~teacher.isnan()
-    signal = torch.where(known, teacher - policy, 0.0).clamp(-config.clip, config.clip)
+    gap = torch.where(known, teacher - policy, 0.0)
+    signal = gap.clamp(-config.clip, config.clip)
     scale = mismatch_scale(policy, inputs.rollout_logp, inputs.unit, inputs.length, ratio)
-    return -(inputs.token_weight * scale * signal * inputs.logp).sum()
+    counts = {
+        "distillation_known": known.sum(),
+        "distillation_clipped": (signal != gap).sum(),
+        "distillation_masked": (known & (scale == 0)).sum(),
+    }
+    return Distilled(-(inputs.token_weight * scale * signal * inputs.logp).sum(), counts)

@@ -16,7 +16,7 @@ from kat_stream.errors import DataError
 from kat_stream.rl.advantages import ADVANTAGES, grouped
 from kat_stream.rl.aggregation import turn_weights
 from kat_stream.rl.registry import find
-from kat_stream.rl.scores import ScoreRules, is_scored, with_scores
+from kat_stream.rl.scores import ScoreRules, is_scored, is_taught, with_scores
 from kat_stream.rl.settings import Aggregation, Level
 from kat_stream.rl.staleness import Forks, is_stale, oldest
 from kat_stream.trees import TrainBatch, TurnTokens, make_batch, to_arrays, turns_of
@@ -35,6 +35,8 @@ class GroupRules:
     aggregation: Aggregation = "trajectory"
     level: Level = "turn"
     scores: ScoreRules = field(default_factory=ScoreRules)
+    distils: bool = False
+    """The loss learns from a teacher, too: a member with a teacher's log-probs is kept where rewards teach nothing."""
 
 
 Scores = Mapping[str, Sequence[Score]]
@@ -129,11 +131,11 @@ def _join_scores(member: _Member, scores: Sequence[Score], rules: ScoreRules) ->
 
 
 def _compare(members: Sequence[_Member], rules: GroupRules) -> None:
-    """What can only be said of the group: equal rewards teach nothing."""
+    """What can only be said of the group: equal rewards teach nothing; a teacher may."""
     alive = [member for member in members if member.fate == "packed"]
     scaffolds = [member.scaffold for member in alive]
     for member, advantage in zip(alive, _advantages(alive, rules), strict=True):
-        if np.isnan(advantage):
+        if np.isnan(advantage) and not (rules.distils and is_taught(member.turns)):
             member.drop("filtered", "alone" if scaffolds.count(member.scaffold) == 1 else "equal_rewards")
 
 
@@ -160,7 +162,8 @@ def _batch(packed: Sequence[_Member], rules: GroupRules) -> TrainBatch:
     return make_batch(
         turns,
         rollout=owner,
-        advantage=_advantages(packed, rules)[owner],
+        # Kept for its teacher alone: no advantage.
+        advantage=np.nan_to_num(_advantages(packed, rules))[owner],
         weight=turn_weights(owner, lengths, aggregation=rules.aggregation, level=rules.level),
         rollout_ids=[member.trajectory.rollout_id for member in packed],
         budget_tokens=rules.budget_tokens,

@@ -6,8 +6,8 @@ Invariant: a loss sees whole units and its value is their share of the step's lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -57,6 +57,10 @@ class LossOutput:
     """bool[U]."""
     masked: Tensor
     """bool[S]: tokens left out because the engines disagree on them."""
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    """Where several terms make up the loss: the share of each, by name, detached; their sum is `loss`."""
+    counts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Sampled tokens of which something holds, by name: known to a teacher, clipped, masked."""
 
 
 @dataclass(frozen=True, slots=True)

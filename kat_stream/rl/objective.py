@@ -8,6 +8,7 @@ the clip of a turn's ratio would silence the dense signal of a teacher.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -42,14 +43,18 @@ class Objective:
     def value(self, inputs: LossInputs) -> LossOutput:
         """Share of the step's loss of some whole units; ratio, clips and masks are those of the policy loss."""
         output = self.policy.value(inputs, self.ratio)
-        return replace(output, loss=output.loss + term) if (term := self._terms(inputs)) is not None else output
-
-    def _terms(self, inputs: LossInputs) -> Tensor | None:
-        terms: list[Tensor] = []
+        terms: dict[str, Tensor] = {}
+        counts: Mapping[str, Tensor] = {}
         if self.distillation.coefficient > 0:
-            terms.append(self.distillation.coefficient * distillation(inputs, self.ratio, self.distillation))
+            distilled = distillation(inputs, self.ratio, self.distillation)
+            terms["distillation"] = self.distillation.coefficient * distilled.loss
+            counts = distilled.counts
         if self.needs_reference:
-            terms.append(self.penalty.kl_coefficient * kl(inputs, self.penalty.kl_estimator))
+            terms["kl"] = self.penalty.kl_coefficient * kl(inputs, self.penalty.kl_estimator)
         if self.needs_entropy:
-            terms.append(-self.penalty.entropy_coefficient * entropy(inputs))
-        return sum(terms[1:], terms[0]) if terms else None
+            terms["entropy"] = -self.penalty.entropy_coefficient * entropy(inputs)
+        if not terms:
+            return output
+        extra = sum(list(terms.values())[1:], next(iter(terms.values())))
+        shares = {name: term.detach() for name, term in ({"policy": output.loss} | terms).items()}
+        return replace(output, loss=output.loss + extra, terms=shares, counts=counts)

@@ -42,6 +42,8 @@ class ScoreRules:
 
 def with_scores(turns: Sequence[TurnTokens], scores: Iterable[Score], rules: ScoreRules) -> tuple[TurnTokens, ...]:
     """The turns with what is known of them. `DataError` for a score whose size is not that of its turns."""
+    if not rules.kinds:
+        return tuple(turns)
     repeats: dict[str, Floats] = {}
     teacher: dict[str, Floats] = {}
     for score in scores:
@@ -64,9 +66,14 @@ def is_scored(turns: Iterable[TurnTokens], rules: ScoreRules) -> bool:
     turns = list(turns)
     found = {
         "repeats": any(_known(turn.scored_logprobs) for turn in turns),
-        "teacher": any(_known(turn.teacher_logprobs) for turn in turns),
+        "teacher": is_taught(turns),
     }
     return all(found[kind] for kind in rules.kinds)
+
+
+def is_taught(turns: Iterable[TurnTokens]) -> bool:
+    """Whether some token has a teacher's log-prob."""
+    return any(_known(turn.teacher_logprobs) for turn in turns)
 
 
 def repeats_of(score: Score) -> Floats:

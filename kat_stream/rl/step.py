@@ -15,6 +15,7 @@ import numpy as np
 from kat_stream.errors import BatchError
 from kat_stream.rl.staleness import Forks, age, is_stale
 from kat_stream.trees import TrainBatch, from_arrays, merge
+from kat_stream.trees.routes import check_routes
 from kat_stream.trees.wire import arrays_of, to_arrays
 from topics import GroupMember, PackedBatch, parse_version
 
@@ -70,8 +71,16 @@ def batch_digest(batch: TrainBatch) -> str:
     return digest.hexdigest()
 
 
-def check_group(group: PackedBatch, vocabulary: int = MOST, max_positions: int = MOST) -> None:
-    """`BatchError` if a model of this size cannot learn from the group: said when it arrives, not during a step."""
+def check_group(
+    group: PackedBatch,
+    vocabulary: int = MOST,
+    max_positions: int = MOST,
+    routing: tuple[int, int] | None = None,
+) -> None:
+    """`BatchError` if a model of this size cannot learn from the group: said when it arrives, not during a step.
+
+    `routing`: width of a token's routed experts and number of experts, where they are replayed.
+    """
     packed = [member for member in group.members if member.fate == "packed"]
     batch = from_arrays([arrays_of(row) for row in group.rows], [member.rollout_id for member in packed])
     for number, row in enumerate(batch.rows):
@@ -79,6 +88,8 @@ def check_group(group: PackedBatch, vocabulary: int = MOST, max_positions: int =
             raise BatchError(f"row {number}: a path has {row.depth} tokens, the model has {max_positions} positions")
         if int(row.ids.max(initial=-1)) >= vocabulary:
             raise BatchError(f"row {number}: id {row.ids.max()} is outside the vocabulary of {vocabulary}")
+    if routing is not None:
+        check_routes(batch.rows, *routing)
     share = np.bincount(batch.rollout, batch.weight, minlength=len(packed))
     for member, weight in zip(packed, share, strict=True):
         if not member.rollout_id:

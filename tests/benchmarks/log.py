@@ -2,8 +2,9 @@
 
 One process publishes trajectories, another reads and decodes them, at the same time, on one real broker with acks=all:
 by `Log.follow`, and as a consumer group that commits (`run_work`). In the same run TransferQueue 0.1.11 puts and gets
-tensors of the same size, in memory, in its own environment (--rival; made with uv if it is not there, 7 GB). Repeats
-alternate; a ratio is of medians, against the better of TransferQueue's two ways.
+tensors of the same size, in memory, in its own environment (--rival; made with uv if it is not there, 5 GB), with the
+same samples a call and calls in flight. Repeats alternate; a ratio is of medians, against the better of TransferQueue
+with one storage unit and with two (its default).
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def ours(url: str, case: Case, reader: str) -> dict[str, float]:
     (to_writer, writer_end), (to_reader, reader_end) = context.Pipe(), context.Pipe()
     processes = []
     for role, end, other in (("write", writer_end, to_writer), (reader, reader_end, to_reader)):
-        processes.append(context.Process(target=_child, args=(role, url, prefix, end, case)))
+        processes.append(context.Process(target=_child, args=(role, url, prefix, end, case), daemon=True))
         processes[-1].start()
         _recv(other)
     to_writer.send("go")
@@ -200,7 +201,7 @@ class Rival:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TQ_NUM_THREADS": "1"},
         )
         self._answer()
 

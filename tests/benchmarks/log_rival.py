@@ -2,113 +2,155 @@
 
 Reads one case a line from stdin as JSON (count, size, batch, at_once) and answers with one line on stdout that begins
 with RESULT. A sample is two tensors, int32 ids and float32 log-probabilities, together `size` bytes: nothing has to be
-serialised, and everything stays in memory. One process puts while another gets what the first one says is there.
+serialised, and everything stays in memory. One process puts (`async_kv_batch_put`) while another gets
+(`async_kv_batch_get`) what the first one says is there, `at_once` calls in flight on each side.
+Its controller and storage units (SimpleStorage) run in plain processes: Ray only starts them (so says its source), its
+own daemons would take a share of the two cores, and on a loaded machine they do not come up within Ray's deadline.
 Not imported by the project: TransferQueue, Ray and their torch live in that environment.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import multiprocessing
 import sys
-import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from typing import Any
 
-import ray
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
+from transfer_queue import interface
+from transfer_queue.controller import TransferQueueController
+from transfer_queue.storage.simple_storage import SimpleStorageUnit
 
-LOGICAL_CPUS = 8
-"""With 2 it waits for ever for a place for its actors."""
-NEVER_S = 600.0
-
-
-def _connect(address: str | None) -> str:
-    local = {"num_cpus": LOGICAL_CPUS, "include_dashboard": False} if address is None else {"address": address}
-    context = ray.init(log_to_driver=False, **local)
-    tq.init()
-    return str(context.address_info["gcs_address"])
+NEVER_S = 300.0
+UNITS = (1, 2)
+"""Storage units; 2 is its default, 1 may suit two cores better: both are measured."""
+START = multiprocessing.get_context("fork")
+"""Each process would need seconds to import torch; nothing has a thread or a socket before the fork."""
 
 
-def _get(pipe: Connection, address: str) -> None:
-    """Fetch the batches whose keys come, check their size, and answer a None with when the last one was here."""
-    _connect(address)
+def _plain(actor: Any) -> Any:
+    """The class that Ray would run as an actor."""
+    return actor.__ray_metadata__.modified_class
+
+
+def _controller(pipe: Connection) -> None:
+    pipe.send(_plain(TransferQueueController)().get_zmq_server_info())
+    pipe.recv()
+
+
+def _unit(pipe: Connection) -> None:
+    pipe.send(_plain(SimpleStorageUnit)({}).get_zmq_server_info())
+    pipe.recv()
+
+
+def _connect(name: str, where: tuple[Any, dict[str, Any]]) -> None:
+    controller, units = where
+    client = tq.TransferQueueClient(name, controller)
+    client.initialize_storage_manager("SimpleStorage", {"zmq_info": units})
+    interface._TQ_CLIENT = client
+
+
+def _put(pipe: Connection, keys: Connection, where: tuple[Any, dict[str, Any]]) -> None:
+    """For each case: put its batches, send the names of each through `keys` as soon as it is there."""
+    _connect("putter", where)
     pipe.send("ready")
-    with ThreadPoolExecutor(64) as pool:
-        while True:
-            case = pipe.recv()
-            if case is None:
-                return
-            flights: list[Future[None]] = []
-            room = threading.Semaphore(case["at_once"])
-            while (keys := pipe.recv()) is not None:
-                room.acquire()
-                flights.append(pool.submit(_fetch, keys, case["size"] // 8, room))
-            for flight in flights:
-                flight.result()
-            pipe.send(time.monotonic())
+    while (case := pipe.recv()) is not None:
+        pipe.send(asyncio.run(_put_all(case, keys)))
 
 
-def _fetch(keys: list[str], width: int, room: threading.Semaphore) -> None:
-    try:
-        data = tq.kv_batch_get(keys=keys, partition_id="bench")
-        lengths = {len(row) for row in data["ids"].unbind()}  # rows come back as one ragged tensor
-        assert len(data) == len(keys) and lengths == {width}, data
-    finally:
-        room.release()
-
-
-def _case(pipe: Connection, case: dict[str, int], overlapping: bool) -> float:
-    """Samples a second, from the first put until the last was fetched."""
+async def _put_all(case: dict[str, int], keys: Connection) -> float:
+    """When it began. Every sample has memory of its own."""
     width, batch = case["size"] // 8, case["batch"]
-    ids = torch.randint(0, 150_000, (batch, width), dtype=torch.int32)
-    logprobs = torch.randn(batch, width)
-    keys = [[f"{time.monotonic_ns()}-{start + i}" for i in range(batch)] for start in range(0, case["count"], batch)]
+    ids, logprobs = torch.randint(0, 150_000, (batch, width), dtype=torch.int32), torch.randn(batch, width)
+    calls = iter([[f"{time.monotonic_ns()}-{n + i}" for i in range(batch)] for n in range(0, case["count"], batch)])
 
-    one_sends = threading.Lock()
+    async def lane() -> None:
+        for names in calls:
+            fields = TensorDict({"ids": ids.clone(), "logprobs": logprobs.clone()}, batch_size=batch)
+            await tq.async_kv_batch_put(keys=names, partition_id="bench", fields=fields)
+            keys.send(names)
 
-    def put(names: list[str]) -> None:
-        fields = TensorDict({"ids": ids.clone(), "logprobs": logprobs.clone()}, batch_size=batch)
-        tq.kv_batch_put(keys=names, partition_id="bench", fields=fields)
-        if overlapping:
-            with one_sends:
-                pipe.send(names)
-
-    pipe.send(case)
     began = time.monotonic()
-    with ThreadPoolExecutor(case["at_once"]) as pool:
-        list(pool.map(put, keys))
-    if not overlapping:
-        for names in keys:
-            pipe.send(names)
-    pipe.send(None)
-    assert pipe.poll(NEVER_S), f"the getter did not end within {NEVER_S:g} s"
-    ended: float = pipe.recv()
-    tq.kv_clear(keys=[name for names in keys for name in names], partition_id="bench")
-    return case["count"] / (ended - began)
+    await asyncio.gather(*(lane() for _ in range(case["at_once"])))
+    keys.send(None)
+    return began
+
+
+def _get(pipe: Connection, keys: Connection, where: tuple[Any, dict[str, Any]]) -> None:
+    """For each case: fetch the batches whose names come, say when the last one was here, and clear them."""
+    _connect("getter", where)
+    pipe.send("ready")
+    while (case := pipe.recv()) is not None:
+        pipe.send(asyncio.run(_get_all(case, keys)))
+
+
+async def _get_all(case: dict[str, int], keys: Connection) -> float:
+    done: list[str] = []
+
+    async def lane() -> None:
+        while (names := await named.get()) is not None:
+            data = await tq.async_kv_batch_get(keys=names, partition_id="bench")
+            lengths = {len(row) for row in data["ids"].unbind()}  # rows may come back as one ragged tensor
+            assert len(data) == len(names) and lengths == {case["size"] // 8}, data
+            done.extend(names)
+        named.put_nowait(None)
+
+    named: asyncio.Queue[list[str] | None] = asyncio.Queue()
+    lanes = asyncio.gather(*(lane() for _ in range(case["at_once"])))
+    while (names := await asyncio.to_thread(keys.recv)) is not None:
+        named.put_nowait(names)
+    named.put_nowait(None)
+    await lanes
+    ended = time.monotonic()
+    assert len(done) == case["count"], (len(done), case)
+    await tq.async_kv_clear(keys=done, partition_id="bench")
+    return ended
+
+
+@contextlib.contextmanager
+def _queue(units: int) -> Iterator[tuple[Connection, Connection]]:
+    """A TransferQueue with so many storage units; the pipes of its putter and its getter."""
+    with contextlib.ExitStack() as stack:
+
+        def started(target: Callable[..., None], *args: object) -> tuple[Connection, Any]:
+            ours, theirs = START.Pipe()
+            process = START.Process(target=target, args=(theirs, *args), daemon=True)
+            process.start()
+            theirs.close()  # of a process that died one then reads the end, not silence
+            stack.callback(process.join, 10)
+            stack.callback(ours.send, None)
+            return ours, _recv(ours)
+
+        _, controller = started(_controller)
+        where = controller, {f"unit {n}": started(_unit)[1] for n in range(units)}
+        reading, writing = START.Pipe(duplex=False)
+        yield started(_put, writing, where)[0], started(_get, reading, where)[0]
+
+
+def _recv(pipe: Connection) -> Any:
+    assert pipe.poll(NEVER_S), f"nothing from the other process within {NEVER_S:g} s"
+    return pipe.recv()
 
 
 def main() -> None:
-    address = _connect(None)
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    getter = context.Process(target=_get, args=(theirs, address))
-    getter.start()
-    theirs.close()  # a getter that dies is then the end of the pipe, not silence
-    assert ours.poll(NEVER_S), f"the getter was not ready within {NEVER_S:g} s"
-    ours.recv()
-    print("RESULT ready", flush=True)
-    for line in sys.stdin:
-        case = json.loads(line)
-        rates = {how: _case(ours, case, how == "overlapping") for how in ("overlapping", "one after the other")}
-        print("RESULT", json.dumps(rates), flush=True)
-    ours.send(None)
-    getter.join(30)
-    tq.close()
-    ray.shutdown()
+    with contextlib.ExitStack() as stack:
+        queues = {f"{units} units": stack.enter_context(_queue(units)) for units in UNITS}
+        print("RESULT ready", flush=True)
+        for line in sys.stdin:
+            case, rates = json.loads(line), {}
+            for name, (putter, getter) in queues.items():
+                getter.send(case)
+                putter.send(case)
+                began, ended = _recv(putter), _recv(getter)
+                rates[name] = case["count"] / (ended - began)
+            print("RESULT", json.dumps(rates), flush=True)
 
 
 if __name__ == "__main__":

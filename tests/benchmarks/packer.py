@@ -81,7 +81,7 @@ async def pack(log: Log, batch: int) -> tuple[float, float]:
                 member="bench",
                 handler=PackerHandler(fab.RUN, versions, RULES),
                 stopping=stopping,
-                remember="batches",
+                remember="groups.closed",
                 batch=batch,
             )
 

@@ -11,8 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kat_stream.log import Delivered, Emit, MemoryLog, Outcome, run_transform, run_work
-from kat_stream.log.base import TopicPartition
-from kat_stream.log.remembered import KEEP, STRIDE, Remembered
 from tests.contract.log_records import SIZE, GroupJoin, entry, everything, reward
 from topics import CATALOGUE, Reward
 
@@ -222,27 +220,3 @@ def test_members_come_and_go_in_any_order(plan: list[str]) -> None:
         assert groups == Counter(f"g{n}" for n in range(published // SIZE))
 
     anyio.run(scenario)
-
-
-PLACE = TopicPartition("rewards", 0)
-
-
-@given(st.lists(st.tuples(st.integers(1, 90), st.integers(0, 400)), max_size=60))
-def test_what_is_remembered_covers_the_open_and_the_newest_and_little_more(life: list[tuple[int, int]]) -> None:
-    """Each step: so many outputs were written, and so many of the messages taken are still open."""
-    remembered, written, taken, low = Remembered(0, [], {}), 0, 0, 0
-    wrote_at: list[int] = []
-    for count, open_ in life:
-        if remembered.due:
-            remembered.mark(written, {PLACE: taken})
-        wrote_at += [taken] * count
-        taken += count
-        written += count
-        low = max(low, taken - open_)
-        remembered.wrote(count)
-        remembered.forget({PLACE: low})
-        needed = next((offset for offset, at in enumerate(wrote_at) if at >= low), written)
-        assert remembered.start <= needed
-        assert remembered.start <= max(0, written - KEEP)
-        if open_ == 0:
-            assert written - remembered.start <= KEEP + STRIDE + 2 * 90

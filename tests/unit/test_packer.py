@@ -1,24 +1,26 @@
 """The packer closes each group once, whatever the order and the repetition of its messages, and after any restart."""
 
 import random
-import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import anyio
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consumers import packer
-from consumers.packer import GRACE_S, IDLE_S, PackerHandler
+from consumers.packer import PackerHandler
 from kat_stream.log.base import Delivered, Position
 from kat_stream.log.outcome import Emit, Hold
 from kat_stream.rl.group import GroupRules
+from kat_stream.rl.incomplete import GRACE_S
 from kat_stream.versions import Versions
 from tests.unit.records import RUN, request, reward, trajectory, turn
-from topics import LedgerEntry, PackedBatch, PolicyVersion, Record, encode, header_of, partition_of
+from topics import GroupClosed, LedgerEntry, PackedBatch, PolicyVersion, Record, encode, header_of, partition_of
 
 RULES = GroupRules(staleness=2, budget_tokens=256)
+ROLLOUT_S = 600.0
 GROUPS = [f"{RUN}-t{number:06d}" for number in range(3)]
 PARTITIONS = {partition_of(trajectory(request(group))) for group in GROUPS}
 
@@ -37,13 +39,14 @@ def delivered(record: Record, offset: int) -> Delivered:
     return Delivered(position, None, encode(record), {"record": header_of(type(record)).encode()}, 0)
 
 
-def handler(replay: list[PackedBatch] | None = None) -> PackerHandler:
+def handler(closed: Sequence[str] = ()) -> PackerHandler:
+    """One that took over its partitions after these groups were closed."""
     versions = Versions(RUN)
     versions.take(PolicyVersion(run=RUN, model="m", lineage="a", number=0, path="", checksum=""))
-    made = PackerHandler(RUN, versions, RULES)
+    made = PackerHandler(RUN, versions, RULES, rollout_s=ROLLOUT_S)
+    records = [GroupClosed(run=RUN, group_id=group) for group in closed]
     for partition in PARTITIONS:
-        again = [delivered(batch, 0) for batch in replay or [] if partition_of(batch) == partition]
-        made.assigned(partition, again)
+        made.assigned(partition, [delivered(record, 0) for record in records if partition_of(record) == partition])
     return made
 
 
@@ -70,7 +73,7 @@ def test_each_group_once_in_any_order_with_repeats_and_a_restart(seed: int, cras
     stream = [delivered(record, offset) for offset, record in enumerate(records)]
     first, done = anyio.run(feed, handler(), stream[:crash])
     again = [message for message in stream if message.position not in done]
-    second, _ = anyio.run(feed, handler(first), again)
+    second, _ = anyio.run(feed, handler([batch.group_id for batch in first]), again)
     assert sorted(batch.group_id for batch in first + second) == GROUPS
     assert all(len(batch.members) == 3 for batch in first + second)
 
@@ -111,60 +114,61 @@ def late(made: PackerHandler) -> Emit | None:
     return made.late(partition_of(trajectory(request(GROUPS[0]))))
 
 
-DEADLINE_S = request().deadline_unix_s
+def listen(made: PackerHandler, seconds: float) -> None:
+    """So much time is spent listening, in which nothing comes."""
+    for time in made.time.values():
+        time.listened_s += seconds
+        time.log_s += seconds
 
 
-def test_a_group_that_misses_members_is_closed_long_after_its_deadline_and_not_before() -> None:
+LONG_S = ROLLOUT_S + GRACE_S
+
+
+def test_a_group_that_misses_members_is_closed_long_after_it_was_heard_of_and_not_before() -> None:
     made = handler()
-    first = [at(record, offset, DEADLINE_S - 10) for offset, record in enumerate(messages_of(GROUPS[0])[:3])]
+    first = [at(record, offset, 1000.0) for offset, record in enumerate(messages_of(GROUPS[0])[:3])]
     assert anyio.run(feed, made, first) == ([], set())
+    listen(made, LONG_S - 1)
     assert late(made) is None
-    partition = first[0].position.partition
-    made.heard[partition] = (DEADLINE_S + GRACE_S - 1, time.monotonic())
-    assert late(made) is None
-    made.heard[partition] = (DEADLINE_S + GRACE_S + 1, time.monotonic())
+    listen(made, 2)
     closed = late(made)
     assert closed is not None
-    batch, *entries = closed.records
+    batch, *entries, word = closed.records
     assert isinstance(batch, PackedBatch) and batch.rows == ()
+    assert word == GroupClosed(run=RUN, group_id=GROUPS[0])
     expected = [(f"{GROUPS[0]}-{sample}", "failed", "incomplete") for sample in range(3)]
     assert [(m.rollout_id, m.fate, m.reason) for m in batch.members] == expected
     assert [(e.rollout_id, e.state, e.reason) for e in entries if isinstance(e, LedgerEntry)] == expected
     assert set(closed.done) == {message.position for message in first}
-    rest = [at(record, 10 + offset, DEADLINE_S + GRACE_S + 2) for offset, record in enumerate(messages_of(GROUPS[0]))]
+    rest = [at(record, 10 + offset, 1000.0 + LONG_S) for offset, record in enumerate(messages_of(GROUPS[0]))]
     batches, done = anyio.run(feed, made, rest)
     assert (batches, len(done)) == ([], 6)
 
 
-def test_a_duplicate_later_than_what_is_remembered_opens_no_group_for_ever_and_writes_nothing() -> None:
+def test_a_group_of_which_all_came_after_its_deadline_is_closed_too() -> None:
+    asked = msgspec.structs.replace(request(GROUPS[0], 0, 3), deadline_unix_s=500.0)
     made = handler()
-    asked = request(GROUPS[0], 0, 3)
-    stream = [
-        at(trajectory(asked, turn(asked, [1], [2])), 0, DEADLINE_S + GRACE_S + 5),
-        at(reward(asked, 1.0), 1, DEADLINE_S + GRACE_S + 5),
-    ]
-    assert anyio.run(feed, made, stream) == ([], set())
+    anyio.run(feed, made, [at(trajectory(asked, outcome="time_limit"), 0, 1000.0)])
+    listen(made, LONG_S + 1)
     closed = late(made)
-    assert closed is not None
-    assert (closed.records, set(closed.done)) == ((), {message.position for message in stream})
-    assert late(made) is None
+    assert closed is not None and isinstance(closed.records[0], PackedBatch)
 
 
-def test_a_reward_that_nobody_asked_for_does_not_hold_the_partition_for_ever() -> None:
+def test_rewards_of_no_rollout_are_passed_over_and_do_not_close_a_group_that_comes_yet() -> None:
     made = handler()
-    orphan = at(reward(request(GROUPS[0]), 1.0), 0, 1000.0)
+    orphan = at(reward(request(GROUPS[0], 7, 9), 1.0), 0, 1000.0)
     assert anyio.run(feed, made, [orphan]) == ([], set())
-    assert late(made) is None
-    made.heard[orphan.position.partition] = (1000.0, time.monotonic() - IDLE_S - 1)
+    listen(made, LONG_S + 1)
     closed = late(made)
     assert closed is not None
     assert (closed.records, closed.done) == ((), (orphan.position,))
+    stream = [at(record, 1 + offset, 1000.0) for offset, record in enumerate(messages_of(GROUPS[0]))]
+    batches, _ = anyio.run(feed, made, stream)
+    assert [batch.group_id for batch in batches] == [GROUPS[0]]
 
 
-def test_what_is_remembered_is_bounded_and_the_newest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packer, "REMEMBERED", 3)
+def test_only_this_run_s_closed_groups_are_its_own() -> None:
     made = handler()
-    partition = next(iter(PARTITIONS))
-    made.assigned(partition, [replace(delivered(reward(request(f"g{n}"), 0.0), n), position=Position("b", 0, n))
-                              for n in range(8)])  # fmt: skip
-    assert list(made.packed[partition]) == ["g5", "g6", "g7"]
+    own, other = GroupClosed(run=RUN, group_id="g"), GroupClosed(run="other", group_id="g")
+    broken = replace(delivered(own, 0), value=b"\xc1")
+    assert [made.mine(one) for one in (delivered(own, 0), delivered(other, 0), broken)] == [True, False, False]

@@ -11,6 +11,7 @@ from topics import (
     CATALOGUE,
     DeadLetter,
     Deferred,
+    GroupClosed,
     GroupMember,
     LedgerEntry,
     PackedBatch,
@@ -30,7 +31,9 @@ from topics.record import floats, ints, pack_floats, pack_ints
 
 GOLDEN = Path(__file__).with_name("golden_records.json")
 ASKED = request()
-ROW = PackedRow(**{name: pack_ints([1, 2]) for name in PackedRow.__struct_fields__ if not name.endswith("_logprobs")})
+ROW = PackedRow(
+    **{name: pack_ints([1, 2]) for name in PackedRow.__struct_fields__ if not name.endswith(("_logprobs", "_experts"))}
+)
 SAMPLES: tuple[Record, ...] = (
     TASK,
     ASKED,
@@ -47,6 +50,7 @@ SAMPLES: tuple[Record, ...] = (
     TrainStep(
         run=RUN, lineage="a", step=3, metrics={"loss": 0.25}, groups=("g",), trained=("g-0",), positions={"0": 7}
     ),
+    GroupClosed(run=RUN, group_id="g"),
     LedgerEntry(run=RUN, group_id="g", rollout_id="g-0", state="failed", reason="SandboxUnavailable", stage="rollout"),
     DeadLetter(run=RUN, stage="s", topic="turns", partition=1, offset=2, error_type="E", message="m", value=b"\xff"),
     Deferred(
@@ -102,6 +106,16 @@ GROWN: dict[str, Record] = {
                 ROW, scored_logprobs=pack_floats([-0.5, -1.0]), teacher_logprobs=pack_floats([-0.25, -2.0])
             ),
         ),
+    ),
+    "PackedBatch/1 with routed_experts": PackedBatch(
+        run=RUN,
+        group_id="g",
+        task_id="t",
+        members=(),
+        rows=(msgspec.structs.replace(ROW, routed_experts=b"\x01\x00\xff\xff"),),
+    ),
+    "Turn/1 with routed_experts": msgspec.structs.replace(
+        turn(ASKED, [1, 2, 3], [4, 5]), routed_experts=b"\x01\x00\x02\x00\x03\x00\x04\x00"
     ),
     "Turn/1 with claim": msgspec.structs.replace(
         turn(ASKED, [1, 2, 3], [4, 5]),

@@ -1,0 +1,95 @@
+"""Bad input through the verifier as it runs: what cannot be read is a dead letter, what cannot be graded says why, and
+neither is ever a score of 0 of somebody's work; the good one behind them is graded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anyio
+import msgspec
+import pytest
+
+from kat_stream.config import Config
+from kat_stream.log import Log, MemoryLog, Message
+from kat_stream.log.message import seal
+from kat_stream.service import Context, load_service
+from tests.contract.env_kit import finished, first_task, harbor_task, needs_bwrap
+from tests.contract.log_records import everything
+from tests.contract.test_verifiers import PATCH
+from tests.unit.records import request, turn
+from topics import CATALOGUE, DeadLetter, Reward, Trajectory
+
+pytestmark = [pytest.mark.anyio, needs_bwrap, pytest.mark.timeout(180)]
+RUN = "r1"
+WAIT_S = 120.0
+
+
+def named(good: Trajectory, rollout: str, **fields: object) -> Trajectory:
+    return msgspec.structs.replace(good, rollout_id=rollout, **fields)
+
+
+def other_verifier(good: Trajectory, name: str) -> dict[str, object]:
+    task = good.request.task
+    task = msgspec.structs.replace(task, verifier=msgspec.structs.replace(task.verifier, name=name))
+    return {"request": msgspec.structs.replace(good.request, task=task)}
+
+
+def no_files(good: Trajectory) -> dict[str, object]:
+    task = good.request.task
+    environment = msgspec.structs.replace(task.environment, files="harbor:/nowhere#gone")
+    return {
+        "request": msgspec.structs.replace(good.request, task=msgspec.structs.replace(task, environment=environment))
+    }
+
+
+async def graded(log: Log, tmp_path: Path, count: int) -> list[Reward]:
+    """The real service, until it has written so many rewards."""
+    ctx = Context(config=Config(), run=RUN, run_dir=tmp_path, log=log, member="verifier-1")
+    rewards: list[Reward] = []
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(load_service("verifier").run, ctx)
+        with anyio.fail_after(WAIT_S):
+            while len(rewards) < count:
+                await anyio.sleep(0.05)
+                rewards = [d.record() for d in await everything(log, "rewards")]  # type: ignore[misc]
+        ctx.stopping.set()
+    return rewards
+
+
+async def test_bad_trajectories_and_a_good_one(tmp_path: Path) -> None:
+    harbor_task(tmp_path / "tasks")
+    good = finished(first_task(f"harbor:{tmp_path}/tasks"), PATCH)
+    torn_turn = msgspec.structs.replace(turn(request(), [1], [2]), sampled_ids=b"\x01\x00\x00", logprobs=b"")
+    sealed = seal(good)
+    unreadable = [b"\xc1garbage", sealed.value[:-7], b"\xdf\xff\xff\xff\xff"]
+    log = MemoryLog()
+    await log.apply_topics(CATALOGUE)
+    for value in unreadable:
+        await log.append(Message("trajectories", sealed.partition, sealed.key, value, sealed.headers))
+    from_the_future = {**sealed.headers, "record": b"Trajectory/99"}
+    await log.append(Message("trajectories", sealed.partition, sealed.key, sealed.value, from_the_future))
+    await log.publish(
+        named(good, "of-another-run", run="other"),
+        named(good, "broken-by-us", outcome="infra_error"),
+        named(good, "torn-arrays", turns=(torn_turn,)),
+        named(good, "torn-patch", patch=PATCH[:40] + b"\x00\xff"),
+        named(good, "nobodys-verifier", **other_verifier(good, "no-such-verifier")),
+        named(good, "no-files", **no_files(good)),
+        named(good, "nobody-asked-for-it"),
+        named(good, "good"),
+    )
+    rewards = await graded(log, tmp_path, 6)
+    found = {reward.rollout_id: (reward.status, reward.score) for reward in rewards}
+    assert found == {
+        "torn-arrays": ("graded", 1.0),  # what was done counts here; what was sampled is the packer's to judge
+        "torn-patch": ("graded", 0.0),
+        "nobodys-verifier": ("failed", 0.0),
+        "no-files": ("failed", 0.0),
+        "nobody-asked-for-it": ("graded", 1.0),  # no group waits for it
+        "good": ("graded", 1.0),
+    }
+    assert all(reward.error_class and reward.evidence for reward in rewards if reward.status == "failed")
+    letters = [d.record() for d in await everything(log, "dead.letters")]
+    assert [letter.value for letter in letters if isinstance(letter, DeadLetter)] == [*unreadable, sealed.value]
+    assert {letter.error_type for letter in letters if isinstance(letter, DeadLetter)} == {"DecodeError"}
