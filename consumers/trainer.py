@@ -27,15 +27,16 @@ from kat_stream.log.base import Delivered, Follower, Position, Writer
 from kat_stream.log.handling import dead_letter
 from kat_stream.log.message import seal
 from kat_stream.log.outcome import Reject
+from kat_stream.observe.lineages import time_of_step
+from kat_stream.observe.stage_lag import newest_step
 from kat_stream.policy import model_dir
 from kat_stream.rl.staleness import age
 from kat_stream.rl.step import Step, assemble, batch_digest, check_group, without_rows
 from kat_stream.service import Context
 from kat_stream.training.checkpoint import Checkpoint, CheckpointStore, latest_checkpoint
 from kat_stream.training.learner import TorchLearner
-from kat_stream.training.parallel import open_learner
 from kat_stream.training.publication import Publication
-from kat_stream.training.settings import digest, learner_config
+from kat_stream.training.settings import digest, make_learner
 from kat_stream.versions import Versions
 from topics import GroupMember, LedgerEntry, PackedBatch, PolicyVersion, Record, TrainStep, format_version
 from topics.ledger import State
@@ -73,6 +74,8 @@ class Trainer:
         self.arrived: deque[Delivered] = deque()
         self.met: set[str] = set()
         """Groups that arrived in this life."""
+        self.newest_s = 0.0
+        """`unix_s` of the run's newest step, whoever made it."""
 
     async def run(self, ctx: Context) -> None:
         """Fence whoever wrote before, then look at what was written: in this order nothing is overlooked."""
@@ -81,6 +84,8 @@ class Trainer:
         try:
             self.versions = Versions(ctx.run)
             await self.versions.load(ctx.log)
+            before = await newest_step(ctx.log, ctx.run)
+            self.newest_s = before.unix_s if before is not None else 0.0
             await anyio.to_thread.run_sync(self._open, ctx)
             await self._publish(ctx)
             await self._train(ctx)
@@ -113,14 +118,7 @@ class Trainer:
 
         torch.set_num_threads(ctx.config.trainer.threads)
         torch.manual_seed(ctx.config.run.seed)
-        section = ctx.config.trainer
-        self.learner = open_learner(
-            model_dir(ctx.config.policy.model),
-            learner_config(ctx.config),
-            ranks=section.ranks,
-            threads=section.threads,
-            step_s=section.step_timeout_s,
-        )
+        self.learner = make_learner(ctx.config, model_dir(ctx.config.policy.model))
         self.store = CheckpointStore(ctx.run_dir / "checkpoints", self.lineage)
         self.store.open()
         self.parent = self.versions.root
@@ -169,7 +167,8 @@ class Trainer:
             try:
                 record = delivered.record()
                 if isinstance(record, PackedBatch) and record.run == ctx.run:
-                    check_group(record, self.learner.model.config.vocab_size, self.learner.max_positions)
+                    vocabulary = self.learner.model.config.vocab_size
+                    check_group(record, vocabulary, self.learner.max_positions, self.learner.routing)
                     self.met.add(record.group_id)
                     return delivered.position, record
             except DataError as error:
@@ -242,6 +241,7 @@ class Trainer:
             self.positions[str(position.partition)] = position.offset + 1
         self.manifest = step.trained
         seconds = time.monotonic() - began
+        self.newest_s = time_of_step(time.time(), self.newest_s)
         telemetry.STEPS.inc()
         telemetry.STEP_SECONDS.observe(seconds)
         telemetry.TRAIN_BUSY.inc(seconds)
@@ -255,7 +255,7 @@ class Trainer:
             trained=step.trained,
             stale=step.stale,
             positions=dict(self.positions),
-            unix_s=time.time(),
+            unix_s=self.newest_s,
             batches=tuple((position.partition, position.offset) for position, _ in arrivals),
             version=head,
             checkpoint=self.checkpoint,

@@ -26,6 +26,7 @@ from kat_stream.rl.settings import (
     PenaltyConfig,
     RatioConfig,
 )
+from topics.catalogue import GROUP_PARTITIONS
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +61,9 @@ class SecuritySection(Section, frozen=True, kw_only=True):
 class LogSection(Section, frozen=True, kw_only=True):
     url: str = "memory:"
     """`memory:` (one process) or `kafka:host:port[,host:port]` (one process a service)."""
+    partitions: int = GROUP_PARTITIONS
+    """Of each topic that is partitioned by group: so many workers of a stage share it at most. Chosen before the first
+    run on a broker; another number is refused afterwards."""
     security: SecuritySection = SecuritySection()
     dead_letters_most: int = 20
     """A stage stops once more than so many messages of the window are dead letters, ..."""
@@ -183,11 +187,23 @@ class EngineSection(Section, frozen=True, kw_only=True):
     threads: int = 1
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the embedded engine's weights, keys and values; the learner's are float32."""
+    record_routing: bool = False
+    """Record which experts each token was routed to (mixtures of experts; SGLang: --enable-return-routed-experts)."""
     update_mode: Literal["abort", "retract", "in_place"] = "retract"
     """How running requests live through a weight update: retract (exact) | in_place (keeps old KV) | abort."""
 
 
+class MegatronSection(Section, frozen=True, kw_only=True):
+    tensor_parallel: int = 1
+    """Ranks that share every matrix."""
+    expert_parallel: int = 1
+    """Ranks that share the experts of a mixture; not with tensor_parallel."""
+
+
 class TrainerSection(Section, frozen=True, kw_only=True):
+    learner: Literal["torch", "megatron"] = "torch"
+    """megatron: the same step on Megatron-Core (extra `megatron`), divided over `ranks` as its section says."""
+    megatron: MegatronSection = MegatronSection()
     learning_rate: float = 1e-3
     warmup_steps: int = 5
     weight_decay: float = 0.0
@@ -221,10 +237,17 @@ class TrainerSection(Section, frozen=True, kw_only=True):
     """Of the KL to the policy that the run started from."""
     kl_estimator: Divergence = "k3"
     entropy_coefficient: float = 0.0
-    attention: Literal["auto", "segments", "dense", "flex", "flash"] = "segments"
-    """How trees attend: auto (the cheaper of segments and dense by a measured cost model), flex and flash on GPUs."""
+    attention: Literal["auto", "segments", "padded", "dense", "flex", "flash"] = "segments"
+    """How trees attend: auto (the cheapest of the next three by a measured cost model), flex and flash on GPUs."""
     ranks: int = 1
     """Processes that share a step, each with its own copy of the model: trees are dealt to them by predicted cost."""
+    sharding: Literal["none", "full"] = "none"
+    """none: every rank holds the whole model; full: a share of weights, gradients and optimizer state (FSDP2)."""
+    updates: int = 1
+    """Optimizer steps that the groups of a step are shared out to, a tree in one of them. With denominator = train the
+    ratio divides by the learner's log-probs from before the first (apart from the mask's, which are the engine's)."""
+    routing_replay: bool = False
+    """Route every token to the experts that the engine recorded; gates stay the learner's. Needs record_routing."""
     micro_batch_tokens: int = 8192
     """Unique tokens run at once; a larger tree runs in parts, with the same gradient."""
     threads: int = 1
@@ -313,7 +336,11 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
         config = msgspec.convert(table, Config)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {_humanise(str(error))}") from error
+    if config.log.partitions < 1:
+        raise ConfigError(f"{where}: log.partitions is {config.log.partitions}, expected at least 1")
     _check_trainer(where, config.trainer)
+    if config.trainer.routing_replay and not config.engine.record_routing:
+        raise ConfigError(f"{where}: [trainer] routing_replay needs engine.record_routing")
     _check_scorer(where, config)
     return config
 
@@ -323,11 +350,28 @@ def _check_trainer(where: str, section: TrainerSection) -> None:
     try:
         if section.ranks < 1:
             raise ConfigError(f"ranks is {section.ranks}, expected at least 1")
+        if section.sharding == "full" and section.ranks == 1:
+            raise ConfigError("sharding full needs ranks of at least 2")
+        if section.updates < 1:
+            raise ConfigError(f"updates is {section.updates}, expected at least 1")
+        _check_megatron(section)
         section.ratio()
         section.distillation()
         section.penalty()
     except ConfigError as error:
         raise ConfigError(f"{where}: [trainer] {error}") from error
+
+
+def _check_megatron(section: TrainerSection) -> None:
+    shares = section.megatron.tensor_parallel, section.megatron.expert_parallel
+    if section.learner == "torch":
+        if shares != (1, 1):
+            raise ConfigError('megatron.tensor_parallel and megatron.expert_parallel need learner = "megatron"')
+        return
+    if section.sharding != "none" or section.routing_replay:
+        raise ConfigError("sharding and routing_replay are of the torch learner, learner is megatron")
+    if min(shares) < 1 or section.ranks % (shares[0] * shares[1]):
+        raise ConfigError(f"ranks is {section.ranks}, expected a multiple of megatron's {shares[0]} x {shares[1]}")
 
 
 def _check_scorer(where: str, config: Config) -> None:

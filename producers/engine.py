@@ -45,6 +45,7 @@ class Engine:
             weight_version=version.version,
             threads=config.threads,
             dtype=config.dtype,
+            record_routing=config.record_routing,
         )
         log.info("engine at %s runs %s", server.url, version.version)
         try:

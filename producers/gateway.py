@@ -31,7 +31,8 @@ class Gateway:
     async def run(self, ctx: Context) -> None:
         tokenizer = load_tokenizer(ctx.config.policy.model)
         others = [url for number, url in enumerate(ctx.gateway_control_urls) if number != ctx.number]
-        async with Router(ctx.engine_urls) as router, aiohttp.ClientSession() as http:
+        routing = ctx.config.engine.record_routing
+        async with Router(ctx.engine_urls, record_routing=routing) as router, aiohttp.ClientSession() as http:
             server = await start_gateway(
                 tokenizer=tokenizer,
                 log=ctx.log,

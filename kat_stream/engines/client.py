@@ -7,6 +7,8 @@ research/routing_streaming.md C1 and C2.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -61,6 +63,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     spans: list[Span]
     seconds: float
     text: str = ""
+    routed_experts: bytes = b""
+    """uint16, row-major, a row a token from the asked one to the last but one; empty: not asked for, or incomplete."""
 
 
 class Prefill(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,6 +124,7 @@ class _Meta(msgspec.Struct):
     weight_versions: list[Span] | None = None
     output_token_logprobs: list[tuple[float | None, int, Any]] | None = None
     input_token_logprobs: list[tuple[float | None, int, Any]] | None = None
+    routed_experts: str | None = None
 
 
 class _Answer(msgspec.Struct):
@@ -149,8 +154,21 @@ def _generation(answer: _Answer, seconds: float) -> Generation:
         output_ids=answer.output_ids, logprobs=_logprobs(meta, 0), finish_reason=finish.type,  # type: ignore[arg-type]
         matched=finish.matched[-1] if isinstance(finish.matched, list) else finish.matched,
         cached_tokens=meta.cached_tokens, prompt_tokens=meta.prompt_tokens, spans=spans, seconds=seconds,
-        text=answer.text,
+        text=answer.text, routed_experts=_experts(meta.routed_experts or ""),
     )  # fmt: skip
+
+
+def _experts(text: str) -> bytes:
+    """Base64 of little-endian int32 as bytes of uint16, without a detour over numbers: there may be millions."""
+    try:
+        wide = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise EngineUnavailable(f"/generate: routed_experts: {error}") from error
+    if len(wide) % 4 or any(wide[2::4]) or any(wide[3::4]):
+        raise EngineUnavailable(f"/generate: routed_experts: {len(wide)} bytes that are no int32 in [0, 65535]")
+    narrow = bytearray(len(wide) // 2)
+    narrow[0::2], narrow[1::2] = wide[0::4], wide[1::4]
+    return bytes(narrow)
 
 
 def _logprobs(meta: _Meta, start: int) -> list[float]:
@@ -176,30 +194,31 @@ def _message(raw: bytes) -> str:
 
 class EngineClient:
     """One engine. Every method raises EngineUnavailable (refused, reset, 5xx), EngineRejected (4xx),
-    DeadlineExceeded."""
+    DeadlineExceeded. `record_routing`: calls that name a first token ask for the experts of it and those after."""
 
-    def __init__(self, base_url: str, session: aiohttp.ClientSession) -> None:
+    def __init__(self, base_url: str, session: aiohttp.ClientSession, *, record_routing: bool = False) -> None:
         self.base_url = base_url.rstrip("/")
+        self.record_routing = record_routing
         self._session = session
 
     async def generate(
-        self, input_ids: list[int], sampling: SamplingParams, *, rid: str, return_logprob: bool = True, deadline_s:
-        float
+        self, input_ids: list[int], sampling: SamplingParams, *, rid: str, return_logprob: bool = True,
+        routed_from: int | None = None, deadline_s: float
     ) -> Generation:  # fmt: skip
         """Sample after `input_ids`. An abort is not an error: it returns the tokens so far."""
         begin = time.monotonic()
-        body = _body(input_ids, sampling, rid, return_logprob, stream=False)
+        body = _body(input_ids, sampling, rid, return_logprob, stream=False) | self._routing(routed_from)
         raw = await self._call("POST", "/generate", body, deadline_s)
         answer = _decode(raw, _Answer, "/generate")
         return _generation(answer, time.monotonic() - begin)
 
     async def generate_stream(
-        self, input_ids: list[int], sampling: SamplingParams, *, rid: str, return_logprob: bool = True, deadline_s:
-        float
+        self, input_ids: list[int], sampling: SamplingParams, *, rid: str, return_logprob: bool = True,
+        routed_from: int | None = None, deadline_s: float
     ) -> AsyncIterator[Increment]:  # fmt: skip
         """The same as increments; the last one has `final`. `deadline_s` bounds the whole stream."""
         begin = time.monotonic()
-        body = _body(input_ids, sampling, rid, return_logprob, stream=True)
+        body = _body(input_ids, sampling, rid, return_logprob, stream=True) | self._routing(routed_from)
         known = 0
         async with self._request("POST", "/generate", body, deadline_s) as response:
             last = _Answer()
@@ -279,6 +298,11 @@ class EngineClient:
         except (EngineUnavailable, EngineRejected, DeadlineExceeded):
             return False
         return True
+
+    def _routing(self, first: int | None) -> dict[str, Any]:
+        if first is None or not self.record_routing:
+            return {}
+        return {"return_routed_experts": True, "routed_experts_start_len": first}
 
     async def _call(self, method: str, path: str, body: Any, seconds: float) -> bytes:
         async with self._request(method, path, body, seconds) as response:

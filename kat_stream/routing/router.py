@@ -36,8 +36,16 @@ RECHECK_S = 0.05
 class Router:
     """Used as `async with Router(urls) as router`; owns the HTTP connections to its engines."""
 
-    def __init__(self, urls: Iterable[str], *, policy: RoutingPolicy | None = None, poll_s: float = POLL_S) -> None:
+    def __init__(
+        self,
+        urls: Iterable[str],
+        *,
+        policy: RoutingPolicy | None = None,
+        poll_s: float = POLL_S,
+        record_routing: bool = False,
+    ) -> None:
         self._urls, self._policy, self._poll_s = tuple(urls), policy or StickyLeastLoaded(), poll_s
+        self._record_routing = record_routing
         self._engines: dict[str, EngineState] = {}
         self._session: aiohttp.ClientSession | None = None
         self._polling = anyio.create_task_group()
@@ -70,7 +78,8 @@ class Router:
         if self._session is None:
             raise EngineUnavailable("the router is not open")
         url = url.rstrip("/")
-        self._engines.setdefault(url, EngineState(EngineClient(url, self._session)))
+        client = EngineClient(url, self._session, record_routing=self._record_routing)
+        self._engines.setdefault(url, EngineState(client))
 
     def remove(self, url: str) -> None:
         """Send nothing more to this engine; what it runs goes on."""

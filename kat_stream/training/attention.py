@@ -1,9 +1,9 @@
 """Tree attention for any Hugging Face causal model, through the attention registry of `transformers`.
 
 Invariant: a token attends to its ancestors and itself, nothing else; with position ids = path depths the result equals
-running each path alone. Plans of the same attention: `DensePlan`, an N x N mask (the reference), `SegmentPlan`,
-unbranched runs against their own path (it computes about as many pairs as the paths have), and those of `varlen` for
-accelerators.
+running each path alone. Plans of the same attention: `DensePlan`, an N x N mask (the reference), `SlicePlan`, squares
+and rectangles without any mask (CPU), `PaddedPlan`, unbranched runs against their gathered paths in padded buckets, and
+those of `varlen` for accelerators.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from transformers import AttentionInterface
 from kat_stream.errors import ConfigError
 from kat_stream.training.cost import measured
 from kat_stream.training.gateways import Gateways
+from kat_stream.training.slices import SlicePlan
 from kat_stream.training.varlen import FlexPlan, VarlenPlan, flex_plan, varlen_plan
 from kat_stream.trees.layout import TreeLayout
 from kat_stream.trees.segments import cut_segments
+from kat_stream.trees.slices import cut_slices
 
 NAME = "kat_tree"
-Backend = Literal["auto", "segments", "dense", "flex", "flash"]
+Backend = Literal["auto", "segments", "padded", "dense", "flex", "flash"]
+"""`segments`: SlicePlan on a CPU, PaddedPlan elsewhere."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -44,13 +47,13 @@ class _Block:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class SegmentPlan:
+class PaddedPlan:
     blocks: tuple[_Block, ...]
     place: Tensor
     """int64[N] into the outputs of all blocks."""
 
 
-Plan = DensePlan | SegmentPlan | FlexPlan | VarlenPlan
+Plan = DensePlan | SlicePlan | PaddedPlan | FlexPlan | VarlenPlan
 
 
 def make_plan(row: TreeLayout, backend: Backend, *, above: int = 0, device: torch.device | None = None) -> Plan:
@@ -69,13 +72,15 @@ def make_plan(row: TreeLayout, backend: Backend, *, above: int = 0, device: torc
         end = torch.from_numpy(row.end).to(device)
         query = at[above:, None]
         return DensePlan(((at <= query) & (query < end))[None, None])
+    if backend == "segments" and (device is None or device.type == "cpu"):
+        return SlicePlan(cut_slices(row, above))
     segments = cut_segments(row, above)
     blocks = []
     for bucket in segments.buckets:
         depth, query, key = (torch.from_numpy(x).to(device) for x in (bucket.depth, bucket.query, bucket.key))
         mask = torch.arange(key.shape[1], device=device) <= depth[:, :, None]
         blocks.append(_Block(query.flatten(), key.flatten(), mask[:, None]))
-    return SegmentPlan(tuple(blocks), torch.from_numpy(segments.place).to(device))
+    return PaddedPlan(tuple(blocks), torch.from_numpy(segments.place).to(device))
 
 
 def tree_attention(
@@ -99,7 +104,7 @@ def tree_attention(
         raise ConfigError("tree attention has no sliding window and no soft cap, which this model asks for")
     if tree_gateways is not None:
         key, value = tree_gateways.through(module, key, value)
-    if isinstance(tree_plan, FlexPlan | VarlenPlan):
+    if isinstance(tree_plan, SlicePlan | FlexPlan | VarlenPlan):
         return tree_plan.attend(query, key, value, scaling), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -107,10 +112,10 @@ def tree_attention(
     if isinstance(tree_plan, DensePlan):
         out = scaled_dot_product_attention(query, key, value, attn_mask=tree_plan.mask, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
-    return _by_segments(query, key, value, tree_plan, scaling)[None], None
+    return _padded(query, key, value, tree_plan, scaling)[None], None
 
 
-def _by_segments(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scaling: float | None) -> Tensor:
+def _padded(query: Tensor, key: Tensor, value: Tensor, plan: PaddedPlan, scaling: float | None) -> Tensor:
     heads, size = query.shape[1], query.shape[3]
     flat_q, flat_k, flat_v = (x[0].transpose(0, 1).flatten(1) for x in (query, key, value))
     outputs = []

@@ -40,6 +40,8 @@ class Backward:
     reference: torch.nn.Module | None
     """Frozen, for the KL term."""
     report: Report
+    proximal: NDArray[np.float64] | None = None
+    """float64[all sampled tokens of the batch]: the policy's log-probs before the first update on it; None: now."""
 
     def run(self) -> Gateways:
         """Add the micro-batch's share to the gradients of the model's parameters."""
@@ -124,6 +126,7 @@ class Backward:
             length=floats(self.units.length[unit]),
             advantage=floats(self.units.advantage[unit]),
             weight=floats(self.units.weight[unit]),
+            prox_logp=None if self.proximal is None else floats(self.proximal[sampled]),
             teacher_logp=None if teacher is None else floats(teacher[sampled]),
             reference_logp=None if reference is None else reference[torch.from_numpy(local).to(values.device)],
             entropy=values[1] if len(values) > 1 else None,

@@ -1,6 +1,6 @@
 """Which attention back end a row gets: the cheapest of a cost model whose coefficients are measured once a device.
 
-    seconds of one layer, forward = call_s * calls + pair_s * pairs + key_s * gathered keys
+    seconds of one layer, forward = call_s * calls + pair_s * pairs + key_s * rows gathered or merged
 
 Invariant: the choice is a speed, never a result: all back ends compute the same attention.
 """
@@ -19,11 +19,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kat_stream.trees.layout import TreeLayout
 from kat_stream.trees.segments import cut_segments
+from kat_stream.trees.slices import cut_slices
 
 log = logging.getLogger(__name__)
 HEADS, HEAD_SIZE = 8, 64
 """Of the measurement; only the ratio of the coefficients matters."""
-Choice = Literal["segments", "dense"]
+Choice = Literal["segments", "padded", "dense"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,18 @@ class CostModel:
         """Predicted for one layer of the row's tokens from `above` on, forward."""
         if backend == "dense":
             return self.call_s + self.pair_s * (len(row) - above) * len(row)
+        if backend == "segments" and self.device == "cpu":
+            slices = cut_slices(row, above)
+            merged = sum(stop - start for (start, stop), _ in slices.branches)
+            calls = len(slices.runs) + len(slices.branches)
+            return self.call_s * calls + self.pair_s * slices.pairs + self.key_s * merged
         segments = cut_segments(row, above)
         keys = sum(bucket.key.size for bucket in segments.buckets)
         return self.call_s * len(segments.buckets) + self.pair_s * segments.pairs + self.key_s * keys
 
     def choose(self, row: TreeLayout, above: int) -> Choice:
-        """The cheaper back end; its reasons go to the log at level debug."""
-        costs: dict[Choice, float] = {name: self.seconds(row, above, name) for name in ("segments", "dense")}
+        """The cheapest back end; its reasons go to the log at level debug."""
+        costs: dict[Choice, float] = {name: self.seconds(row, above, name) for name in ("segments", "padded", "dense")}
         best = min(costs, key=costs.__getitem__)
         said = ", ".join(f"{name} {cost * 1e3:.3f} ms" for name, cost in costs.items())
         log.debug("attention: %s for %d tokens below %d (a layer: %s)", best, len(row) - above, above, said)
@@ -52,7 +58,7 @@ class CostModel:
     def __str__(self) -> str:
         return (
             f"attention on {self.device}: {self.call_s * 1e6:.1f} us a call, {self.pair_s * 1e9:.2f} ns a pair, "
-            f"{self.key_s * 1e9:.1f} ns a gathered key"
+            f"{self.key_s * 1e9:.1f} ns a row gathered or merged"
         )
 
 

@@ -29,10 +29,13 @@ from kat_stream.rl.settings import DistillationConfig, PenaltyConfig, RatioConfi
 from kat_stream.rl.units import Units
 from kat_stream.training.attention import NAME, Backend
 from kat_stream.training.backward import Backward, sampled_values
-from kat_stream.training.metrics import StepMetrics, Tally
+from kat_stream.training.metrics import StepMetrics, Tally, add
 from kat_stream.training.publication import Publication, atomic_directory, copy_companions, weights_checksum
+from kat_stream.training.replay import RoutingReplay
 from kat_stream.training.rows import make_micro_batch, plan_micro_batches
+from kat_stream.training.shares import Share, split
 from kat_stream.trees.batch import TrainBatch
+from kat_stream.trees.routes import check_routes
 
 transformers_logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -54,6 +57,10 @@ class LearnerConfig:
     """Largest gradient norm (2-norm over all parameters)."""
     micro_batch_tokens: int = 4096
     """Unique tokens run at once; a larger tree runs in parts of at most as many."""
+    updates: int = 1
+    """Optimizer steps that a batch is split into, at most; whole trees, each step normalised over its own turns."""
+    routing_replay: bool = False
+    """Route tokens to the experts that the batch recorded for them."""
     attention: Backend = "segments"
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "cpu"
@@ -75,8 +82,13 @@ class TorchLearner:
             penalty=config.penalty,
         )
         self.model = self._load_model()
+        self._replay = RoutingReplay(self.model) if config.routing_replay else None
         self._reference = self._load_model() if self._objective.needs_reference else None
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = self._make_optimizer()
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        config = self.config
+        return torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
 
@@ -84,6 +96,8 @@ class TorchLearner:
         model = AutoModelForCausalLM.from_pretrained(
             self.model_dir, dtype=DTYPES[self.config.dtype], attn_implementation=NAME, local_files_only=True
         )
+        if self.config.dtype == "float64":  # the reference: grouped kernels of experts have no such type
+            model.set_experts_implementation("eager")
         return model.train(False).to(self.config.device)
 
     @property
@@ -91,32 +105,70 @@ class TorchLearner:
         """Longest path that the model can take, in tokens."""
         return int(self.model.config.max_position_embeddings)
 
+    @property
+    def routing(self) -> tuple[int, int] | None:
+        """Width of a token's recorded routing and number of experts, if routing is replayed."""
+        return None if self._replay is None else self._replay.shape
+
     def step(self, batch: TrainBatch, should_stop: Callable[[], bool] = lambda: False) -> StepMetrics:
-        """One optimizer step on the batch.
+        """One optimizer step on the batch, or `config.updates` of them on parts of it.
 
         Raises `BatchError` for a batch with no turns, with weights that are all zero, with a path longer than the
-        model's positions or an id outside its vocabulary; `StepCancelled` if `should_stop()` is true between
-        micro-batches.
+        model's positions, an id outside its vocabulary or routed experts of another model; `StepCancelled` if
+        `should_stop()` is true between micro-batches of the first update: after it the step is made to its end.
         """
         self._check(batch)
         began = time.perf_counter()
-        units = self._objective.units(batch)
         tally = Tally()
+        shares = self._shares(batch)
+        norms: list[float] = []
+        for share in shares:
+            self.optimizer.zero_grad()
+            self._gradients(share, tally, should_stop if not norms else _never)
+            norms.append(self._clip())
+            if len(norms) == 1:
+                self.step_count += 1
+            if np.isfinite(norms[-1]):
+                self._update()
         self.optimizer.zero_grad()
-        self._gradients(batch, units, tally, should_stop)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
-        applied = bool(np.isfinite(norm))
-        self.step_count += 1
-        rate = self._update() if applied else 0.0
-        self.optimizer.zero_grad()
+        applied = bool(np.isfinite(norms).all())
         return tally.finish(
             batch,
             step=self.step_count,
+            updates=len(shares),
             applied=applied,
-            grad_norm=norm,
-            learning_rate=rate,
+            grad_norm=float(np.max(norms)),
+            learning_rate=self._rate if np.isfinite(norms).any() else 0.0,
             seconds=time.perf_counter() - began,
         )
+
+    def _clip(self) -> float:
+        """The gradient's norm before it is clipped."""
+        return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
+
+    def _shares(self, batch: TrainBatch) -> list[Share]:
+        """What each update learns from; those after the first with the log-probs from before it."""
+        units = self._objective.units(batch)
+        if self.config.updates == 1:
+            return [Share(batch, units, self._mine(batch, units))]
+        shares = []
+        for part in split(batch, units, self.config.updates):
+            units = self._objective.units(part)
+            shares.append(Share(part, units, self._mine(part, units)))
+        if self.config.ratio.denominator == "train":
+            for share in shares[1:]:
+                self._look_before(share)
+        return shares
+
+    def _look_before(self, share: Share) -> None:
+        share.proximal = np.full(share.batch.trained_tokens, np.nan)
+        for rows in share.mine:
+            micro = make_micro_batch(share.batch, rows, self.config.micro_batch_tokens)
+            share.proximal[micro.sampled] = sampled_values(self.model, micro, self.config.attention)[0].double().cpu()
+
+    def _mine(self, batch: TrainBatch, units: Units) -> list[list[int]]:
+        """Micro-batches, as rows, that this process runs."""
+        return plan_micro_batches(batch, units, self.config.micro_batch_tokens)
 
     def skip_step(self) -> None:
         """Count a step whose groups teach nothing: the weights stay, the next policy version equals this one."""
@@ -137,13 +189,15 @@ class TorchLearner:
         """Everything that the next step depends on, as tensors and plain values."""
         return {
             "step": self.step_count,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self._weights(),
+            "optimizer": self._optimizer_state(),
             "rng": torch.get_rng_state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`. `CheckpointError` if it is of another model."""
+        if state.get("learner", "torch") != "torch":
+            raise CheckpointError(f"this checkpoint is of the {state['learner']} learner, trainer.learner is torch")
         mine, theirs = _shapes(self.model.state_dict()), _shapes(state["model"])
         if mine != theirs:
             name = min(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
@@ -157,9 +211,17 @@ class TorchLearner:
 
     def write_weights(self, directory: Path) -> None:
         """Weights, configuration and tokenizer into an existing directory, as transformers and engines load them."""
+        weights = self._weights()
         copy_companions(self.model_dir, directory)
         self.model.config.save_pretrained(directory)
-        save_file(_untied(self.model.state_dict()), directory / "model.safetensors", {"format": "pt"})
+        save_file(_untied(weights), directory / "model.safetensors", {"format": "pt"})
+
+    def _weights(self) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = self.model.state_dict()
+        return weights
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
 
     def publish(self, directory: Path) -> Publication:
         """The weights as a new Hugging Face directory under exactly this name, with tokenizer and configuration.
@@ -181,37 +243,50 @@ class TorchLearner:
         if largest >= self.model.config.vocab_size:
             raise BatchError(f"id {largest} is outside the vocabulary of {self.model.config.vocab_size}")
 
-    def _gradients(self, batch: TrainBatch, units: Units, tally: Tally, should_stop: Callable[[], bool]) -> None:
-        """The gradient of the whole step, or `StepCancelled` and none."""
-        for rows in plan_micro_batches(batch, units, self.config.micro_batch_tokens):
+        if self._replay is not None:
+            check_routes(batch.rows, *self._replay.shape)
+
+    def _gradients(self, share: Share, tally: Tally, should_stop: Callable[[], bool]) -> None:
+        """The gradient of the whole update, or `StepCancelled` and none."""
+        for rows in share.mine:
             if should_stop():
                 self.optimizer.zero_grad()
                 raise StepCancelled(f"step {self.step_count + 1} was stopped; nothing was changed")
-            self._backward(batch, units, rows, tally)
+            self._backward(share, rows, tally)
 
     def close(self) -> None:
         """Nothing to end: this learner is one process."""
 
-    def _backward(self, batch: TrainBatch, units: Units, rows: list[int], tally: Tally) -> None:
+    def _backward(self, share: Share, rows: list[int], tally: Tally) -> None:
         gateways = Backward(
             model=self.model,
             objective=self._objective,
             backend=self.config.attention,
-            batch=batch,
-            units=units,
-            micro=make_micro_batch(batch, rows, self.config.micro_batch_tokens),
+            batch=share.batch,
+            units=share.units,
+            micro=make_micro_batch(share.batch, rows, self.config.micro_batch_tokens),
             reference=self._reference,
             report=tally.add,
+            proximal=share.proximal,
         ).run()
+        if self._replay is not None:
+            add(tally.counts, self._replay.take())
         tally.peak_tokens = max(tally.peak_tokens, gateways.peak_tokens)
 
-    def _update(self) -> float:
-        """Apply the gradient; returns the learning rate that was used."""
-        rate = self.config.learning_rate * min(1.0, self.step_count / max(self.config.warmup_steps, 1))
+    @property
+    def _rate(self) -> float:
+        """Learning rate of the step."""
+        return self.config.learning_rate * min(1.0, self.step_count / max(self.config.warmup_steps, 1))
+
+    def _update(self) -> None:
+        """Apply the gradient."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self._rate
         self.optimizer.step()
-        return rate
+
+
+def _never() -> bool:
+    return False
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -5,7 +5,8 @@ Invariant: sums are kept per micro-batch and divided once at the end, so numbers
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -52,10 +53,15 @@ class StepMetrics:
     staleness_mean: float
     """Versions, over rollouts; 0 if ages are unknown."""
     staleness_max: int
+    extra: dict[str, float] = field(default_factory=dict)
+    """Of what is switched on: `loss_NAME`, the share of each term in `loss`; `NAME_fraction` of sampled tokens known to
+    a teacher, clipped or masked in a term; `routing_replayed`, decisions of routers that took the engine's experts, and
+    `routing_agreement`, those among them that the learner would have made itself."""
 
     def as_dict(self) -> dict[str, float]:
         """Plain numbers for a record."""
-        return {name: float(value) for name, value in asdict(self).items()}
+        values = asdict(self)
+        return {name: float(value) for name, value in ({**values.pop("extra"), **values}).items()}
 
 
 class Tally:
@@ -64,6 +70,9 @@ class Tally:
     def __init__(self) -> None:
         self.loss = self.ratio = self.clipped = self.gap = self.entropy = self.masked = 0.0
         self.units = self.peak_tokens = 0
+        self.terms: dict[str, float] = {}
+        self.counts: dict[str, float] = {}
+        """Tokens, and decisions of routers."""
 
     def add(self, inputs: LossInputs, output: LossOutput) -> None:
         """Units without weight (stale ones) count for nothing but the tokens they hold."""
@@ -76,22 +85,34 @@ class Tally:
         self.entropy -= _sum(logp)
         self.masked += _sum(output.masked)
         self.units += int(weighty.sum())
+        add(self.terms, {name: term.item() for name, term in output.terms.items()})
+        add(self.counts, {name: count.item() for name, count in output.counts.items()})
 
     def merge(self, other: Tally) -> None:
         """Take in the sums of another rank's micro-batches."""
         for name in ("loss", "ratio", "clipped", "gap", "entropy", "masked", "units"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        add(self.terms, other.terms)
+        add(self.counts, other.counts)
         self.peak_tokens = max(self.peak_tokens, other.peak_tokens)
 
     def finish(
-        self, batch: TrainBatch, *, step: int, applied: bool, grad_norm: float, learning_rate: float, seconds: float
+        self,
+        batch: TrainBatch,
+        *,
+        step: int,
+        updates: int,
+        applied: bool,
+        grad_norm: float,
+        learning_rate: float,
+        seconds: float,
     ) -> StepMetrics:
         sampled = batch.trained_tokens
         units = max(self.units, 1)  # a rank of several may have had none
         return StepMetrics(
             step=step,
             applied=applied,
-            loss=self.loss,
+            loss=self.loss / updates,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             mean_ratio=self.ratio / units,
@@ -110,7 +131,22 @@ class Tally:
             seconds=seconds,
             staleness_mean=sum(batch.ages) / max(len(batch.ages), 1),
             staleness_max=max(batch.ages, default=0),
+            extra=self._extra(sampled, updates),
         )
+
+    def _extra(self, sampled: int, updates: int) -> dict[str, float]:
+        counts = dict(self.counts)
+        extra = {f"loss_{name}": value / updates for name, value in self.terms.items()}
+        decisions, replayed, agreed = (counts.pop(f"routing_{name}", 0) for name in ("decisions", "known", "agreed"))
+        if decisions:
+            extra |= {"routing_replayed": replayed / decisions, "routing_agreement": agreed / max(replayed, 1)}
+        return extra | {f"{name}_fraction": count / sampled for name, count in counts.items()}
+
+
+def add(into: dict[str, float], more: Mapping[str, float]) -> None:
+    """Sums by name."""
+    for name, value in more.items():
+        into[name] = into.get(name, 0) + value
 
 
 def _sum(values: Tensor) -> float:

@@ -10,65 +10,48 @@ rank waits for its next step for as long as its parent lives.
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import signal
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
-from kat_stream.errors import ServiceDied, StepCancelled
+from kat_stream.errors import BatchError, ServiceDied, StepCancelled
 from kat_stream.rl.units import Units
+from kat_stream.training.dealing import deal, predicted_cost
 from kat_stream.training.learner import LearnerConfig, TorchLearner
-from kat_stream.training.metrics import Tally
+from kat_stream.training.metrics import StepMetrics, Tally
 from kat_stream.training.rows import plan_micro_batches
+from kat_stream.training.sharding import any_rank, gathered, shard, share_of, take_part, whole
+from kat_stream.training.shares import Share
 from kat_stream.trees.batch import TrainBatch
 
+Sharding = Literal["none", "full"]
+"""Each rank holds the whole model, or a share of weights, gradients and optimizer state (FSDP2)."""
 JOIN_S = 300.0
 """Start of all ranks: imports and the model, on a loaded machine."""
 LEAVE_S = 10.0
 SHARES = 4
 """Micro-batches a rank, at least, where the trees allow it: the finer they are, the more evenly they are dealt."""
-PAIRS_A_TOKEN = 1000.0
-"""Pairs of attending tokens that cost as much as one token does elsewhere in the model."""
 
 
-def open_learner(model_dir: Path, config: LearnerConfig, *, ranks: int, threads: int, step_s: float) -> TorchLearner:
+def open_learner(
+    model_dir: Path, config: LearnerConfig, *, ranks: int, threads: int, step_s: float, sharding: Sharding = "none"
+) -> TorchLearner:
     """A learner of so many processes with so many threads each; `step_s`: longest wait of one rank for the others."""
     if ranks == 1:
         return TorchLearner(model_dir, config)
-    return ParallelLearner(model_dir, config, ranks=ranks, threads=threads, step_s=step_s)
-
-
-def deal(costs: Sequence[float], ranks: int) -> NDArray[np.int64]:
-    """int64[len(costs)]: a rank for each micro-batch, contiguous, so that the dearest rank is as cheap as can be."""
-    low, high = max(costs, default=0.0), float(sum(costs))
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _fill(costs, middle).max(initial=0) < ranks else (middle, high)
-    return _fill(costs, high)
-
-
-def _fill(costs: Sequence[float], most: float) -> NDArray[np.int64]:
-    """Ranks filled one after the other, none beyond `most` (but for rounding)."""
-    chosen = np.zeros(len(costs), np.int64)
-    rank, load = 0, 0.0
-    for number, cost in enumerate(costs):
-        if load + cost > most * (1 + 1e-9):
-            rank, load = rank + 1, 0.0
-        chosen[number], load = rank, load + cost
-    return chosen
-
-
-def predicted_cost(batch: TrainBatch, rows: Sequence[int]) -> float:
-    """Of running some rows, in tokens: unique tokens, and pairs that attend."""
-    return float(sum(len(batch.rows[row]) + batch.rows[row].pos.sum() / PAIRS_A_TOKEN for row in rows))
+    return ParallelLearner(model_dir, config, ranks=ranks, threads=threads, step_s=step_s, sharding=sharding)
 
 
 def sum_over_ranks(model: torch.nn.Module, flag: bool) -> bool:
@@ -90,33 +73,114 @@ class RankLearner(TorchLearner):
 
     rank: int
     ranks: int
+    sharding: Sharding
 
-    def join(self, rank: int, ranks: int, rendezvous: Path, step_s: float) -> None:
-        """Meet the other ranks."""
-        self.rank, self.ranks = rank, ranks
+    def join(self, rank: int, ranks: int, rendezvous: Path, step_s: float, sharding: Sharding) -> None:
+        """Meet the other ranks; from then on weights and optimizer state may be in shares."""
+        self.rank, self.ranks, self.sharding = rank, ranks, sharding
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks,
             timeout=timedelta(seconds=max(step_s, JOIN_S)),
         )  # fmt: skip
+        if sharding == "full":
+            shard(self.model, ranks)
+            self.optimizer = self._make_optimizer()
 
-    def _gradients(self, batch: TrainBatch, units: Units, tally: Tally, should_stop: Callable[[], bool]) -> None:
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state if self.sharding == "none" else self._shares_of(state))
+
+    def logprobs(self, batch: TrainBatch) -> NDArray[np.float64]:
+        with self._gathered():
+            return super().logprobs(batch)
+
+    def _shares_of(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state with this rank's share of every tensor that is one."""
+        mine = self.model.state_dict()
+        parameters = self.optimizer.param_groups[0]["params"]
+        moments = {
+            number: {name: share_of(value, parameters[number]) for name, value in entry.items()}
+            for number, entry in state["optimizer"]["state"].items()
+        }
+        weights = {name: share_of(value, mine.get(name, value)) for name, value in state["model"].items()}
+        return {**state, "model": weights, "optimizer": {**state["optimizer"], "state": moments}}
+
+    def _weights(self) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = whole(super()._weights())
+        return weights
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = whole(super()._optimizer_state())
+        return state
+
+    def _gathered(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.sharding == "none" else gathered(self.model)
+
+    def _look_before(self, share: Share) -> None:
+        with self._gathered():
+            super()._look_before(share)
+
+    def _clip(self) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        return float(whole(norm))
+
+    def _mine(self, batch: TrainBatch, units: Units) -> list[list[int]]:
+        return self._dealt(batch, units)[self.rank]
+
+    def _dealt(self, batch: TrainBatch, units: Units) -> list[list[list[int]]]:
+        """Micro-batches of each rank."""
         budget = min(self.config.micro_batch_tokens, max(1, batch.tree_tokens // (SHARES * self.ranks)))
         plan = plan_micro_batches(batch, units, budget)
         ranks = deal([predicted_cost(batch, rows) for rows in plan], self.ranks)
-        stopped = False
-        for rows in (rows for rows, rank in zip(plan, ranks, strict=True) if rank == self.rank):
-            stopped = stopped or should_stop()
-            if not stopped:
-                self._backward(batch, units, rows, tally)
-        if sum_over_ranks(self.model, stopped):
+        return [[plan[i] for i in np.flatnonzero(ranks == number)] for number in range(self.ranks)]
+
+    def _gradients(self, share: Share, tally: Tally, should_stop: Callable[[], bool]) -> None:
+        dealt = self._dealt(share.batch, share.units)
+        largest = max(sum(len(share.batch.rows[row]) for row in rows) for one in dealt for rows in one)
+        if self.sharding == "none" or largest > self.config.micro_batch_tokens:
+            with self._gathered():
+                stopped = self._alone(share, tally, should_stop)
+        else:
+            stopped = self._in_step(share, max(map(len, dealt)), tally, should_stop)
+        if stopped:
             self.optimizer.zero_grad()
             raise StepCancelled(f"step {self.step_count + 1} was stopped; nothing was changed")
+
+    def _alone(self, share: Share, tally: Tally, should_stop: Callable[[], bool]) -> bool:
+        """Each rank by itself, then one sum of all gradients. Whether a rank was stopped."""
+        stopped = False
+        for rows in share.mine:
+            stopped = stopped or should_stop()
+            if not stopped:
+                self._backward(share, rows, tally)
+        return sum_over_ranks(self.model, stopped)
+
+    def _in_step(self, share: Share, rounds: int, tally: Tally, should_stop: Callable[[], bool]) -> bool:
+        """One micro-batch of every rank after the other, as they share the layers. Whether a rank was stopped."""
+        stopped = False
+        for number in range(rounds):
+            stopped = stopped or should_stop()
+            if number < len(share.mine) and not stopped:
+                self._backward(share, share.mine[number], tally)
+            else:
+                take_part(self.model, self.config.attention)
+                if self._replay is not None:
+                    self._replay.take()  # not a token of the step
+        return any_rank(stopped)
 
 
 class ParallelLearner(RankLearner):
     """Rank 0, and what starts and commands the others."""
 
-    def __init__(self, model_dir: Path, config: LearnerConfig, *, ranks: int, threads: int, step_s: float) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        config: LearnerConfig,
+        *,
+        ranks: int,
+        threads: int,
+        step_s: float,
+        sharding: Sharding = "none",
+    ) -> None:
         super().__init__(model_dir, config)
         self._step_s = step_s
         self._pipes: list[Connection] = []
@@ -126,17 +190,30 @@ class ParallelLearner(RankLearner):
         context = mp.get_context("spawn")
         for rank in range(1, ranks):
             mine, theirs = context.Pipe()
-            arguments = (theirs, model_dir, config, rank, ranks, rendezvous, threads, step_s)
+            arguments = (theirs, model_dir, config, rank, ranks, rendezvous, threads, step_s, sharding)
             child = context.Process(target=serve_rank, args=arguments, name=f"rank-{rank}", daemon=True)
             child.start()
             theirs.close()
             self._pipes.append(mine)
             self._children.append(child)
-        self.join(0, ranks, rendezvous, step_s)
+        self.join(0, ranks, rendezvous, step_s, sharding)
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
         self._tell("load", state)
+
+    def logprobs(self, batch: TrainBatch) -> NDArray[np.float64]:
+        self._check(batch)
+        self._ask("logprobs", batch)
+        return super().logprobs(batch)
+
+    def _weights(self) -> dict[str, Tensor]:
+        self._ask("weights", None)
+        return super()._weights()
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        self._ask("optimizer", None)
+        return super()._optimizer_state()
 
     def skip_step(self) -> None:
         super().skip_step()
@@ -152,13 +229,27 @@ class ParallelLearner(RankLearner):
         dist.destroy_process_group()
         self._folder.cleanup()
 
-    def _gradients(self, batch: TrainBatch, units: Units, tally: Tally, should_stop: Callable[[], bool]) -> None:
+    def step(self, batch: TrainBatch, should_stop: Callable[[], bool] = lambda: False) -> StepMetrics:
+        self._check(batch)
         self._tell("step", batch)
-        super()._gradients(batch, units, tally, should_stop)
+        try:
+            return super().step(batch, should_stop)
+        except RuntimeError as error:  # a collective inside a sharded model has no type of its own for this
+            if all(child.is_alive() for child in self._children):
+                raise
+            raise ServiceDied(f"a rank of the learner is gone: {error}") from error
+
+    def _gradients(self, share: Share, tally: Tally, should_stop: Callable[[], bool]) -> None:
+        super()._gradients(share, tally, should_stop)
         for pipe in self._pipes:
             if not pipe.poll(self._step_s):
                 raise ServiceDied(f"a rank of the learner said nothing for {self._step_s:g} s")
             tally.merge(pipe.recv())
+
+    def _ask(self, command: str, value: object) -> None:
+        """Other ranks are needed where this one has only a share."""
+        if self.sharding != "none":
+            self._tell(command, value)
 
     def _tell(self, command: str, value: object) -> None:
         for pipe in self._pipes:
@@ -173,36 +264,42 @@ class _Follower(RankLearner):
 
     pipe: Connection
 
-    def _gradients(self, batch: TrainBatch, units: Units, tally: Tally, should_stop: Callable[[], bool]) -> None:
-        super()._gradients(batch, units, tally, should_stop)
-        self.pipe.send(tally)
+    def _gradients(self, share: Share, tally: Tally, should_stop: Callable[[], bool]) -> None:
+        own = Tally()
+        super()._gradients(share, own, should_stop)
+        self.pipe.send(own)
+
+    def follow(self, command: str, value: Any) -> None:
+        """Do as rank 0 does."""
+        match command:
+            case "load":
+                self.load(value)
+            case "skip":
+                self.skip_step()
+            case "logprobs":
+                self.logprobs(value)
+            case "weights":
+                self._weights()
+            case "optimizer":
+                self._optimizer_state()
+            case _:
+                with suppress(StepCancelled, BatchError):  # rank 0 has the same and tells its caller
+                    self.step(value)
 
 
 def serve_rank(
     pipe: Connection, model_dir: Path, config: LearnerConfig, rank: int, ranks: int, rendezvous: Path, threads: int,
-    step_s: float,
+    step_s: float, sharding: Sharding,
 ) -> None:  # fmt: skip
     """The life of a rank: does what rank 0 says, until that one is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; this process ends with rank 0
     torch.set_num_threads(threads)
     learner = _Follower(model_dir, config)
     learner.pipe = pipe
-    learner.join(rank, ranks, rendezvous, step_s)
+    learner.join(rank, ranks, rendezvous, step_s, sharding)
     while True:
         try:
             command, value = pipe.recv()
         except EOFError:
-            return
-        if command == "load":
-            learner.load(value)
-        elif command == "skip":
-            learner.skip_step()
-        else:
-            _follow(learner, value)
-
-
-def _follow(learner: _Follower, batch: TrainBatch) -> None:
-    try:
-        learner.step(batch)
-    except StepCancelled:
-        return
+            os._exit(0)  # nothing is left to do, and the native end of a process group takes 10 s
+        learner.follow(command, value)

@@ -17,6 +17,7 @@ from torch import Tensor
 from kat_stream.rl.units import Units
 from kat_stream.training.attention import Backend, Plan, make_plan
 from kat_stream.training.gateways import Gateways
+from kat_stream.training.replay import ARGUMENT
 from kat_stream.trees.batch import TrainBatch
 from kat_stream.trees.layout import TreeLayout, concat
 from kat_stream.trees.packing import micro_batches
@@ -67,14 +68,21 @@ class PartInputs:
     """int64[E_p] into `source`."""
     edge_target: Tensor
     """int64[E_p] token id."""
+    routes: Tensor | None
+    """uint16[n, W]: recorded experts of the tokens (`training.replay`)."""
 
 
 def plan_micro_batches(batch: TrainBatch, units: Units, budget_tokens: int) -> list[list[int]]:
     """Row numbers of each micro-batch; rows that share a unit stay together."""
-    owner = _owners(batch, units)
-    atoms = [np.flatnonzero(owner == k).tolist() for k in range(int(owner.max(initial=-1)) + 1)]
+    atoms = joined_rows(batch, units)
     sizes = [sum(len(batch.rows[i]) for i in atom) for atom in atoms]
     return [[row for atom in group for row in atoms[atom]] for group in micro_batches(sizes, budget_tokens)]
+
+
+def joined_rows(batch: TrainBatch, units: Units) -> list[list[int]]:
+    """Row numbers of each set of rows that units join."""
+    owner = _owners(batch, units)
+    return [np.flatnonzero(owner == k).tolist() for k in range(int(owner.max(initial=-1)) + 1)]
 
 
 def _owners(batch: TrainBatch, units: Units) -> Wide:
@@ -115,11 +123,13 @@ def part_inputs(micro: MicroBatch, number: int, backend: Backend, device: torch.
         source=_wide(source, device),
         edge_source=_wide(edge_source, device),
         edge_target=_wide(layout.ids[targets], device),
+        routes=None if layout.routes is None else torch.from_numpy(layout.routes[span]).to(device),
     )
 
 
 def edge_values(model: torch.nn.Module, inputs: PartInputs, gateways: Gateways, *, entropy: bool = False) -> Tensor:
     """float[1 or 2, E_p]: log-probability of each edge's target, and the entropy at its source, with gradient."""
+    replayed = {} if inputs.routes is None else {ARGUMENT: inputs.routes}
     output = model(
         input_ids=inputs.ids,
         position_ids=inputs.pos,
@@ -127,6 +137,7 @@ def edge_values(model: torch.nn.Module, inputs: PartInputs, gateways: Gateways, 
         use_cache=False,
         tree_plan=inputs.plan,
         tree_gateways=gateways,
+        **replayed,
     )
     logits: Tensor = output.logits[0]
     total = logits.logsumexp(-1)

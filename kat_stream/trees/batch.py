@@ -16,6 +16,7 @@ from kat_stream.errors import BatchError
 from kat_stream.trees.forest import build_forest
 from kat_stream.trees.layout import TreeLayout, check_layout
 from kat_stream.trees.packing import pack
+from kat_stream.trees.routes import with_routes
 from kat_stream.trees.turns import TurnTokens
 
 OPTIONAL = ("teacher_logprobs", "scored_logprobs")
@@ -98,7 +99,8 @@ def make_batch(
     Untrainable turns are left out. Raises `BatchError` for a path longer than `max_positions`.
     """
     forest = build_forest(turns)
-    rows, order = number_turns(pack(forest.trees, budget_tokens, max_positions))
+    packed = pack(forest.trees, budget_tokens, max_positions)
+    rows, order = number_turns([with_routes(row, [turns[i].routes for i in row.turns]) for row in packed])
     chosen = [turns[i].logprobs for i in order]
     return TrainBatch(
         rows=rows,
@@ -128,6 +130,29 @@ def merge(batches: Sequence[TrainBatch], ages: Sequence[int] = ()) -> TrainBatch
         teacher_logprobs=join_optional([batch.teacher_logprobs for batch in batches], logprobs),
         scored_logprobs=join_optional([batch.scored_logprobs for batch in batches], logprobs),
     )
+
+
+def take_rows(batch: TrainBatch, chosen: Sequence[int]) -> TrainBatch:
+    """Some rows of a batch, in the given order, with their turns; rollouts keep their numbers."""
+    turn_cuts = np.cumsum([0, *(len(row.turns) for row in batch.rows)])
+    token_cuts = np.cumsum([0, *(len(row.index) for row in batch.rows)])
+    turns = _ranges(turn_cuts, chosen)
+    tokens = _ranges(token_cuts, chosen)
+    given = {name: None if (array := getattr(batch, name)) is None else array[tokens] for name in OPTIONAL}
+    return TrainBatch(
+        rows=number_turns([batch.rows[i] for i in chosen])[0],
+        logprobs=batch.logprobs[tokens],
+        advantage=batch.advantage[turns],
+        weight=batch.weight[turns],
+        rollout=batch.rollout[turns],
+        rollout_ids=batch.rollout_ids,
+        ages=batch.ages,
+        **given,
+    )
+
+
+def _ranges(cuts: NDArray[np.int64], chosen: Sequence[int]) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, np.int64), *(np.arange(cuts[i], cuts[i + 1]) for i in chosen)])
 
 
 def join_optional(

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from kat_stream.errors import BatchError
 
 Ints = NDArray[np.int32]
+Routes = NDArray[np.uint16]
+MISSING = np.uint16(65535)
+"""In place of an expert's number: the token's routing was not recorded."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -35,6 +38,8 @@ class TreeLayout:
     """int32[M] sampled tokens of each turn."""
     index: Ints
     """int32[sum(lengths)] where the sampled tokens lie, turns one after the other."""
+    routes: Routes | None = None
+    """uint16[N, W]: experts that the engine routed each token to (`trees.routes`), MISSING where it did not say."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -77,6 +82,7 @@ def concat(layouts: Sequence[TreeLayout]) -> TreeLayout:
         turns=_join([tree.turns for tree in layouts]),
         lengths=_join([tree.lengths for tree in layouts]),
         index=_join([tree.index + start for tree, start in pairs]),
+        routes=_join_routes(layouts),
     )
 
 
@@ -125,6 +131,19 @@ def _check_turns(layout: TreeLayout) -> None:
         raise BatchError("index does not follow one path inside a turn")
     if (layout.parent[layout.index] < 0).any():
         raise BatchError("index names a root, which no token predicts")
+
+
+def _join_routes(layouts: Sequence[TreeLayout]) -> Routes | None:
+    """None if no layout has any. `BatchError` if they are of models of different shapes."""
+    widths = {tree.routes.shape[1] for tree in layouts if tree.routes is not None}
+    if not widths:
+        return None
+    if len(widths) > 1:
+        raise BatchError(f"routed experts are {sorted(widths)} wide: of different models")
+    width = widths.pop()
+    return np.concatenate(
+        [np.full((len(tree), width), MISSING) if tree.routes is None else tree.routes for tree in layouts]
+    )
 
 
 def _join(arrays: Sequence[Ints]) -> Ints:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kat_stream.errors import TurnError
+from kat_stream.trees.routes import Pieces, first_rows, unknown
 from topics.turn import Turn, VersionSpan
 
 LOGPROB_SLACK = 1e-3
@@ -39,8 +40,12 @@ class TurnTokens:
     """float32[T]: averaged over repeated prefills (MCLA), NaN for tokens that were not scored; None: not scored."""
     teacher_logprobs: NDArray[np.float32] | None = None
     """float32[T] under a teacher, NaN for tokens without; None: no teacher."""
+    routes: Pieces = ()
+    """uint16[P + T - 1, W] in pieces: experts of every token but the last (`trees.routes`); empty: not recorded."""
 
     def __post_init__(self) -> None:
+        if self.routes:
+            _check_routes(self)
         _check_given(self, "scored_logprobs")
         _check_given(self, "teacher_logprobs")
         if self.trainable:
@@ -56,14 +61,33 @@ def turns_of(records: Iterable[Turn]) -> list[TurnTokens]:
     `TurnTokens` refuses.
     """
     paths: dict[str, NDArray[np.int32]] = {}
+    routes: dict[str, Pieces] = {}
     turns: list[TurnTokens] = []
     for record in records:
-        prompt = np.concatenate([_prefix(record, paths), _array(record, "prompt_ids", "<i4")]).astype(np.int32)
-        sampled = _array(record, "sampled_ids", "<i4").astype(np.int32)
-        paths[record.turn_id] = np.concatenate([prompt, sampled])
+        new, sampled = _array(record, "prompt_ids", "<i4"), _array(record, "sampled_ids", "<i4")
+        path = np.concatenate([_prefix(record, paths), new, sampled]).astype(np.int32, copy=False)
+        paths[record.turn_id] = path
+        prompt, sampled = path[: len(path) - len(sampled)], path[len(path) - len(sampled) :]
         logprobs = _array(record, "logprobs", "<f4").astype(np.float32)
-        turns.append(TurnTokens(record.turn_id, prompt, sampled, logprobs, record.spans, record.trainable))
+        known = routes[record.turn_id] = _routes(record, routes.get(record.parent, ()), len(prompt) + len(sampled))
+        turns.append(
+            TurnTokens(record.turn_id, prompt, sampled, logprobs, record.spans, record.trainable, routes=known)
+        )
     return turns
+
+
+def _routes(record: Turn, above: Pieces, length: int) -> Pieces:
+    """What the parent's path recorded, and what this record adds; `length` of the whole path in tokens."""
+    begin = max(record.prefix_len - 1, 0)
+    count, data = length - 1 - begin, record.routed_experts
+    if data and (count < 1 or len(data) % (2 * count)):
+        raise TurnError(f"turn {record.turn_id}: routed_experts has {len(data)} bytes for {count} tokens")
+    own = np.frombuffer(data, "<u2").astype(np.uint16).reshape(count, -1) if data else None
+    if own is None and not above:
+        return ()
+    width = above[0].shape[1] if own is None else own.shape[1]
+    before = first_rows(above, begin) if above else (unknown(begin, width),)
+    return tuple(piece for piece in (*before, unknown(count, width) if own is None else own) if len(piece))
 
 
 def _prefix(record: Turn, paths: dict[str, NDArray[np.int32]]) -> NDArray[np.int32]:
@@ -107,6 +131,13 @@ def _check_given(turn: TurnTokens, name: str) -> None:
         raise TurnError(f"turn {turn.turn_id}: {name} is {shape} for {len(turn.sampled_ids)} sampled ids")
     if np.isinf(values).any() or (values > LOGPROB_SLACK).any():
         raise TurnError(f"turn {turn.turn_id}: {name} holds what is no log-probability")
+
+
+def _check_routes(turn: TurnTokens) -> None:
+    rows, wanted = sum(len(piece) for piece in turn.routes), len(turn.prompt_ids) + len(turn.sampled_ids) - 1
+    widths = {piece.shape[1] for piece in turn.routes}
+    if rows != wanted or len(widths) != 1 or 0 in widths:
+        raise TurnError(f"turn {turn.turn_id}: routes have {rows} rows of widths {sorted(widths)}, expected {wanted}")
 
 
 def _check_logprobs(turn: TurnTokens) -> None:

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from kat_stream.errors import BatchError
 from kat_stream.trees.batch import OPTIONAL, TrainBatch, check_batch, join_optional, number_turns
-from kat_stream.trees.layout import TreeLayout
+from kat_stream.trees.layout import Routes, TreeLayout
 
 INTS = ("ids", "pos", "parent", "end", "turn_len", "index", "member")
 FLOATS = ("logprobs", "advantage", "weight")
+ROUTES = "routed_experts"
+"""uint16[N, W], row-major; a row may lack it."""
 ROW_FIELDS = {**dict.fromkeys(INTS, np.dtype("<i4")), **dict.fromkeys(FLOATS, np.dtype("<f4"))}
 """As in `topics.batch.PackedRow`, where each is described. A row may also have those of OPTIONAL, like `logprobs`."""
 
@@ -44,6 +46,8 @@ def to_arrays(batch: TrainBatch) -> list[dict[str, NDArray[Any]]]:
         sampled = slice(token, token + len(row.index))
         given = {name: getattr(batch, name) for name in OPTIONAL}
         values |= {name: array[sampled] for name, array in given.items() if array is not None}
+        if row.routes is not None:
+            values[ROUTES] = row.routes
         rows.append({name: np.ascontiguousarray(value, _dtype(name)) for name, value in values.items()})
         token += len(row.index)
     return rows
@@ -83,10 +87,20 @@ def _given(row: Any) -> dict[str, NDArray[Any]]:
     for name, data in found.items():
         if len(data) % 4:
             raise BatchError(f"{name} has {len(data)} bytes, not a multiple of 4")
-    return {name: np.frombuffer(data, _dtype(name)) for name, data in found.items()}
+    arrays = {name: np.frombuffer(data, _dtype(name)) for name, data in found.items()}
+    return arrays | ({ROUTES: _routes(row)} if row.routed_experts else {})
+
+
+def _routes(row: Any) -> Routes:
+    tokens, data = len(row.ids) // 4, row.routed_experts
+    if not tokens or len(data) % (2 * tokens):
+        raise BatchError(f"{ROUTES} has {len(data)} bytes for {tokens} tokens")
+    return np.frombuffer(data, _dtype(ROUTES)).reshape(tokens, -1)
 
 
 def _dtype(name: str) -> np.dtype[Any]:
+    if name == ROUTES:
+        return np.dtype("<u2")
     return ROW_FIELDS["logprobs" if name in OPTIONAL else name]
 
 
@@ -107,7 +121,10 @@ def _layout(number: int, row: Row) -> TreeLayout:
     for name, size in _sizes(row):
         if len(row[name]) != size:
             raise BatchError(f"row {number}: {name} has {len(row[name])} entries, expected {size}")
-    return TreeLayout(ids, pos, parent, end, np.zeros(len(lengths), np.int32), lengths, index)
+    routes = row[ROUTES].astype(np.uint16) if ROUTES in row else None
+    if routes is not None and routes.shape[:1] != ids.shape:
+        raise BatchError(f"row {number}: {ROUTES} has {len(routes)} entries, expected {len(ids)}")
+    return TreeLayout(ids, pos, parent, end, np.zeros(len(lengths), np.int32), lengths, index, routes)
 
 
 def _sizes(row: Row) -> list[tuple[str, int]]:

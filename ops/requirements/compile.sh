@@ -10,5 +10,5 @@ compile() {
 printf 'hatchling\neditables\ntorch==2.13.0\n' > .venv/build.in
 echo 'uv==0.13.9' > .venv/uv.in
 compile run pyproject.toml .venv/build.in --extra train --extra archive --extra ui
-compile test pyproject.toml .venv/build.in --extra train --extra archive --extra ui --extra s3 --extra dev
+compile test pyproject.toml .venv/build.in --extra train --extra archive --extra ui --extra s3 --extra megatron --extra dev
 compile uv .venv/uv.in

@@ -1,13 +1,17 @@
 """A group becomes one batch: each member has one fate, and only good members reach the gradient."""
 
+from dataclasses import replace as replace_rules
+
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
 from kat_stream.rl.group import GroupRules, pack_group
+from kat_stream.rl.scores import ScoreRules
 from kat_stream.rl.step import assemble
 from tests.unit.records import request, reward, trajectory, turn
-from topics import Reward, Trajectory, VersionSpan
+from topics import Reward, Score, Trajectory, VersionSpan
+from topics.record import pack_floats
 
 RULES = GroupRules(staleness=1, budget_tokens=100, max_positions=32)
 
@@ -92,3 +96,21 @@ def test_a_token_of_a_branch_that_is_left_behind_after_packing_is_stale_at_the_s
     assert [m.oldest_version for m in batch.members] == ["a.6", "a.6"]
     step = assemble([batch], "b.6", {"b": ("a", 6)}, 1)
     assert (step.trained, step.stale) == (("r-t000000-1",), ("r-t000000-0",))
+
+
+def test_equal_rewards_are_kept_where_the_loss_learns_from_a_teacher() -> None:
+    """Also a member that is alone in its group; one that no teacher knows is filtered as before."""
+    rules = replace_rules(RULES, scores=ScoreRules(teacher=True), distils=True)
+    for members in ([member(0, 1.0), member(1, 1.0)], [member(0, 1.0, size=1)]):
+        rollout = members[0][0].rollout_id
+        score = Score(
+            run="r", group_id="r-t000000", rollout_id=rollout, scorer="t", version="", turn_ids=(f"{rollout}x",),
+            repeats=1, logprobs=pack_floats([-1.0, -2.0]), kind="teacher",
+        )  # fmt: skip
+        batch = pack_group(members, "a.0", {}, rules, {rollout: [score]})
+        assert [m.fate for m in batch.members] == ["packed", "filtered"][: len(members)]
+        step = assemble([batch], "a.0", {}, 1)
+        assert step.batch.advantage.tolist() == [0.0]
+        assert step.trained == (rollout,)
+        without = pack_group(members, "a.0", {}, replace_rules(rules, distils=False), {rollout: [score]})
+        assert "packed" not in {m.fate for m in without.members}

@@ -26,6 +26,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--weight-version", default="default")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of weights, keys and values")
+    parser.add_argument("--enable-return-routed-experts", action="store_true", help="record the routing of experts")
     return parser.parse_args()
 
 
@@ -37,7 +38,7 @@ async def _serve(args: argparse.Namespace) -> None:
         args.model_path, host=args.host, port=args.port, model_name=args.served_model_name,
         max_total_tokens=args.max_total_tokens, max_running=args.max_running_requests,
         weight_version=args.weight_version, threads=args.threads,
-        dtype=args.dtype,
+        dtype=args.dtype, record_routing=args.enable_return_routed_experts,
     )  # fmt: skip
     sys.stdout.write(f"engine: {args.served_model_name} at {server.url}\n")
     sys.stdout.flush()

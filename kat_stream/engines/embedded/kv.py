@@ -27,7 +27,13 @@ class KvStore:
         self.retired: list[RadixCache] = []
         self.rows: list[Request] = []
         self.evicted = 0
+        self.routes: NDArray[np.uint16] | None = None
+        """uint16[slots, W], if they are recorded: experts of the token whose keys and values a slot holds."""
         self._free = list(range(slots - 1, -1, -1))
+
+    def record(self, width: int) -> None:
+        """Keep the routed experts of every slot, too, `width` numbers each."""
+        self.routes = np.zeros((self.total, width), np.uint16)
 
     @property
     def available(self) -> int:
@@ -89,6 +95,11 @@ class KvStore:
         request.cache.unlock(request.node)
         self._reclaim(request.cache)
         request.cache, request.node, request.slots, request.shared, request.computed = None, None, [], 0, 0
+
+    def note_routes(self, request: Request) -> None:
+        """Hand a request the routed experts of its computed tokens, before `detach` takes its slots."""
+        if self.routes is not None and request.body.return_routed_experts:
+            request.note_routes(self.routes[request.slots[request.routed : request.computed]])
 
     def flush(self) -> None:
         """Forget all prefixes. Those that frozen requests still read stay in memory, unseen, until these end."""

@@ -6,6 +6,7 @@ Owns the validation of what a client sends and the JSON it gets back. Invariant:
 
 from __future__ import annotations
 
+import base64
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,8 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
     rid: str | None = None
     return_logprob: bool = False
     logprob_start_len: int = -1
+    return_routed_experts: bool = False
+    routed_experts_start_len: int = 0
     stream: bool = False
 
 
@@ -97,6 +100,9 @@ class Request:
     row: int = -1
     cached: int = -1
     retractions: int = 0
+    routes: list[NDArray[np.uint16]] = field(default_factory=list)
+    """uint16[n_i, W]: experts of the first `routed` tokens as they were first run; kept when memory is taken back."""
+    routed: int = 0
     finish: dict[str, Any] | None = None
     admitted: float = 0.0
     first_token: float = 0.0
@@ -131,6 +137,11 @@ class Request:
         else:
             self.spans.append((version, count - 1, count))
 
+    def note_routes(self, rows: NDArray[np.uint16]) -> None:
+        """Experts of the tokens after those that are known: what was sampled keeps the routing of its sampling."""
+        self.routes.append(rows)
+        self.routed += len(rows)
+
     def uniform(self, seed: int) -> float:
         """A number in [0, 1) that depends on the seed and the position only, not on the batch (splitmix64)."""
         z = (seed * 0x9E3779B97F4A7C15 + (len(self.output) + 1) * 0xD1B54A32D192ED03) & MASK
@@ -157,7 +168,16 @@ class Request:
         if finished:
             meta["e2e_latency"] = self.ended - self.arrived
             meta["queue_time"] = max(self.admitted - self.arrived, 0.0)
+            if self.body.return_routed_experts:
+                meta["routed_experts"] = self._routed_experts(len(self.prompt) + count - 1)
         return {"text": text, "output_ids": self.output[:count], "meta_info": meta}
+
+    def _routed_experts(self, stop: int) -> str | None:
+        """Base64 of int32[stop - start, layers, top_k]; None if a token of them never ran."""
+        if self.routed < stop:
+            return None
+        rows = np.concatenate(self.routes)[self.body.routed_experts_start_len : stop]
+        return base64.b64encode(rows.astype("<i4").tobytes()).decode()
 
     def _logprob_fields(self, count: int) -> dict[str, Any]:
         wanted = self.prompt[self.start :].tolist()

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from kat_stream.engines.embedded.attention import IMPLEMENTATION
 from kat_stream.engines.embedded.graph import StepInput, StepModule, build_step
 from kat_stream.engines.embedded.kv import KvStore
+from kat_stream.engines.embedded.routes import Recorder
 from kat_stream.errors import ConfigError, DataError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -83,10 +84,13 @@ def _shape(config: Any) -> tuple[int, int, int]:
 class ModelRunner:
     """Runs steps. `context` is the longest sequence in tokens; `vocab` the number of rows of the embedding.
 
-    In half precision the step is checked in float32 first, where a wrong attention shows, and then runs eagerly.
+    In half precision the step is checked in float32 first, where a wrong attention shows, and then runs eagerly; so it
+    does to record the routing of experts, which a trace would leave out.
     """
 
-    def __init__(self, path: Path, slots: int, version: str, dtype: Dtype = "float32") -> None:
+    def __init__(
+        self, path: Path, slots: int, version: str, dtype: Dtype = "float32", *, record_routing: bool = False
+    ) -> None:
         self.path = path
         self.version = version
         self.dtype = dtype
@@ -103,7 +107,11 @@ class ModelRunner:
             self._step = build_step(self.model, trial.pool, trial.dense, self.vocab)
             if dtype != "float32":
                 self.model.to(dtype=DTYPES[dtype])  # type: ignore[call-arg]
+            if dtype != "float32" or record_routing:
                 self._step = StepModule(self.model)
+        self._recorder = Recorder(self.model) if record_routing else None
+        if self._recorder is not None:
+            self.kv.record(self._recorder.routing.width)
 
     @property
     def traced(self) -> bool:
@@ -113,6 +121,8 @@ class ModelRunner:
     def run(self, batch: StepInput) -> tuple[list[int], list[float], list[float]]:
         """Tokens [K], their log-probs [K], and prompt log-probs [M] of one step."""
         tokens, logprobs, prompt = self._step(*batch.tensors(), self.kv.pool, self.kv.dense)
+        if self._recorder is not None and self.kv.routes is not None:
+            self.kv.routes[batch.slots] = self._recorder.take(len(batch.slots))
         return tokens.tolist(), logprobs.tolist(), prompt.tolist()
 
     def replace(self, source: PreTrainedModel, path: Path, version: str) -> None:

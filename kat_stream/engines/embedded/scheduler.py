@@ -239,6 +239,9 @@ class Scheduler:
         return True
 
     def _retract(self, request: Request) -> None:
+        if request.output:
+            # What was sampled keeps the routing that it was sampled under; a bare prompt takes that of its next run.
+            self.runner.kv.note_routes(request)
         self._leave(request)
         request.retractions += 1
         self.stats.retracted += 1
@@ -314,6 +317,7 @@ class Scheduler:
         return None
 
     def _finish(self, request: Request, reason: dict[str, object]) -> None:
+        self.runner.kv.note_routes(request)
         self._leave(request)
         request.finish = reason
         request.ended = time.perf_counter()

@@ -194,12 +194,21 @@ class EngineServer:
         params = body.sampling_params
         if params.stops() and self.runner.tokenizer is None:
             raise EngineRejected("stop: the model directory has no tokenizer; use stop_token_ids")
+        self._check_routing(body, len(prompt))
         stop_ids = frozenset() if params.ignore_eos else self.runner.eos | set(params.stop_token_ids or ())
         return Request(
             rid=body.rid or uuid4().hex, prompt=prompt, params=params,
             limit=room if asked is None else min(asked, room), start=self._start(body, len(prompt)),
             stop_ids=stop_ids, body=body, arrived=time.perf_counter(),
         )  # fmt: skip
+
+    def _check_routing(self, body: GenerateBody, length: int) -> None:
+        if body.return_routed_experts and self.runner.kv.routes is None:
+            raise EngineRejected("return_routed_experts: the engine was started without --enable-return-routed-experts")
+        if not 0 <= body.routed_experts_start_len < length:
+            raise EngineRejected(
+                f"routed_experts_start_len must be in [0, {length}), got {body.routed_experts_start_len}"
+            )
 
     def _prompt(self, body: GenerateBody) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         ids = body.input_ids
@@ -366,19 +375,21 @@ def _resolve_from_thread(
 async def start_engine(
     model_dir: Path, *, host: str = "127.0.0.1", port: int = 0, model_name: str, max_total_tokens: int,
     max_running: int,
-    weight_version: str = "default", threads: int | None = 1, dtype: Dtype = "float32",
+    weight_version: str = "default", threads: int | None = 1, dtype: Dtype = "float32", record_routing: bool = False,
 ) -> EngineServer:  # fmt: skip
     """Serve a Hugging Face model directory on the CPU; loading takes place outside the event loop.
 
     `max_total_tokens`: slots of keys and values (>= 128, also bounds a single request); `max_running`: requests
     decoded at once; `threads`: torch threads of the model's own thread (None: torch's default). One is the default
     because threads that spin for a core somebody else uses made steps 10 to 100 times slower on a shared 2-core
-    machine. `dtype`: of weights, keys and values.
+    machine. `dtype`: of weights, keys and values. `record_routing`: requests may ask for the experts of their tokens.
     Raises DataError for a directory that cannot be loaded, ConfigError for an architecture or size that
     cannot be served.
     """
     require_room(max_total_tokens, max_running)
-    runner = await asyncio.to_thread(ModelRunner, model_dir, max_total_tokens, weight_version, dtype)
+    runner = await asyncio.to_thread(
+        ModelRunner, model_dir, max_total_tokens, weight_version, dtype, record_routing=record_routing
+    )
     server = EngineServer(runner, Worker(runner, max_running, threads), model_name)
     await server.listen(host, port)
     return server

@@ -238,3 +238,21 @@ def test_an_unknown_loss_is_refused_with_the_known_ones() -> None:
     assert load("kat_stream.losses", "sft") is LOSS
     with pytest.raises(ConfigError, match="no 'grpo'.*known: sft, static_weights, turn_ratio"):
         load("kat_stream.losses", "grpo")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("level", ["token", "turn", "sequence"])
+def test_the_token_surrogate_of_fused_kernels_has_the_same_gradient(p: float, level: str) -> None:
+    """G1: -A exp(sg[d] + |T|^-p (logp - sg logp)) a token, summed over a unit that is not clipped."""
+    config = RatioConfig(level=level, length_exponent=p, clip_low=0.2, clip_high=0.2, **OPEN)  # type: ignore[arg-type]
+    inputs = case(9, level)
+    output = turn_ratio(inputs, config)
+    (direct,) = torch.autograd.grad(output.loss, inputs.logp)
+    scale = inputs.length.pow(-p)[inputs.unit]
+    fixed = (scale * (inputs.logp - inputs.rollout_logp)).detach()
+    d = torch.zeros_like(inputs.length).index_add(0, inputs.unit, fixed)[inputs.unit]
+    token = torch.exp(d + scale * (inputs.logp - inputs.logp.detach()))
+    share = (inputs.weight * inputs.advantage * ~output.clipped)[inputs.unit]
+    (surrogate,) = torch.autograd.grad(-(share * token).sum(), inputs.logp)
+    assert torch.allclose(direct, surrogate, rtol=0, atol=1e-12)
+    assert (direct != 0).any() and (direct == 0).any()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from kat_stream.errors import DataError
+from kat_stream.rl.loss import LossInputs
 from kat_stream.rl.mcla import average, identical, reduce_gap, scaling, variances
+from kat_stream.rl.settings import RatioConfig
+from kat_stream.rl.turn_ratio import turn_ratio
 
 RNG = np.random.default_rng(0)
 BASE = -RNG.uniform(0.1, 4, 3000)
@@ -74,3 +80,25 @@ def test_repeats_that_are_none_are_refused(values: np.ndarray, message: str) -> 
         average(values, "logprob_mean")
     with pytest.raises(DataError, match="make no two sets"):
         scaling(np.zeros((3, 2)), 2)
+
+
+def test_independent_estimates_of_a_gradient_differ_by_one_over_k() -> None:
+    """M3: the squared distance of two gradients, each against an average of K noisy prefills of the same tokens."""
+    rng = np.random.default_rng(2)
+    turns, size = 400, 6
+    logp = torch.from_numpy(-rng.uniform(0.5, 3, turns * size)).requires_grad_()
+    one = torch.ones(turns, dtype=torch.float64)
+    plain = LossInputs(
+        logp, logp.detach(), torch.arange(turns).repeat_interleave(size), size * one,
+        torch.from_numpy(rng.standard_normal(turns)), one / turns,
+    )  # fmt: skip
+    config = RatioConfig(mask="none", clip_low=0.9, clip_high=9.0, dual_clip=None)
+
+    def gradient(k: int) -> torch.Tensor:
+        repeats = logp.detach().numpy() + rng.normal(0, 0.03, (k, turns * size))
+        old = torch.from_numpy(average(repeats, "logprob_mean")).double()
+        (found,) = torch.autograd.grad(turn_ratio(replace(plain, rollout_logp=old), config).loss, logp)
+        return found
+
+    far = {k: np.mean([float((gradient(k) - gradient(k)).square().sum()) for _ in range(8)]) for k in (1, 4, 16)}
+    assert [k * far[k] / far[1] for k in (4, 16)] == pytest.approx([1, 1], abs=0.2)

@@ -162,7 +162,7 @@ def test_distillation_has_exactly_the_gradient_of_the_reverse_kl() -> None:
     teacher = torch.randn(9, dtype=torch.float64).log_softmax(-1)
     inputs, exact = enumeration(logits, teacher)
     config = DistillationConfig(coefficient=1.0, clip=100.0)
-    (found,) = torch.autograd.grad(distillation(inputs, RatioConfig(), config), logits, retain_graph=True)
+    (found,) = torch.autograd.grad(distillation(inputs, RatioConfig(), config).loss, logits, retain_graph=True)
     (expected,) = torch.autograd.grad(exact, logits, retain_graph=True)
     assert (found - expected).abs().max() < 1e-10
     # The mean of logp - logp_T as a direct loss looks alike and teaches nothing: the teacher drops out.
@@ -191,7 +191,7 @@ def test_kl_values_are_unbiased(estimator: str) -> None:
 def test_a_teacher_that_agrees_teaches_nothing() -> None:
     inputs = case(7, 0.1)
     same = replace(inputs, teacher_logp=inputs.logp.detach())
-    loss = distillation(same, RatioConfig(), DistillationConfig(coefficient=1.0))
+    loss = distillation(same, RatioConfig(), DistillationConfig(coefficient=1.0)).loss
     assert loss.item() == 0
     assert (gradient(loss, inputs) == 0).all()
 
@@ -204,7 +204,7 @@ def test_a_coefficient_of_zero_is_the_policy_loss_to_the_bit_and_no_advantage_is
     config = DistillationConfig(coefficient=0.7)
     joint = Objective(policy=LOSS, ratio=FREE, distillation=config)
     idle = replace(taught, advantage=torch.zeros_like(taught.advantage))
-    alone = gradient(0.7 * distillation(idle, FREE, config), inputs)
+    alone = gradient(0.7 * distillation(idle, FREE, config).loss, inputs)
     assert torch.equal(gradient(joint.value(idle).loss, inputs), alone)
     both = gradient(joint.value(taught).loss, inputs)
     assert torch.allclose(both, gradient(turn_ratio(taught, FREE).loss, inputs) + alone, atol=1e-15)
@@ -215,7 +215,7 @@ def test_tokens_without_a_teacher_give_nothing_and_signals_are_clipped() -> None
     teacher = inputs.logp.detach() + 9.0
     teacher[::2] = math.nan
     config = DistillationConfig(coefficient=1.0, clip=5.0)
-    loss = distillation(replace(inputs, teacher_logp=teacher), RatioConfig(mask="none"), config)
+    loss = distillation(replace(inputs, teacher_logp=teacher), RatioConfig(mask="none"), config).loss
     found = gradient(loss, inputs)
     assert (found[::2] == 0).all()
     assert torch.allclose(found[1::2], -5.0 * inputs.token_weight[1::2])
@@ -290,3 +290,37 @@ def test_noise_alone_leaves_the_band_as_often_as_predicted(
     over = turn_ratio(inputs, config).clipped.double().mean().item()
     under = turn_ratio(replace(inputs, advantage=-one), config).clipped.double().mean().item()
     assert over + under == pytest.approx(expected, abs=0.025)
+
+
+def test_a_student_of_two_experts_is_as_good_as_each_on_its_own_task() -> None:
+    """O5: sampled distillation, each task from its best teacher; averaged weights and imitation of both are not."""
+    torch.manual_seed(4)
+    size, good = 8, (2, 5)
+    experts = {name: torch.zeros(2, size, dtype=torch.float64) for name in ("a", "b")}
+    for task, name in enumerate(("a", "b")):
+        experts[name][task, good[task]] = 6.0  # knows its own task,
+        experts[name][1 - task, 7] = 6.0  # and is sure of a wrong answer to the other
+    skill = {name: logits.softmax(-1)[[0, 1], good].tolist() for name, logits in experts.items()}
+    measured = {(f"task{t}", "shell"): {name: skill[name][t] for name in experts} for t in (0, 1)}
+    teachers = Teachers(measured, {"a": "v", "b": "v"}, default="a")
+    chosen = [teachers.choose((f"task{t}", "shell")) or "" for t in (0, 1)]
+    student = torch.zeros(2, size, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([student], lr=0.1)
+    teacher = torch.stack([experts[name][t].log_softmax(-1) for t, name in enumerate(chosen)])
+    for _ in range(300):
+        policy = student.log_softmax(-1)
+        action = torch.multinomial(policy.detach().exp(), 16, replacement=True)
+        logp, one = policy.gather(1, action).flatten(), torch.ones(32, dtype=torch.float64)
+        inputs = LossInputs(
+            logp, logp.detach(), torch.arange(32), one, 0 * one, one / 32,
+            teacher_logp=teacher.gather(1, action).flatten(),
+        )  # fmt: skip
+        optimizer.zero_grad()
+        torch.autograd.backward(distillation(inputs, FREE, DistillationConfig(coefficient=1.0, clip=10.0)).loss)
+        optimizer.step()
+    reached = student.softmax(-1)[[0, 1], good].tolist()
+    best = [skill[name][t] for t, name in enumerate(chosen)]
+    averaged = ((experts["a"] + experts["b"]) / 2).softmax(-1)[[0, 1], good].tolist()
+    imitated = ((experts["a"].softmax(-1) + experts["b"].softmax(-1)) / 2)[[0, 1], good].tolist()
+    for t in (0, 1):
+        assert reached[t] >= 0.95 * best[t] > max(averaged[t], imitated[t])

@@ -26,7 +26,7 @@ from kat_stream.trees import TrainBatch, TurnTokens, build_forest, concat, make_
 
 Build = Callable[..., Any]
 EXACT = 1e-12
-BACKENDS: tuple[Backend, ...] = ("segments", "dense")
+BACKENDS: tuple[Backend, ...] = ("segments", "padded", "dense")
 
 
 def configure(backend: Backend, micro_batch_tokens: int = 4096, **ratio: Any) -> LearnerConfig:

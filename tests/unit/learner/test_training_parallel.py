@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from kat_stream.errors import ServiceDied, StepCancelled
 from kat_stream.rl.settings import RatioConfig
+from kat_stream.training.dealing import deal
 from kat_stream.training.learner import LearnerConfig, TorchLearner
-from kat_stream.training.parallel import ParallelLearner, deal, open_learner
+from kat_stream.training.parallel import ParallelLearner, open_learner
 from kat_stream.trees import TrainBatch
 
 Build = Callable[..., Any]
