@@ -53,6 +53,7 @@ def _summary(report: Report) -> str:
             ["messages", report.shape],
             ["prompts compared", str(report.turns)],
             ["go on behind sampled ids", str(report.extended)],
+            ["  seen on a shortened history", str(report.shortened)],
             ["  with a reply as it was sampled", f"{report.kept} (the template would write it another way)"],
             ["forks", forks],
             ["tool calls read back", str(report.calls)],

@@ -41,6 +41,7 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from kat_stream.config import dump, load
+    from kat_stream.env.scaffolds.registry import check_scaffolds
     from kat_stream.errors import ConfigError
     from kat_stream.runs import create_run, find_run, reopen_run
 
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(dump(config), end="")
         return 0
+    check_scaffolds((config.data.scaffold, *config.sampler.scaffold))
     config, run_dir = create_run(config)
     return conduct("run", config, run_dir, resume=False)
 

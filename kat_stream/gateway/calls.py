@@ -11,7 +11,10 @@ import logging
 import time
 import uuid
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
+
+import msgspec
 
 from kat_stream.engines.client import SamplingParams
 from kat_stream.errors import ContextOverflow, DeadlineExceeded, EngineError, KatError, RequestRefused
@@ -21,7 +24,7 @@ from kat_stream.gateway.metrics import CALL_SECONDS, COALESCED, IN_FLIGHT
 from kat_stream.gateway.parsers.base import ToolParser
 from kat_stream.gateway.peers import Pulse
 from kat_stream.gateway.prompts import Conversation, Prompt
-from kat_stream.gateway.recording import Publisher, count, make_turn, record
+from kat_stream.gateway.recording import Publisher, count, make_turn, record, routed_from
 from kat_stream.gateway.render import Renderer, unpack
 from kat_stream.gateway.sampling import Draft, Sampler
 from kat_stream.gateway.sessions import Session, ended
@@ -62,6 +65,12 @@ class Call:
         """More was sampled, or the call ended."""
         self._news.set()
         self._news = asyncio.Event()
+
+    def let_go(self) -> None:
+        """The call is remembered for a while, for retries; its prompt, which is in the record, is not."""
+        self.sampler.prompt = []
+        self.prompt = replace(self.prompt, ids=b"", heard=None)
+        self.asked = msgspec.structs.replace(self.asked, messages=(), tools=None)
 
     async def wait_for_news(self, known: int, timeout_s: float) -> bool:
         """Wait until more than `known` ids were sampled or the call ended; False if neither happens in time."""
@@ -121,6 +130,7 @@ class CallService:
             session=call.session.session_id,
             call_id=call.turn_id,
             prompt=unpack(call.prompt.ids),
+            routed_from=routed_from(call.prompt),
             sampling=params,
             budget=budget,
             stream=call.asked.stream,
@@ -206,7 +216,7 @@ class CallService:
         finally:
             IN_FLIGHT.dec()
             call.session.running.discard(call)
-            call.sampler.prompt = []  # the call may be remembered for a while; its prompt is in the record
+            call.let_go()
             call.grown()
 
     async def _answer(self, call: Call) -> Reply:
@@ -239,7 +249,7 @@ class CallService:
             completion_tokens=len(draft.ids),
             cached_tokens=draft.cached_tokens,
         )
-        call.session.turns.append(turn)
+        call.session.acknowledged(turn)
         call.session.conversation.add(self.renderer, call.prompt, reply, raw, draft.ids, side=bool(call.side))
         count(turn, call.prompt.tokens)
         CALL_SECONDS.observe(time.monotonic() - call.began)

@@ -30,7 +30,7 @@ from kat_stream.gateway.threads import named_thread
 log = logging.getLogger(__name__)
 
 KEEPALIVE = b": keepalive\n\n"
-_STREAM = re.compile(rb',?\s*"stream"\s*:\s*(?:true|false)')
+_STREAM = re.compile(rb'"stream"\s*:\s*(?:true|false)')
 _KEYS = ("x-api-key", "x-goog-api-key")
 _SSE = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 
@@ -72,7 +72,7 @@ class DataListener:
         found = route(request.method, path) if request.path.startswith("/s/") else None
         if found is None:
             raise RequestRefused(f"there is no {request.method} {request.path}", status=404, code="not_found")
-        session = await self._admit(session_id, _key(request))
+        session = await self._admit(request, session_id)
         self._door.admit(request.protocol)
         if session.requests >= self._limits.requests_per_session:
             raise too_many("requests")
@@ -89,8 +89,12 @@ class DataListener:
         finally:
             session.requests -= 1
 
-    async def _admit(self, session_id: str, key: str) -> Session:
+    async def _admit(self, request: web.Request, session_id: str) -> Session:
+        key = _key(request)
         if self.takeover is not None and self._sessions.get(session_id) is None:
+            if self.takeover.knows(session_id, key):
+                # A session may take longer to come here than a stranger may stand in the door.
+                self._door.admit(request.protocol)
             await self.takeover.admit(session_id, key)
         return self._sessions.admit(session_id, key)
 
@@ -113,8 +117,7 @@ class DataListener:
         finally:
             session.body_bytes -= held
         asked = msgspec.structs.replace(asked, thread=named_thread(request.headers))
-        # Some clients repeat a stream that broke as a request for a whole answer.
-        return asked, blake2b(_STREAM.sub(b"", body), digest_size=16).digest()
+        return asked, _digest(body)
 
     def _check_body(self, session: Session, size: int) -> None:
         if size > self._limits.body_bytes:
@@ -181,6 +184,16 @@ class DataListener:
                 await response.write(data)
         except TimeoutError as error:
             raise DeadlineExceeded("the client to take its stream", self._limits.write_s) from error
+
+
+def _digest(body: bytearray) -> bytes:
+    """16 bytes that are equal for a body and its repetition: some clients repeat a broken stream as a whole request."""
+    digest, at = blake2b(digest_size=16), 0
+    for found in _STREAM.finditer(body):
+        digest.update(body[at : found.start()].rstrip().removesuffix(b","))
+        at = found.end()
+    digest.update(memoryview(body)[at:])
+    return digest.digest()
 
 
 def _refusal(dialect: Dialect, error: RequestRefused) -> web.Response:

@@ -7,7 +7,7 @@ arguments are compared as JSON values, ids of tool calls and reasoning are left 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from itertools import takewhile
 from typing import Any
@@ -117,10 +117,13 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
         return Message(role="assistant", content=self.content, tool_calls=self.tool_calls, reasoning=self.reasoning)
 
 
-def chain(call: ModelCall) -> list[bytes]:
-    """Digest of messages[:n] for n = 0..len(messages): equal digests are equal conversations."""
-    digests = [b""]
-    for message in call.messages:
+def chain(call: ModelCall, known: Sequence[bytes] = (b"",)) -> list[bytes]:
+    """Digest of messages[:n] for n = 0..len(messages): equal digests are equal conversations.
+
+    `known` are the first of them, from an earlier call that began with the same messages.
+    """
+    digests = list(known)
+    for message in call.messages[len(digests) - 1 :]:
         digests.append(extend(digests[-1], message))
     return digests
 

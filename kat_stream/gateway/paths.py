@@ -24,6 +24,8 @@ class Node:
     """Where this path left all paths known before it: behind `start` if others had meanwhile sampled the same."""
     branches: dict[tuple[int, bytes], Node] = field(default_factory=dict)
     """Later paths that leave this one, by place and next token."""
+    home: Node | None = None
+    """Where a walk along this path ends, if others had sampled all of it before."""
 
     @property
     def length(self) -> int:
@@ -51,25 +53,33 @@ class PathTree:
     def mount(self, prompt: bytes, prefer: Node | None = None) -> tuple[Node | None, int]:
         """(turn, n): the prompt int32[P] begins with the first n tokens of that turn's path; n is the longest known.
 
-        Of turns that share equally much `prefer` is taken if its whole path is shared, else the oldest.
-        (None, 0) if the session knows no prompt that begins like this one.
+        `prefer`: a turn whose whole path begins the prompt; of turns that share equally much it is taken, else the
+        oldest. (None, 0) if the session knows no prompt that begins like this one.
         """
-        node, matched = self._walk(prompt)
+        node, matched = self._walk(prompt, prefer)
         if prefer is not None and prefer.length == matched:
             return prefer, matched
         return (None, 0) if node is self._root else (node, matched)
 
     def add(self, turn_id: str, parent: Node | None, start: int, path: bytes) -> Node:
         """A finished turn becomes a place to mount at; `path` int32[n] is its prompt and sampled ids."""
-        host, at = self._walk(path)
+        host, at = self._walk(path, parent if parent is not None and parent.length == start else None)
         node = Node(turn_id, parent, start, path[start * WIDTH :], at)
         if at < node.length:
             host.branches[at, _token(path, at)] = node
+        else:
+            node.home = host
         return node
 
-    def _walk(self, path: bytes) -> tuple[Node, int]:
-        """The node whose path shares most with this one, and how many tokens."""
+    def _walk(self, path: bytes, behind: Node | None = None) -> tuple[Node, int]:
+        """The node whose path shares most with this one, and how many tokens.
+
+        What begins with the whole path of `behind` is looked at from there on: a turn costs what it adds.
+        """
         node, matched, view = self._root, 0, memoryview(path)
+        if behind is not None:
+            node, matched = behind.home or behind, behind.length
+            matched += common(view[matched * WIDTH :], memoryview(node.delta)[(matched - node.start) * WIDTH :])
         while (branch := node.branches.get((matched, _token(path, matched)))) is not None:
             own = memoryview(branch.delta)[(branch.at - branch.start) * WIDTH :]
             node, matched = branch, branch.at + common(view[branch.at * WIDTH :], own)

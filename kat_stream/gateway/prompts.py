@@ -3,6 +3,8 @@
 Invariant: `Prompt.ids` begins with the first `prefix_len` tokens of the parent's path. Where the conversation repeats
 what this session said, that path is kept as it was sampled, and earlier replies are rendered as they were said, however
 the agent wrote them down: an echo without its reasoning, with other ids or other JSON is the same reply.
+What a call repeats of the one before it is compared, not read again: a turn costs what is new in it, and the whole
+conversation is rendered each time it has doubled.
 """
 
 from __future__ import annotations
@@ -13,17 +15,43 @@ from hashlib import blake2b
 
 import msgspec
 
+from kat_stream.gateway.locality import thinks
 from kat_stream.gateway.messages import Message, ModelCall, Reply, chain, extend
 from kat_stream.gateway.paths import WIDTH, Node, PathTree
-from kat_stream.gateway.render import Renderer, Said, text_digest
+from kat_stream.gateway.render import Onward, Renderer, Said
+from kat_stream.gateway.text import Text, text_digest
 from topics.record import pack_ints
+
+_HEARD = 8
+"""Threads of a session whose newest prompt is remembered message by message."""
+
+
+@dataclass(slots=True, eq=False)
+class Heard:
+    """The messages of a prompt, kept while its reply is the newest of its thread: the next call repeats them."""
+
+    messages: tuple[Message, ...]
+    """As the agent wrote them."""
+    digests: list[bytes]
+    """Of messages[:n]."""
+    shown: tuple[Message, ...]
+    """As the template got them: replies as they were said."""
+    ids: dict[str, str]
+    """Ids that the agent gave to calls, and those under which they were said."""
+    thought: bool
+    """There is reasoning in them."""
+    rendered: int
+    """Messages when all of them were rendered last."""
+    said: Said | None = None
+    """The reply."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`ids` int32[P] is the whole prompt; `digest` names the conversation; `chars`, `text_hash` its rendered text."""
+    """`ids` int32[P] is the whole prompt; `digest` names the conversation, `text` is its rendered text."""
 
     ids: bytes
+    tokens: int
     parent: Node | None
     prefix_len: int
     fork: str
@@ -31,18 +59,14 @@ class Prompt:
     digest: bytes
     messages: int
     tools: bytes
-    chars: int
-    text_hash: bytes
+    text: Text
     opened: bool
     """The template began the reasoning that the policy is to write."""
     said: Said | None
     """The reply that it goes on from."""
     appends: bool
     """That reply's whole path is kept."""
-
-    @property
-    def tokens(self) -> int:
-        return len(self.ids) // WIDTH
+    heard: Heard | None = None
 
     def why(self) -> str:
         """Why the turn does not extend the newest turn of its thread, as known when it is finished."""
@@ -59,35 +83,42 @@ class Conversation:
     _replies: dict[bytes, list[Said]] = field(default_factory=dict)
     _asked: set[bytes] = field(default_factory=set)
     """Digests of the prompts that were answered."""
+    _heard: dict[str, Heard] = field(default_factory=dict)
+    """The newest prompt of each thread."""
 
     def prompt(self, renderer: Renderer, call: ModelCall) -> Prompt:
         """The prompt of a call. RequestRefused if the template cannot render it."""
-        digests = chain(call)
-        said = self._last_said(call, digests)
-        messages = call.messages if said is None else _as_said(call.messages, said)
-        full = renderer.text([message.for_template() for message in messages], call.tools)
-        tail = None if said is None else renderer.after(said, full, messages, call.tools)
-        if said is not None and tail is not None:
-            ids, fork = said.node.path() + tail, ""
+        said, heard = self._hear(call)
+        tools, full, fork = call.tools_digest(), "", ""
+        onward = None if said is None else _long(renderer, call, said, heard, tools)
+        if said is not None and onward is not None:
+            text = said.text.with_more(onward.text)
+        else:
+            full = renderer.text([message.for_template() for message in heard.shown], call.tools)
+            text, heard.rendered = Text.of(full), len(heard.shown)
+            onward = None if said is None else renderer.after(said, full, heard.shown, call.tools)
+        if said is not None and onward is not None:
+            ids = said.node.path() + onward.ids
             parent, prefix_len = self.tree.mount(ids, prefer=said.node)
         else:
             ids = renderer.encode_prompt(full)
             parent, prefix_len = self.tree.mount(ids)
-            fork = _rewritten(said, call, full) if said is not None else self._cause(call, digests[-1], full)
+            fork = self._cause(call, heard.digests[-1], full) if said is None else _rewritten(said, tools, full)
         return Prompt(
             ids=ids,
+            tokens=len(ids) // WIDTH,
             parent=parent,
             prefix_len=prefix_len,
             fork=fork,
             thread=thread_of(call),
-            digest=digests[-1],
+            digest=heard.digests[-1],
             messages=len(call.messages),
-            tools=call.tools_digest(),
-            chars=len(full),
-            text_hash=text_digest(full),
-            opened=renderer.opens_reasoning(full),
+            tools=tools,
+            text=text,
+            opened=renderer.opens_reasoning(full if onward is None else onward.text),
             said=said,
-            appends=tail is not None,
+            appends=onward is not None,
+            heard=heard,
         )
 
     def add(
@@ -105,8 +136,7 @@ class Conversation:
             message=reply.message(),
             raw=raw,
             ended=renderer.ended(sampled, reply.finish_reason),
-            prompt_chars=prompt.chars,
-            prompt_hash=prompt.text_hash,
+            text=prompt.text,
             messages=prompt.messages,
             tools=prompt.tools,
             before=prompt.said,
@@ -117,7 +147,31 @@ class Conversation:
         if not side:
             self.threads[prompt.thread] = said
             self._asked.add(prompt.digest)
+            self._remember(prompt, said)
         return node, said
+
+    def _remember(self, prompt: Prompt, said: Said) -> None:
+        self._heard.pop(prompt.thread, None)
+        if prompt.heard is not None:
+            prompt.heard.said = said
+            self._heard[prompt.thread] = prompt.heard
+        if len(self._heard) > _HEARD:
+            del self._heard[next(iter(self._heard))]
+
+    def _hear(self, call: ModelCall) -> tuple[Said | None, Heard]:
+        """The reply that a call goes on from, and its messages; what it repeats of its thread is not read again."""
+        known = self._heard.get(thread_of(call))
+        if known is not None and call.messages[: len(known.messages)] == known.messages:
+            digests = chain(call, known.digests)
+            said = self._last_said(call, digests)
+            if said is not None and said is known.said:
+                return said, _next(known, said, call, digests)
+        else:
+            digests = chain(call)
+            said = self._last_said(call, digests)
+        ids = _renamed(call.messages, said)
+        shown = _as_said(call.messages, said, ids)
+        return said, Heard(call.messages, digests, shown, ids, any(map(thinks, shown)), rendered=0)
 
     def _last_said(self, call: ModelCall, digests: list[bytes]) -> Said | None:
         """The turn that said the last assistant message which this session produced, after exactly these messages."""
@@ -140,9 +194,9 @@ class Conversation:
             return "compaction" if not call.system() and len(call.messages) < longest else "subagent"
         if digest in self._asked:
             return "branch"
-        if text_digest(full[: newest.prompt_chars]) == newest.prompt_hash and full.startswith(
-            newest.raw.rstrip() or newest.raw, newest.prompt_chars
-        ):
+        before = newest.text.chars
+        raw = newest.raw.rstrip() or newest.raw
+        if full.startswith(raw, before) and text_digest(full[:before]) == newest.text.digest:
             return "retokenisation"
         return "compaction" if len(call.messages) < newest.messages else "other"
 
@@ -156,29 +210,64 @@ def _thinks(said: Said, thought: str) -> bool:
     return bool(thought) and said.message.reasoning.strip() == thought
 
 
-def _as_said(messages: Sequence[Message], last: Said) -> tuple[Message, ...]:
-    """The messages with this session's own replies as they were said, and results under the ids of those calls."""
-    out = list(messages)
-    ids: dict[str, str] = {}
-    said: Said | None = last
-    while said is not None:
-        echo = messages[said.messages]
-        ids |= {e.id: own.id for e, own in zip(echo.tool_calls, said.message.tool_calls, strict=True) if e.id != own.id}
-        out[said.messages] = said.message
-        said = said.before
-    if not ids:
-        return tuple(out)
-    return tuple(
-        msgspec.structs.replace(message, tool_call_id=ids[message.tool_call_id])
-        if message.tool_call_id in ids
-        else message
-        for message in out
+def _next(known: Heard, said: Said, call: ModelCall, digests: list[bytes]) -> Heard:
+    """A call that begins as the one before it, whose reply it goes on from."""
+    before = len(known.messages)
+    echo, following = call.messages[before], call.messages[before + 1 :]
+    ids = known.ids | _other_ids(echo, said.message)
+    new = (said.message, *(_under(ids, message) for message in following))
+    return Heard(
+        messages=(*known.messages, echo, *following),
+        digests=digests,
+        shown=(*known.shown, *new),
+        ids=ids,
+        thought=known.thought or any(map(thinks, new)),
+        rendered=known.rendered,
     )
 
 
-def _rewritten(said: Said, call: ModelCall, full: str) -> str:
+def _long(renderer: Renderer, call: ModelCall, said: Said, heard: Heard, tools: bytes) -> Onward | None:
+    """How a long conversation goes on; None if the whole has to be rendered to tell, as it has when it doubled."""
+    if said.tools != tools or not said.text.seen or len(heard.shown) >= 2 * heard.rendered:
+        return None
+    history, following = heard.shown[: said.messages], heard.shown[said.messages + 1 :]
+    return renderer.after_long(said, history, following, thought=heard.thought, tools=bool(call.tools))
+
+
+def _renamed(messages: Sequence[Message], last: Said | None) -> dict[str, str]:
+    """Ids that the agent gave to calls, and those under which this session said them."""
+    ids: dict[str, str] = {}
+    said = last
+    while said is not None:
+        ids |= _other_ids(messages[said.messages], said.message)
+        said = said.before
+    return ids
+
+
+def _other_ids(echo: Message, own: Message) -> dict[str, str]:
+    calls = zip(echo.tool_calls, own.tool_calls, strict=True)
+    return {theirs.id: ours.id for theirs, ours in calls if theirs.id != ours.id}
+
+
+def _as_said(messages: Sequence[Message], last: Said | None, ids: dict[str, str]) -> tuple[Message, ...]:
+    """The messages with this session's own replies as they were said, and results under the ids of those calls."""
+    out = [_under(ids, message) for message in messages] if ids else list(messages)
+    said = last
+    while said is not None:
+        out[said.messages] = said.message
+        said = said.before
+    return tuple(out)
+
+
+def _under(ids: dict[str, str], message: Message) -> Message:
+    """A result under the id of its call."""
+    own = ids.get(message.tool_call_id)
+    return message if own is None else msgspec.structs.replace(message, tool_call_id=own)
+
+
+def _rewritten(said: Said, tools: bytes, full: str) -> str:
     """Why the template does not append to a reply that this session said."""
-    if said.tools != call.tools_digest():
+    if said.tools != tools:
         return "tools"
     earlier: Said | None = said
     while earlier is not None:

@@ -80,11 +80,17 @@ def make_turn(
         tools=prompt.tools,
         claim=session.claim,
         after=prompt.said.node.turn_id if prompt.said else "",
-        prompt_chars=prompt.chars,
-        prompt_hash=prompt.text_hash,
+        prompt_chars=prompt.text.chars,
+        prompt_hash=prompt.text.digest,
         request=request,
         matched_stop=draft.matched_stop if draft.matched_stop in call.stop else "",
+        routed_experts=draft.routing(prompt.tokens + len(draft.ids) - 1 - routed_from(prompt)),
     )
+
+
+def routed_from(prompt: Prompt) -> int:
+    """First position whose experts the turn records: the last token of what it goes on from has not run before."""
+    return max(prompt.prefix_len - 1, 0)
 
 
 async def record(log: Publisher, turn: Turn, deadline_s: float) -> None:

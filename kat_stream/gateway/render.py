@@ -2,7 +2,8 @@
 
 Owns every use of the tokenizer in the gateway. Invariant (promise 6): a sampled reply is never encoded again. What
 follows it in the next prompt is encoded on its own and put behind the sampled ids, and only if the template is seen to
-append: its text for the earlier messages begins its text for all of them, and the reply still stands there.
+append: its text for the earlier messages begins its text for all of them, and the reply still stands there. In a long
+conversation that is seen on a shortened one (kat_stream.gateway.locality).
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from hashlib import blake2b
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from kat_stream.errors import ConfigError, RequestRefused
+from kat_stream.gateway.locality import STUB, is_local, may_go_on, shorten
 from kat_stream.gateway.messages import Message
 from kat_stream.gateway.parsers.reasoning import CLOSING, opened_by
 from kat_stream.gateway.paths import Node
 from kat_stream.gateway.shape import PROBES, ROLES, Shape
+from kat_stream.gateway.text import Text, text_digest
 from topics.record import pack_ints
 
 if TYPE_CHECKING:
@@ -29,6 +31,15 @@ _MARK = "KatStreamMark"
 """Stands for a reply when the template is asked what it puts behind one."""
 _CACHED_PROMPTS = 512
 Tools = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Onward:
+    """How a prompt goes on behind a reply: `text` is the template's of the reply and all after it, `ids` int32[n]."""
+
+    text: str
+    ids: bytes
+    """Behind the sampled ids."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,8 +53,8 @@ class Said:
     """All that was sampled, as text, without the token that ended it."""
     ended: tuple[int, ...]
     """The sampled ids that already belong to the template's end of turn; empty if the reply was cut."""
-    prompt_chars: int
-    prompt_hash: bytes
+    text: Text
+    """Of the prompt."""
     messages: int
     """Messages in the prompt."""
     tools: bytes
@@ -72,6 +83,8 @@ class Renderer:
         self.shape = self._probe_shape()
         self._closing_ids = tuple(self._encode(self.closing))
         self.stop_ids = self._stop_ids()
+        self.local = is_local(self._behind)
+        """What follows a reply can be seen on a shortened history."""
         # The first prompt of a task is the same for its whole group.
         self.encode_prompt = lru_cache(_CACHED_PROMPTS)(self.encode)
 
@@ -113,46 +126,92 @@ class Renderer:
                 return self._closing_ids[:size]
         return ()
 
-    def after(self, said: Said, full: str, messages: Sequence[Message], tools: Tools | None) -> bytes | None:
-        """int32[n]: what stands behind the sampled ids of `said` in the prompt whose text is `full`.
+    def after(self, said: Said, full: str, messages: Sequence[Message], tools: Tools | None) -> Onward | None:
+        """How the prompt whose text is `full` goes on behind `said`, which is `messages[said.messages]`.
 
-        The reply is `messages[said.messages]`. None if the template does not append for these messages.
+        None if the template does not append for these messages.
         """
-        tail = self._tail(said, full, messages, tools)
-        if tail is None:
+        if text_digest(full[: said.text.chars]) != said.text.digest:
             return None
+        split = self._split(said.message, said.raw, said.text.chars, full, messages, said.messages, tools)
+        return None if split is None else self._onward(said, *split)
+
+    def after_long(
+        self, said: Said, history: Sequence[Message], following: Sequence[Message], *, thought: bool, tools: bool
+    ) -> Onward | None:
+        """As `after`, seen on a shortened `history`; `thought`: there is reasoning in these messages.
+
+        None also where that proves nothing: then the whole has to be rendered.
+        """
+        if not self.local or not may_go_on(following, thought=thought) or (short := shorten(history)) is None:
+            return None
+        split = self._behind(short, said.message, following, STUB if tools else None, said.raw)
+        return None if split is None else self._onward(said, *split)
+
+    def _onward(self, said: Said, kept: str, tail: str) -> Onward | None:
         ids = self._encode(tail)
         known = len(said.ended)
-        return pack_ints(ids[known:]) if tuple(ids[:known]) == said.ended else None
-
-    def _tail(self, said: Said, full: str, messages: Sequence[Message], tools: Tools | None) -> str | None:
-        at = said.prompt_chars
-        if text_digest(full[:at]) != said.prompt_hash:
+        if tuple(ids[:known]) != said.ended:
             return None
-        if full.startswith(said.raw + self.closing, at):
-            return full[at + len(said.raw) :]
+        return Onward(kept + tail, pack_ints(ids[known:]))
+
+    def _behind(
+        self,
+        history: Sequence[Message],
+        reply: Message,
+        following: Sequence[Message],
+        tools: Tools | None,
+        raw: str | None = None,
+    ) -> tuple[str, str] | None:
+        """The template's text of a reply and of all behind it, None if it does not append or refuses these messages.
+
+        `raw` is what was sampled as that reply, if it was.
+        """
+        messages = (*history, reply, *following)
+        try:
+            before = self.text([message.for_template() for message in history], tools)
+            full = self.text([message.for_template() for message in messages], tools)
+        except RequestRefused:
+            return None
+        if not full.startswith(before):
+            return None
+        return self._split(reply, raw, len(before), full, messages, len(history), tools)
+
+    def _split(
+        self,
+        reply: Message,
+        raw: str | None,
+        at: int,
+        full: str,
+        messages: Sequence[Message],
+        place: int,
+        tools: Tools | None,
+    ) -> tuple[str, str] | None:
+        """`full[at:]` as the text of the reply `messages[place]` and what is behind it; None unless it is all there."""
+        if raw is not None and full.startswith(raw + self.closing, at):
+            return raw, full[at + len(raw) :]
         # The template writes the reply in its own way (tool calls, white space).
-        behind = self._behind(said, full, messages, tools)
-        if behind is None or not (tail := full[behind:]).startswith(self.closing):
+        end = self._end_of(at, full, messages, place, tools)
+        if end is None or not (tail := full[end:]).startswith(self.closing):
             return None
         # A template that drops part of what was said (reasoning) shows another history: then it does not append.
-        kept = full[at:behind]
-        shown = (said.message.content.strip(), said.message.reasoning.strip())
-        return tail if all(part in kept for part in shown) else None
+        kept = full[at:end]
+        shown = (reply.content.strip(), reply.reasoning.strip())
+        return (kept, tail) if all(part in kept for part in shown) else None
 
-    def _behind(self, said: Said, full: str, messages: Sequence[Message], tools: Tools | None) -> int | None:
+    def _end_of(self, at: int, full: str, messages: Sequence[Message], place: int, tools: Tools | None) -> int | None:
         """Where the template's text of the reply ends: seen by a mark in its place, or by leaving out what follows."""
         shown = [message.for_template() for message in messages]
         marked = [*shown]
-        marked[said.messages] = {"role": "assistant", "content": _MARK}
+        marked[place] = {"role": "assistant", "content": _MARK}
         try:
             other = self.text(marked, tools)
-            if other.startswith(full[: said.prompt_chars] + _MARK):
-                tail = other[said.prompt_chars + len(_MARK) :]
+            if other.startswith(full[:at] + _MARK):
+                tail = other[at + len(_MARK) :]
                 if full.endswith(tail):
                     return len(full) - len(tail)
             # Its text of what follows depends on the reply, as where results of tools need their calls.
-            upto = self.text(shown[: said.messages + 1], tools, ask=False)
+            upto = self.text(shown[: place + 1], tools, ask=False)
         except RequestRefused:
             return None
         return len(upto) - len(self.closing) if full.startswith(upto) and upto.endswith(self.closing) else None
@@ -204,11 +263,6 @@ class Renderer:
         special = set(self._backend.get_added_tokens_decoder())
         stops = {self._tokenizer.eos_token_id, *self._closing_ids[:1]}
         return frozenset(token for token in stops if token in special)
-
-
-def text_digest(text: str) -> bytes:
-    """16 bytes that are equal for equal texts, in every process."""
-    return blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def unpack(ids: bytes) -> list[int]:

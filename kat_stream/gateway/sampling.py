@@ -36,6 +36,14 @@ class Draft:
     cached_tokens: int = 0
     queued_s: float = 0.0
     seconds: float = 0.0
+    routed: bytes = b""
+    """Routed experts, uint16, a row a token."""
+    routed_rows: int = 0
+
+    def routing(self, rows: int) -> bytes:
+        """The routed experts of so many tokens; empty unless all of them are known."""
+        whole = self.routed_rows == rows > 0 and len(self.routed) % (2 * rows) == 0
+        return self.routed if whole else b""
 
     def cover(self) -> bool:
         """Give ids without a known version a span of their own, named ""; whether there was none."""
@@ -44,8 +52,8 @@ class Draft:
             self.spans.append(VersionSpan("", known, len(self.ids)))
         return all(span.version for span in self.spans)
 
-    def close_part(self, start: int, generation: Generation) -> None:
-        """One engine's part, from `start` on, is complete."""
+    def close_part(self, start: int, generation: Generation, rows: int = 0) -> None:
+        """One engine's part, from `start` on, is complete; `rows` of routed experts belong to it."""
         del self.ids[start:], self.logprobs[start:]
         self.ids += generation.output_ids
         self.logprobs += generation.logprobs
@@ -53,6 +61,9 @@ class Draft:
             self._cover(start, span)
         if isinstance(generation.matched, str):
             self.matched_stop = generation.matched
+        if generation.routed_experts and generation.output_ids:
+            self.routed += generation.routed_experts
+            self.routed_rows += rows
         self.seconds += generation.seconds
         if start == 0:
             self.cached_tokens = generation.cached_tokens
@@ -79,6 +90,8 @@ class Sampler:
     """Tokens that may be sampled."""
     stream: bool
     grown: Callable[[], None]
+    routed_from: int = 0
+    """First position of the path whose routed experts are recorded, if engines are asked for them."""
     draft: Draft = field(default_factory=Draft)
     aborted: bool = False
     _at: tuple[EngineClient, str] | None = None
@@ -135,7 +148,8 @@ class Sampler:
         if len(generation.logprobs) != len(generation.output_ids) or (generation.text and not generation.output_ids):
             # Text is not what was sampled: without the ids there is nothing to record, so there is no reply either.
             raise EngineUnavailable(f"{state.url}: an answer without the ids or log-probabilities of its text")
-        self.draft.close_part(start, generation)
+        first = self.routed_from + self.draft.routed_rows
+        self.draft.close_part(start, generation, len(self.prompt) + start + len(generation.output_ids) - 1 - first)
         self.grown()
         if generation.finish_reason != "abort":
             self.draft.finish_reason = generation.finish_reason
@@ -145,12 +159,13 @@ class Sampler:
 
     async def _generate(self, engine: EngineClient, rid: str, left: float, start: int) -> Generation:
         ids = self.prompt + self.draft.ids
+        first = self.routed_from + self.draft.routed_rows
         sampling = self.sampling
         if start:
             sampling = _with_budget(sampling, self.budget - start)
         if not self.stream:
-            return await engine.generate(ids, sampling, rid=rid, deadline_s=left)
-        async for part in engine.generate_stream(ids, sampling, rid=rid, deadline_s=left):
+            return await engine.generate(ids, sampling, rid=rid, routed_from=first, deadline_s=left)
+        async for part in engine.generate_stream(ids, sampling, rid=rid, routed_from=first, deadline_s=left):
             if part.final is not None:
                 return part.final
             self.draft.ids += part.output_ids

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from hmac import compare_digest
 from typing import TYPE_CHECKING, Literal
@@ -72,6 +72,8 @@ class Session:
     about: SessionRequest
     conversation: Conversation = field(default_factory=Conversation)
     turns: list[Turn] = field(default_factory=list)
+    """Acknowledged, as they were completed."""
+    _answered: Counter[bool] = field(default_factory=Counter)
     running: set[Call] = field(default_factory=set)
     recent: OrderedDict[bytes, list[Call]] = field(default_factory=OrderedDict)
     """Calls by the digest of their body, the newest last."""
@@ -97,9 +99,14 @@ class Session:
         self.completed += 1
         return self.completed - 1
 
+    def acknowledged(self, turn: Turn) -> None:
+        """The log has this turn."""
+        self.turns.append(turn)
+        self._answered[bool(turn.side)] += turn.finish_reason != "abort"
+
     def answered(self, *, side: bool = False) -> int:
         """Turns of the task's own work, or side requests, that came to an end of their own."""
-        return sum(turn.finish_reason != "abort" and bool(turn.side) is side for turn in self.turns)
+        return self._answered[side]
 
     def spend(self, rate: float, burst: int) -> bool:
         """Whether one more request keeps the session within `rate` a second, `burst` at once."""

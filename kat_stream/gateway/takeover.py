@@ -27,6 +27,7 @@ from kat_stream.gateway.prompts import Prompt
 from kat_stream.gateway.recording import record
 from kat_stream.gateway.render import Said, unpack
 from kat_stream.gateway.sessions import Session, SessionRequest, Sessions
+from kat_stream.gateway.text import Text
 from kat_stream.gateway.tickets import Mint, Ticket
 from kat_stream.log.base import Log, TopicPartition
 from topics.catalogue import key_of, partition_of
@@ -77,11 +78,16 @@ class Takeover:
     async def open(self, about: SessionRequest) -> Session:
         """A new session whose key any gateway of the run can read. RequestRefused, LogError."""
         session_id = secrets.token_hex(12)
-        partition = partition_of(_claim(about, session_id))
-        start = (await self._log.end_offsets("turns"))[partition]
+        ends = await self._log.end_offsets("turns")
+        start = ends[partition_of(_claim(about, session_id), len(ends))]
         session = self._sessions.make(session_id, self._mint.key(Ticket(session_id, about, start)), about)
         self._sessions.enter(session)
         return session
+
+    def knows(self, session_id: str, key: str) -> bool:
+        """Whether the run made this key for this session."""
+        ticket = self._mint.ticket(key)
+        return ticket is not None and ticket.session_id == session_id
 
     async def admit(self, session_id: str, key: str) -> Session | None:
         """The session behind a key that this gateway does not know yet; None if the run made no such key.
@@ -152,7 +158,8 @@ class Takeover:
     async def _read(self, ticket: Ticket, claim: Turn) -> Lineage:
         """What the session said from its beginning up to our claim, which is on the log."""
         lineage, key = Lineage(ticket.session_id), key_of(claim)
-        place = TopicPartition("turns", partition_of(claim))
+        partitions = len(await self._log.end_offsets("turns"))
+        place = TopicPartition("turns", partition_of(claim, partitions))
         try:
             async with (
                 asyncio.timeout(READ_S),
@@ -181,7 +188,8 @@ class Rebuilt:
         """All turns of the session, each behind its parent. TurnError if one is missing."""
         answered = [self._mount(turn) for turn in turns]
         session = self._session
-        session.turns = list(turns)
+        for turn in turns:
+            session.acknowledged(turn)
         session.completed = max((turn.index for turn in turns), default=-1) + 1
         limit = self._calls.limits.remembered_calls
         for turn, (prompt, reply) in list(zip(turns, answered, strict=True))[-limit:]:
@@ -206,8 +214,10 @@ class Rebuilt:
                 f"session {turn.session_id}: turn {turn.turn_id} goes on from {missing}, which is not there"
             )
         before = parent.path()[: turn.prefix_len * WIDTH] if parent is not None else b""
+        ids = before + turn.prompt_ids
         return Prompt(
-            ids=before + turn.prompt_ids,
+            ids=ids,
+            tokens=len(ids) // WIDTH,
             parent=parent,
             prefix_len=turn.prefix_len,
             fork=turn.fork,
@@ -215,8 +225,7 @@ class Rebuilt:
             digest=turn.conversation,
             messages=turn.messages,
             tools=turn.tools,
-            chars=turn.prompt_chars,
-            text_hash=turn.prompt_hash,
+            text=Text(turn.prompt_chars, turn.prompt_hash),
             opened=False,
             said=self._said.get(turn.after),
             appends=turn.parent == turn.after != "",
@@ -227,7 +236,7 @@ class Rebuilt:
         call = Call(self._session, ModelCall(dialect=turn.dialect, messages=()), prompt, turn.request, self._calls)
         call.turn_id = turn.turn_id
         call.result.set_result(reply)
-        call.sampler.prompt = []
+        call.let_go()
         # Who went on from an answer has seen it: the same body again is a call of its own.
         call.delivered = turn.turn_id in self._said and self._said[turn.turn_id].extended
         return call

@@ -19,6 +19,7 @@ from kat_stream.gateway.messages import Message, ModelCall, Reply, ToolCall
 from kat_stream.gateway.parsers.base import ToolParser
 from kat_stream.gateway.prompts import Conversation, Prompt
 from kat_stream.gateway.render import Renderer, unpack
+from kat_stream.gateway.text import text_digest
 from kat_stream.gateway.tools import Said, family, get_parser, read_reply
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ TOOLS = [
 ]
 
 
+_LONG_EACH = 10
+"""One conversation of so many is long."""
+
+
 @dataclass(slots=True)
 class Report:
     """Turns by what became of them; `wrong` says where template and gateway disagree."""
@@ -63,6 +68,8 @@ class Report:
     """Prompts that go on behind the sampled ids."""
     kept: int = 0
     """Of those, prompts in which a reply stands as it was sampled and the template would write it another way."""
+    shortened: int = 0
+    """Of those, prompts whose end was seen on a shortened history."""
     forks: Counter[str] = field(default_factory=Counter)
     calls: int = 0
     """Tool calls that were read back from the template's text of them."""
@@ -100,7 +107,8 @@ class _Trial:
         self._messages = [*head, Message(role="user", content=self._words())]
 
     def run(self) -> None:
-        for turn in range(self._chance.randint(2, 5)):
+        long = self._number % _LONG_EACH == 0
+        for turn in range(self._chance.randint(10, 20) if long else self._chance.randint(2, 5)):
             call = ModelCall(dialect="verify", messages=tuple(self._messages), tools=self._tools)
             try:
                 prompt = self._conversation.prompt(self._renderer, call)
@@ -115,10 +123,13 @@ class _Trial:
         """Whether the prompt is the template's text of the conversation as it was said."""
         self._report.turns += 1
         self._report.extended += prompt.appends
+        self._report.shortened += prompt.heard is not None and prompt.heard.rendered < prompt.messages
         if prompt.fork:
             self._report.forks[prompt.fork] += 1
         shown = self._renderer.decode(unpack(prompt.ids))
         asked = self._renderer.text([message.for_template() for message in self._messages], self._tools)
+        if prompt.text.digest != text_digest(asked):
+            self._report.wrong.append(f"conversation {self._number}, turn {turn}: the text seen is not the template's")
         if shown == asked:
             return
         said = prompt.said

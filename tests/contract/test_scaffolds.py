@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from kat_stream.cli.main import main
 from kat_stream.env.scaffolds import get_scaffold
 from kat_stream.env.scaffolds.blackbox import BlackBox, read_description
 from kat_stream.env.scaffolds.description import lock_of
@@ -30,7 +31,7 @@ base, key, instruction = sys.argv[1], os.environ["KEY"], sys.argv[2]
 def ask(url, key):
     body = json.dumps({"model": "m", "messages": [{"role": "user", "content": instruction}]}).encode()
     headers = {"Authorization": "Bearer " + key, "Content-Type": "application/json"}
-    reply = json.load(urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=10))
+    reply = json.load(urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60))
     return reply["choices"][0]["message"]["content"]
 def refused(url, key):
     try:
@@ -118,7 +119,8 @@ async def test_a_black_box_knows_its_session_and_nothing_else(tmp_path: Path, pr
 async def test_a_black_box_that_fails_has_an_outcome_of_its_own(
     tmp_path: Path, probe: Path, says: str, outcome: str, detail: str
 ) -> None:
-    task = msgspec.structs.replace(task_for(tmp_path, "probe"), agent_timeout_s=6.0)
+    limit_s = 6.0 if outcome == "time_limit" else 60.0
+    task = msgspec.structs.replace(task_for(tmp_path, "probe"), agent_timeout_s=limit_s)
     async with backend() as sandboxes, world(saying(says)) as gateway:
         trajectory = await roll(sandboxes, request(task), gateway)
     assert trajectory.outcome == outcome, trajectory.detail
@@ -208,6 +210,15 @@ def test_a_toml_file_of_your_own_is_a_name(tmp_path: Path) -> None:
 def test_an_unknown_name_lists_described_agents() -> None:
     with pytest.raises(ConfigError, match=r"no 'codecs'; did you mean 'codex'.*claude-code"):
         get_scaffold("codecs")
+
+
+@pytest.mark.parametrize("setting", ["data.scaffold='codecs'", "sampler.scaffold={shell = 1, codecs = 1}"])
+def test_a_run_under_an_unknown_scaffold_does_not_begin(
+    tmp_path: Path, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "--set", setting, "--set", f"run.directory='{tmp_path / 'runs'}'"]) == 2
+    assert "did you mean 'codex'" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def _mini_is_installed() -> bool:

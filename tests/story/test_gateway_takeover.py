@@ -1,4 +1,5 @@
-"""kill -9 of a gateway in the middle of 32 live agents: their own retries go on, no turn is lost, none is doubled."""
+"""A gateway is killed in the middle of 32 live agents, or stands still for longer than its sessions: their own retries
+go on, no turn is lost, none is doubled."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import aiohttp
@@ -29,7 +31,7 @@ from tests.story.conftest import end, start
 from topics import CATALOGUE, Sampling, Turn
 
 pytestmark = [pytest.mark.anyio, pytest.mark.kafka, pytest.mark.timeout(400)]
-AGENTS, TURNS = 32, 5
+AGENTS, TURNS, STOOD_STILL = 32, 5, 4
 READY_S = 150.0
 
 
@@ -58,6 +60,10 @@ class Run:
         process = start("serve", "gateway", "--run", self.folder, "--member", member, out=log)
         self.processes.callback(end, process)
         return process
+
+    async def engine_does(self, what: str) -> None:
+        async with self.http.post(f"{self.engine.url}/{what}", json={"mode": "in_place"}) as done:
+            assert done.status == 200
 
     async def ready(self, number: int) -> None:
         control = GatewayControl(self.context.gateway_control_urls[number], self.http)
@@ -142,20 +148,82 @@ async def test_agents_go_on_when_their_gateway_is_killed(
             _check(await control.close(handle.session_id, deadline_s=30.0), said, run.engine)
 
 
+async def test_what_a_gateway_writes_after_it_stood_still_does_not_count(
+    kafka_bootstrap: str, tmp_path: Path, processes: ExitStack
+) -> None:
+    async with _run(kafka_bootstrap, tmp_path, processes, 1) as run:
+        still = run.start("gateway")
+        run.start("gateway-2")
+        await run.ready(0)
+        await run.ready(1)
+        first, second = run.context.gateway_control_urls
+        control = GatewayControl(first, run.http)
+        heard = {await _open(control, run, number): list[str]() for number in range(STOOD_STILL)}
+        for handle, said in heard.items():
+            said.append(await _go_on(run, 0, handle, said))
+        await run.engine_does("pause_generation")
+        async with anyio.create_task_group() as late:
+            for handle, said in heard.items():
+                late.start_soon(_hears_nothing, run, handle, tuple(said))
+            await until(lambda: run.engine.in_flight == STOOD_STILL)
+            os.killpg(still.pid, signal.SIGSTOP)
+            try:
+                # The answers to the gateway that stands still wait for it in its sockets.
+                await run.engine_does("continue_generation")
+                async with anyio.create_task_group() as agents:
+                    for handle, said in heard.items():
+                        agents.start_soon(_twice, run, 1, handle, said)
+            finally:
+                os.killpg(still.pid, signal.SIGCONT)
+        # It has to take the sessions back like any other gateway, past what it wrote too late.
+        async with anyio.create_task_group() as agents:
+            for handle, said in heard.items():
+                agents.start_soon(_twice, run, 0, handle, said)
+        for handle, said in heard.items():
+            _check(await control.close(handle.session_id, deadline_s=30.0), said, run.engine, claims=3)
+
+
+async def _go_on(run: Run, gateway: int, handle: SessionHandle, said: Sequence[str]) -> str:
+    """The next reply of a conversation, asked of one gateway once."""
+    messages: list[dict[str, str]] = [user(f"task {handle.session_id}")]
+    for number, text in enumerate(said):
+        messages += [{"role": "assistant", "content": text}, user(f"go on {number}")]
+    base_url = f"{run.context.gateway_urls[gateway]}{handle.path}/v1"
+    async with openai.AsyncOpenAI(base_url=base_url, api_key=handle.key, max_retries=0, timeout=READY_S) as client:
+        answer = await client.chat.completions.create(model="m", messages=messages)  # type: ignore[arg-type]
+    return answer.choices[0].message.content or ""
+
+
+async def _hears_nothing(run: Run, handle: SessionHandle, said: Sequence[str]) -> None:
+    """What was asked of the gateway that stood still is told to ask again: it may no longer answer."""
+    with pytest.raises(openai.APIStatusError) as refused:
+        await _go_on(run, 0, handle, said)
+    assert refused.value.status_code == 503
+
+
+async def _twice(run: Run, gateway: int, handle: SessionHandle, said: list[str]) -> None:
+    for _ in range(2):
+        said.append(await _go_on(run, gateway, handle, said))
+
+
 async def _open(control: GatewayControl, run: Run, number: int) -> SessionHandle:
     return await control.open(
         run=run.context.run, group_id=f"g{number // 8}", rollout_id=f"g{number // 8}s{number % 8}", sampling=Sampling()
     )
 
 
-def _check(turns: list[Turn], heard: list[str], engine: ScriptedEngine) -> None:
-    """One unbroken line of turns, each as the engine sampled it and as the agent was told, none twice."""
+def _check(turns: list[Turn], heard: list[str], engine: ScriptedEngine, claims: int = 2) -> None:
+    """One unbroken line of turns, each as the engine sampled it and as the agent was told, none twice.
+
+    `claims`: gateways that had the session one after another, at most.
+    """
     assert [turn.content for turn in turns] == heard and len(heard) == TURNS
     assert [turn.parent for turn in turns] == ["", *(turn.turn_id for turn in turns[:-1])]
     assert {turn.fork for turn in turns} == {""} and len({turn.turn_id for turn in turns}) == TURNS
     assert [turn.index for turn in turns] == list(range(TURNS))
     asked = {tuple(body.input_ids) for body in engine.requests}
     assert all(tuple(prompt) in asked for prompt, _ in paths(turns).values())
-    claims = [turn.claim for turn in turns]
-    assert claims == sorted(claims, key=lambda claim: claim != "") and len(set(claims)) <= 2
+    claimed = [turn.claim for turn in turns]
+    assert [claim for claim, _ in groupby(claimed)] == list(dict.fromkeys(claimed))
+    assert claimed[0] == "" and len(set(claimed)) <= claims
     assert all(turn.trainable for turn in turns)

@@ -133,10 +133,20 @@ STRICT = (
 )
 
 
-@pytest.mark.parametrize("template", [CHATML, THINKING, FORGETFUL, STRICT])
+# As Qwen3: what was thought is shown behind the place where a user spoke last.
+SINCE_ASKED = (
+    "{% set ns = namespace(asked=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}"
+) + THINKING.replace("{% if m.reasoning_content %}", "{% if m.reasoning_content and loop.index0 > ns.asked %}")
+# Writes a message by how many stand before it: nothing can be told from a shortened history.
+COUNTING = CHATML.replace("{{ m.content }}", "{% if m.role == 'tool' %}{{ loop.index0 }}: {% endif %}{{ m.content }}")
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING, FORGETFUL, STRICT, SINCE_ASKED, COUNTING])
 def test_prompts_are_what_the_template_would_write(template: str) -> None:
     report = verify(tokenizer(template), conversations=60)
     assert report.wrong == [] and report.unwritable == 0
+    assert (report.shortened == 0) == (template == COUNTING)
     assert report.turns > 150 and report.extended > (0 if template == FORGETFUL else 100)
     assert report.calls > 50 or template == STRICT
 

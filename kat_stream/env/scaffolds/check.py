@@ -2,27 +2,30 @@
 
 Owns the verdict. Invariant: what is proved is what the agent did through the real gateway: the file is right, the
 prompt ids in the records are those the engine saw, the sampled ids are those the policy gave, and each sampled token
-is trained exactly once or belongs to a side request or an aborted call.
+is trained exactly once or belongs to a side request or an aborted call. Where the agent writes a log of its own, that
+has the same texts and calls.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kat_stream.engines.scripted import ScriptedPolicy
 from kat_stream.env.grading import Grader
 from kat_stream.env.rollout import RolloutRunner
 from kat_stream.env.sandboxes.base import Sandbox, SandboxBackend, SandboxSpec
 from kat_stream.env.scaffolds.blackbox import BlackBox
+from kat_stream.env.scaffolds.own_log import differences
 from kat_stream.env.scaffolds.registry import get_scaffold
 from kat_stream.env.scaffolds.rehearsal import Front, Stage, playing, stage, task_in
-from kat_stream.errors import ConfigError, DataError
+from kat_stream.errors import ConfigError, DataError, SandboxError
 from topics import RolloutRequest, Sampling, Trajectory, Turn
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 AGENT_S = 240.0
 _MARGIN_S = 120.0
+_LOG_S, _LOG_BYTES = 30.0, 1 << 24
 _SAMPLING = Sampling(max_turns=12, max_new_tokens=2048, max_context=400_000)
 _PACKED_TOKENS = 1 << 20
 
@@ -52,14 +56,44 @@ class Checked:
 class _Watching:
     """A back end that remembers its sandboxes, to ask them for their memory when they are gone."""
 
-    def __init__(self, inner: SandboxBackend) -> None:
+    def __init__(self, inner: SandboxBackend, own_log: str) -> None:
         self.inner, self.name, self.isolated = inner, inner.name, inner.isolated
-        self.made: list[Any] = []
+        self.made: list[_Watched] = []
+        self._own_log = own_log
 
     async def create(self, spec: SandboxSpec, *, owner: str = "") -> Sandbox:
-        sandbox = await self.inner.create(spec, owner=owner)
-        self.made.append(sandbox)
-        return sandbox
+        self.made.append(_Watched(await self.inner.create(spec, owner=owner), self._own_log))
+        return cast(Sandbox, self.made[-1])
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most that a sandbox held."""
+        return max((getattr(made.inner, "peak_memory_bytes", 0) for made in self.made), default=0)
+
+
+class _Watched:
+    """A sandbox whose agent's own log is read before it goes."""
+
+    def __init__(self, inner: Sandbox, own_log: str) -> None:
+        self.inner, self.log = inner, b""
+        self._own_log = own_log
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def __aenter__(self) -> Any:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.destroy()
+
+    async def destroy(self) -> None:
+        if self._own_log and not self.log:
+            directory, _, pattern = self._own_log.rpartition("/")
+            find = ["find", directory, "-name", pattern, "-exec", "cat", "{}", ";", "-exec", "printf", r"\0", ";"]
+            with contextlib.suppress(SandboxError):
+                self.log = (await self.inner.exec(find, timeout_s=_LOG_S, output_limit=_LOG_BYTES)).stdout
+        await self.inner.destroy()
 
 
 async def check(
@@ -77,19 +111,23 @@ async def check(
     """
     description = checkable(name).description
     policy = playing(description.check.steps[: 1 if endless else None])
-    watching: Any = _Watching(sandboxes)
+    watching: Any = _Watching(sandboxes, description.check.own_log)
     with tempfile.TemporaryDirectory(prefix="kat-check-") as directory:
         async with stage(policy, front) as world:
             trajectory = await _roll(name, world, watching, Path(directory), sampling, seconds)
             reward = await Grader(sandboxes).grade(trajectory) if trajectory.gradable else None
     score = reward.score if reward is not None else 0.0
+    own: list[str] = []
+    # An agent that met a failure may log what it then took back.
+    if description.check.own_log and watching.made and front is None and not endless:
+        own = differences(watching.made[0].log, trajectory.turns)
     return Checked(
         name=description.name,
         version=description.version,
         trajectory=trajectory,
-        memory_bytes=max((getattr(made, "peak_memory_bytes", 0) for made in watching.made), default=0),
+        memory_bytes=watching.memory_bytes,
         score=score,
-        wrong=(*_ending(trajectory, score), *wrong_records(trajectory.turns, world, policy)),
+        wrong=(*_ending(trajectory, score), *wrong_records(trajectory.turns, world, policy), *own),
         forks=Counter(turn.fork for turn in trajectory.turns if turn.fork),
         sampled=sum(map(_sampled, trajectory.turns)),
         trainable=sum(_sampled(turn) for turn in trajectory.turns if turn.trainable),

@@ -67,6 +67,8 @@ class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a policy would say to do the check's task with this agent: write `fixed` into answer.txt."""
 
     steps: tuple[Step, ...] = ()
+    own_log: str = ""
+    """Files that the agent itself writes about its session: a directory, and a pattern of names at any depth."""
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

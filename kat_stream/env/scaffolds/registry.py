@@ -6,6 +6,7 @@ agent in another version, beside it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from kat_stream.env.plugins import load, names
@@ -25,6 +26,12 @@ def described() -> dict[str, Path]:
 def scaffold_names() -> list[str]:
     """Every name that `get_scaffold` knows, sorted."""
     return sorted({*described(), *names(GROUP)})
+
+
+def check_scaffolds(names: Iterable[str]) -> None:
+    """Whether there are scaffolds of these names, before anything runs under them; ConfigError if not."""
+    for name in names:
+        get_scaffold(name)
 
 
 def get_scaffold(name: str) -> Scaffold:

@@ -105,8 +105,13 @@ def playing(steps: Sequence[Step]) -> ScriptedPolicy:
 
 
 @asynccontextmanager
-async def stage(policy: ScriptedPolicy, front: Front | None = None) -> AsyncIterator[Stage]:
-    """An engine, a gateway over an in-memory log, and a `front` before it; all closed at the end."""
+async def stage(
+    policy: ScriptedPolicy, front: Front | None = None, *, words: PreTrainedTokenizerFast | None = None
+) -> AsyncIterator[Stage]:
+    """An engine, a gateway over an in-memory log, and a `front` before it; all closed at the end.
+
+    `words`: the policy's tokenizer, if it is not the rehearsal's own; its tool calls are written as Hermes does.
+    """
     async with AsyncExitStack() as stack:
         engine = await start_scripted_engine(policy)
         stack.push_async_callback(engine.close)
@@ -117,7 +122,11 @@ async def stage(policy: ScriptedPolicy, front: Front | None = None) -> AsyncIter
         router = await stack.enter_async_context(Router([engine.url]))
         http = await stack.enter_async_context(aiohttp.ClientSession())
         server = await start_gateway(
-            tokenizer=tokenizer(), log=log, router=router, config=GatewaySection(tools="hermes"), model_name="policy"
+            tokenizer=words or tokenizer(),
+            log=log,
+            router=router,
+            config=GatewaySection(tools="hermes"),
+            model_name="policy",
         )
         stack.push_async_callback(server.close)
         url = await stack.enter_async_context(front(server.data_url)) if front else server.data_url
