@@ -3,12 +3,13 @@ SHELL := /bin/bash
 KAT := .venv/bin/kat-stream
 SEED ?= 0
 LOG ?= memory
+SCAFFOLD ?= shell
 N ?= 100
 
 .PHONY: demo test check bench chaos fuzz warm-start setup setup-test clean
 
-demo: setup ## set everything up and train the small policy: make demo [SEED=1] [LOG=kafka]
-	$(KAT) demo --seed $(SEED) --log $(LOG)
+demo: setup ## set everything up and train the small policy: make demo [SEED=1] [LOG=kafka] [SCAFFOLD=codex]
+	$(KAT) demo --seed $(SEED) --log $(LOG) --scaffold $(SCAFFOLD)
 
 test: setup-test ## set everything up and run all tests
 	$(MAKE) --no-print-directory check

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kat_stream.config import Config
 
 CONFIG = Path(__file__).parents[1] / "demo" / "demo.toml"
+SHELL = "shell"
 
 
 def register(subparsers: Any) -> None:
@@ -16,15 +20,19 @@ def register(subparsers: Any) -> None:
         help="train the small policy that ships with the package on small repositories",
         description="Evaluates a small policy on held-out repositories, trains it by agents in sandboxes and\n"
         "evaluates it again. With --log memory everything runs in this process; with --log kafka a real\n"
-        "Apache Kafka is started (Java and Maven are needed, Docker is not) and every service is a process.",
+        "Apache Kafka is started (Java and Maven are needed, Docker is not) and every service is a process.\n"
+        "With --scaffold the same tasks are learnt through an unmodified agent program and its own prompt.\n"
+        "The small policy is taught to speak through it first; the result is kept in .kat/policies.",
         epilog="examples:\n"
         "  kat-stream demo                          about ten minutes on two cores\n"
         "  kat-stream demo --seed 1 --set run.steps=10\n"
+        "  kat-stream demo --scaffold codex         about half an hour, as --scaffold mini-swe-agent\n"
         "  kat-stream demo --log kafka              then, elsewhere: kat-stream tail trajectories",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order of tasks")
     parser.add_argument("--log", choices=("memory", "kafka"), default="memory", help="where records flow")
+    parser.add_argument("--scaffold", default=SHELL, help="shell | codex | mini-swe-agent: who works on the tasks")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting")
     parser.set_defaults(handler=demo)
 
@@ -37,14 +45,9 @@ def demo(args: argparse.Namespace) -> int:
     from kat_stream.config import load
     from kat_stream.log import broker
     from kat_stream.runs import create_run
-    from kat_stream.sandboxing import or_local
 
-    config = load(CONFIG, [f"run.seed={args.seed}", *args.set])
-    section, reason = or_local(config.rollout)
-    if reason:
-        print(f"demo: WARNING: no isolation: {config.rollout.sandbox}: {reason}", file=sys.stderr)
-        print("demo: WARNING: the policy's commands run as you, on this machine", file=sys.stderr)
-    config = msgspec.structs.replace(config, rollout=section)
+    asked = [f"run.seed={args.seed}", *args.set]
+    config = _shell(load(CONFIG, asked)) if args.scaffold == SHELL else _black_box(args.scaffold, asked)
     if args.log == "memory":
         config, run_dir = create_run(config)
         return conduct("demo", config, run_dir, resume=False)
@@ -55,3 +58,32 @@ def demo(args: argparse.Namespace) -> int:
         return conduct("demo", config, run_dir, resume=False)
     finally:
         broker.down(STATE_DIR)
+
+
+def _shell(config: Config) -> Config:
+    """The white-box demo, without isolation where there is none to be had."""
+    import msgspec
+
+    from kat_stream.sandboxing import or_local
+
+    section, reason = or_local(config.rollout)
+    if reason:
+        print(f"demo: WARNING: no isolation: {config.rollout.sandbox}: {reason}", file=sys.stderr)
+        print("demo: WARNING: the policy's commands run as you, on this machine", file=sys.stderr)
+    return msgspec.structs.replace(config, rollout=section)
+
+
+def _black_box(scaffold: str, asked: list[str]) -> Config:
+    """The demo with an unmodified agent, and a policy that speaks through it. ConfigError as `policy_for`."""
+    from kat_stream.config import load
+    from kat_stream.demo.policies import policy_for
+    from kat_stream.demo.wording import settings_of
+    from kat_stream.sandboxing import open_backend
+
+    config = load(settings_of(scaffold), [*asked, f"data.scaffold={scaffold}"])
+    policy = policy_for(scaffold, config.sampler.max_context, lambda: open_backend(config.rollout), _say)
+    return load(settings_of(scaffold), [*asked, f"data.scaffold={scaffold}", f"policy.model={policy}"])
+
+
+def _say(line: str) -> None:
+    print(f"demo: {line}", flush=True)

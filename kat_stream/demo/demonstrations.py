@@ -1,4 +1,4 @@
-"""Demonstrations of the training split: conversations in the exact form of the shell agent, with known outputs.
+"""Demonstrations of the training split: conversations with known outputs, in the exact form of an agent.
 
 Owns what the warm start shows the policy: clean solutions, solutions after an error, and sloppy ones (which RL is there
 to remove). Invariant: every output is what the real command prints in the task's work tree; a test runs a sample.
@@ -11,36 +11,38 @@ import random
 import re
 from dataclasses import dataclass
 
-from kat_stream.demo.prediction import predict
+from kat_stream.demo.prediction import Printed, predict
 from kat_stream.env.mend import MendTask
 from kat_stream.env.mend.words import NAMES
-from kat_stream.env.scaffolds.shell_prompt import FINISH_COMMAND, first_messages
+from kat_stream.env.scaffolds.shell_prompt import FINISH_COMMAND, first_messages, observation
 
 MAX_TURNS = 6
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant message, the observation that follows (empty after the last), and whether to learn the message."""
+    """One command, what it prints (None after the last), and whether to learn to give it."""
 
     command: str
-    observed: str
+    printed: Printed | None
     learn: bool = True
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A conversation with one task: its messages are the prompt's, then the turns'."""
+    """The commands given to one task; the last is FINISH_COMMAND, or the last that the limit of turns permits."""
 
     task: MendTask
     turns: tuple[Turn, ...]
 
     def messages(self) -> list[dict[str, str]]:
+        """The conversation as the shell agent has it."""
         messages = first_messages(self.task.instruction)
         for turn in self.turns:
             messages.append({"role": "assistant", "content": turn.command})
-            if turn.observed:
-                messages.append({"role": "user", "content": turn.observed})
+            if turn.printed is not None:
+                seen = observation(turn.printed.output.encode(), turn.printed.exit_code)
+                messages.append({"role": "user", "content": seen})
         return messages
 
 
@@ -94,7 +96,7 @@ def _demonstrate(task: MendTask, commands: tuple[str, ...]) -> Demonstration:
     turns = []
     for number, command in enumerate(commands, start=1):
         last = command == FINISH_COMMAND or number == MAX_TURNS
-        turns.append(Turn(command, "" if last else predict(command, tree)))
+        turns.append(Turn(command, None if last else predict(command, tree)))
     return Demonstration(task, tuple(turns))
 
 
@@ -105,9 +107,9 @@ def _slip(task: MendTask, rng: random.Random) -> Turn:
     names = [name for name in re.findall(r"\w+", first) if name in NAMES]
     if names:
         command = first.replace(rng.choice(names), other)
-        observed = predict(command, _tree(task))
-        if not observed.endswith("[exit 0]"):
-            return Turn(command, observed, learn=False)
+        printed = predict(command, _tree(task))
+        if printed.exit_code != 0:
+            return Turn(command, printed, learn=False)
     command = rng.choice(("cat {}.py", "sed -i /x/d {}.py", "chmod +x {}.py")).format(other)
     return Turn(command, predict(command, {}), learn=False)
 

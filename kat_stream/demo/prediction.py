@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-
-from kat_stream.env.scaffolds.shell_prompt import observation
+from typing import NamedTuple
 
 Tree = dict[str, str]
 
 
-def predict(command: str, tree: Tree) -> str:
-    """The observation of one command; `tree` (path -> text) is changed as the command would change it.
+class Printed(NamedTuple):
+    """What a command left behind for the agent to see."""
+
+    output: str
+    exit_code: int
+
+
+def predict(command: str, tree: Tree) -> Printed:
+    """What one command prints; `tree` (path -> text) is changed as the command would change it.
 
     Raises ValueError for a command that is not one of the demonstrations'.
     """
     for pattern, action in _ACTIONS:
         if match := re.fullmatch(pattern, command):
             try:
-                return observation(action(tree, *match.groups()).encode(), 0)
+                return Printed(action(tree, *match.groups()), 0)
             except _Failed as failed:
-                return observation(failed.output.encode(), failed.exit_code)
+                return Printed(failed.output, failed.exit_code)
     raise ValueError(f"cannot predict {command!r}")
 
 

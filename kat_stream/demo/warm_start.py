@@ -69,7 +69,7 @@ def build_policy(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3For
     policy = Qwen3ForCausalLM(config)
     for name, parameter in policy.named_parameters():
         if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=_initial_deviation(name, recipe.hidden))
+            torch.nn.init.normal_(parameter, std=initial_deviation(name, recipe.hidden))
     return policy
 
 
@@ -78,7 +78,7 @@ def end_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return int(tokenizer.get_vocab()[END])
 
 
-def _initial_deviation(name: str, hidden: int) -> float:
+def initial_deviation(name: str, hidden: int) -> float:
     if "embed" in name:
         return 0.1
     return 0.02 if "o_proj" in name or "down_proj" in name else hidden**-0.5
@@ -110,9 +110,14 @@ class Example:
 
 def encode(demonstration: Demonstration, tokenizer: PreTrainedTokenizerFast, context_weight: float) -> Example:
     """The conversation as the agent will see it, token by token; a slip weighs nothing."""
-    messages = demonstration.messages()
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    text = tokenizer.apply_chat_template(demonstration.messages(), tokenize=False)
+    return weigh(tokenizer.encode(text, add_special_tokens=False), demonstration, tokenizer, context_weight)
+
+
+def weigh(
+    ids: list[int], demonstration: Demonstration, tokenizer: PreTrainedTokenizerFast, context_weight: float
+) -> Example:
+    """A demonstration's ids: the agent's own tokens weigh 1, or nothing in a slip."""
     learnt = iter(turn.learn for turn in demonstration.turns)
     begin, end = (tokenizer.convert_tokens_to_ids(token) for token in (ASSISTANT, END))
     weights, weight = [], context_weight
@@ -176,16 +181,22 @@ def vocabulary() -> Iterator[str]:
 
 
 def train(recipe: Recipe, seed: int) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """Train a policy from nothing; prints a line every 100 steps."""
+    """Train a policy from nothing."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(vocabulary())
     policy = build_policy(recipe, tokenizer)
     examples = [encode(each, tokenizer, recipe.context_weight) for each in demonstrations(recipe, seed)]
+    fit(policy, examples, recipe, seed, end_id(tokenizer))
+    return policy.eval(), tokenizer
+
+
+def fit(policy: Qwen3ForCausalLM, examples: list[Example], recipe: Recipe, seed: int, pad: int) -> None:
+    """Show the policy each example once; prints a line every 100 steps."""
     steppers = optimizers(policy, recipe)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: learning_rate(step, recipe.steps)) for o in steppers]
     progress = Progress(recipe.steps)
     for batch in batches(examples, recipe.batch, random.Random(f"order {seed}")):
-        loss = batch_loss(policy, batch, end_id(tokenizer))
+        loss = batch_loss(policy, batch, pad)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         for stepper, schedule in zip(steppers, schedules, strict=True):
@@ -193,7 +204,6 @@ def train(recipe: Recipe, seed: int) -> tuple[Qwen3ForCausalLM, PreTrainedTokeni
             stepper.zero_grad(set_to_none=True)
             schedule.step()
         progress.report(loss.item(), sum(len(example.ids) for example in batch))
-    return policy.eval(), tokenizer
 
 
 class Progress:

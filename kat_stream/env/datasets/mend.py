@@ -19,21 +19,22 @@ from topics import Environment, Task, VerifierSpec
 _Split = Literal["train", "held-out"]
 _SPLITS = get_args(_Split)
 _ENVIRONMENT_MB = 256
-_AGENT_TIMEOUT_S = 60.0
+_AGENT_TIMEOUT_S = 60
 _VERIFIER_TIMEOUT_S = 30.0
 _SCRIPT = 0o755
 
 
 class MendDataset:
-    """`count` tasks of one split, made from `seed`."""
+    """`count` tasks of one split, made from `seed`; an agent has `seconds` for each (60)."""
 
     name = "mend"
 
     def __init__(self, spec: Spec) -> None:
-        spec.check_options(("count", "seed"))
+        spec.check_options(("count", "seed", "seconds"))
         if spec.location not in _SPLITS:
             raise ConfigError(f"dataset {spec.text!r}: split {spec.location!r} is not one of {', '.join(_SPLITS)}")
         self._spec = spec
+        self._seconds = float(spec.number("seconds", _AGENT_TIMEOUT_S))
         split = cast(_Split, spec.location)
         made = generate(split, spec.number("count", 240), spec.number("seed", 0))
         self._made = {task.task_id: task for task in made}
@@ -85,6 +86,6 @@ class MendDataset:
                 options={"require_submit": "1"},
             ),
             solution=reference,
-            agent_timeout_s=_AGENT_TIMEOUT_S,
+            agent_timeout_s=self._seconds,
             metadata={"template": made.template, "split": made.split},
         )
