@@ -27,6 +27,7 @@ from topics import (
     Turn,
     VerifierSpec,
     VersionSpan,
+    partition_of,
 )
 from topics.record import pack_floats, pack_ints
 
@@ -258,7 +259,7 @@ class FabricatedRun:
         out = []
         for record, timestamp_ms in self.records:
             message = seal(record)
-            place = (message.topic, message.partition)
+            place = (message.topic, partition_of(record))
             position = Position(*place, offsets[place])
             offsets[place] += 1
             out.append(Delivered(position, message.key, message.value, dict(message.headers), timestamp_ms))

@@ -68,7 +68,7 @@ def judged(records: list[Record]) -> Verdict:
     messages, ledger = [], Ledger()
     for record in records:
         sealed = seal(record)
-        place = (sealed.topic, sealed.partition)
+        place = (sealed.topic, partition_of(record))
         messages.append(Delivered(Position(*place, offsets[place]), sealed.key, sealed.value, sealed.headers, 0))
         offsets[place] += 1
         ledger.apply(record)

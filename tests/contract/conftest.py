@@ -14,7 +14,7 @@ from kat_stream.log import Log, open_log
 from kat_stream.log.blobs import BlobStore
 from kat_stream.log.claims import ClaimCheckedLog
 from kat_stream.log.memory import MemoryLog
-from kat_stream.log.retries import TIERS
+from kat_stream.log.retries import IN_PLACE_S, TIERS
 from tests.conftest_kafka import kafka_bootstrap, kafka_cluster, kafka_cluster_dir
 from topics.catalogue import topic_named
 
@@ -38,6 +38,8 @@ LOGS = [
 ]
 BARE = LOGS[::2]
 """Without claim-check."""
+STAGES = LOGS[:3]
+"""For what a stage does above the log: claim-check is the same object over either log (test_log.py runs on all)."""
 CLAIMED_OVER = 100
 """Bytes: nearly every record of these tests goes through the store."""
 
@@ -60,6 +62,13 @@ async def connect(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 
         await (await another()).apply_topics(TOPICS)
         yield another
+
+
+@pytest.fixture
+def first_tier_s(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Seconds that the shortest tier waits in this test: as little as a tier can, not its real 10 s."""
+    monkeypatch.setitem(TIERS, "retries.10s", IN_PLACE_S)
+    return IN_PLACE_S
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from kat_stream.log.lag import lags
 from kat_stream.service import Context, load_service
 from tests.conftest_secured import USERS, Secured, secured
 from tests.observe_kit import small
+from topics import GroupClosed
 from topics.catalogue import CATALOGUE
 
 __all__ = ["secured"]
@@ -188,6 +189,7 @@ async def test_the_packer_transforms_with_its_rights(connect: Any) -> None:
 async def _transform_until_committed(log: Log) -> None:
     records = [record for record, _ in small().records]
     out = [next(r for r in records if type(r) is kind) for kind in _kinds(("batches", "ledger"))]
+    out.append(GroupClosed(run=out[0].run, group_id=out[0].group_id))  # type: ignore[attr-defined]
     stopping, stage = anyio.Event(), f"demo.packer-{time.time_ns()}"
 
     async def run() -> None:
@@ -198,7 +200,7 @@ async def _transform_until_committed(log: Log) -> None:
             member="packer",
             handler=Copy(out),  # type: ignore[arg-type]
             stopping=stopping,
-            remember="batches",
+            remember="groups.closed",
         )
 
     async with anyio.create_task_group() as group:

@@ -16,15 +16,15 @@ from kat_stream.log import Log, Message, run_transform
 from kat_stream.log.message import seal
 from kat_stream.rl.group import GroupRules
 from kat_stream.versions import Versions
-from tests.contract.conftest import Connect
+from tests.contract.conftest import STAGES, Connect
 from tests.contract.log_records import everything
 from tests.unit.records import RUN, request, reward, trajectory, turn
 from topics import DeadLetter, PackedBatch, PolicyVersion, Record, Reward, Trajectory, partition_of, topic_named
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("connect", STAGES, indirect=True)]
 GROUP = f"{RUN}-t000000"
 BAD = f"{RUN}-t000077"
-MORE = [topic_named(name) for name in ("trajectories", "batches", "policy.versions")]
+MORE = [topic_named(name) for name in ("trajectories", "batches", "groups.closed", "policy.versions")]
 WAIT_S = 30.0
 
 
@@ -54,7 +54,7 @@ async def packing(log: Log, member: str = "m") -> AsyncIterator[None]:
     async def stage() -> None:
         topics = ("trajectories", "rewards")
         await run_transform(
-            log, topics, group="p", member=member, handler=handler, stopping=stopping, remember="batches"
+            log, topics, group="p", member=member, handler=handler, stopping=stopping, remember="groups.closed"
         )
 
     async with anyio.create_task_group() as tasks:
@@ -94,52 +94,55 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("kind", UNREADABLE)
-async def test_what_cannot_be_read_is_a_dead_letter_with_its_bytes(log: Log, kind: str) -> None:
-    message, said = UNREADABLE[kind]
-    await log.append(message)
+async def test_what_cannot_be_read_is_a_dead_letter_with_its_bytes(log: Log) -> None:
+    """All kinds in one partition: none of them keeps the next one, or the good group, from being handled."""
+    await log.append(*[message for message, _ in UNREADABLE.values()])
     await log.publish(*members())
     async with packing(log):
         (batch,) = await packed(log, 1)
-    (letter,) = await letters(log)
-    assert (letter.value, letter.topic, letter.error_type) == (message.value, "rewards", "DecodeError")
-    assert said in letter.message
+        await up_to_end(log)
+    found = sorted(await letters(log), key=lambda letter: letter.offset)
+    for letter, (kind, (message, said)) in zip(found, UNREADABLE.items(), strict=True):
+        assert (letter.value, letter.topic, letter.error_type) == (message.value, "rewards", "DecodeError"), kind
+        assert said in letter.message, kind
     assert batch.group_id == GROUP and [member.fate for member in batch.members] == ["packed", "packed"]
 
 
-def _with_turn(**fields: object) -> list[Record]:
-    first, *others = members()
+def _with_turn(group: str, **fields: object) -> list[Record]:
+    first, *others = members(group)
     assert isinstance(first, Trajectory)
     return [msgspec.structs.replace(first, turns=(msgspec.structs.replace(first.turns[0], **fields),)), *others]
 
 
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"sampled_ids": b"\x01\x00\x00"}, "sampled_ids has 3 bytes"),
-        ({"logprobs": b""}, "logprobs"),
-        ({"prefix_len": -3}, "prefix_len is -3"),
-        ({"spans": ()}, "bad_turn"),
-    ],
-)
-async def test_a_turn_that_cannot_be_trained_on_is_a_counted_filter(
-    log: Log, fields: dict[str, object], said: str
-) -> None:
-    await log.publish(*_with_turn(**fields))
+BAD_TURNS: dict[str, dict[str, object]] = {
+    "sampled_ids has 3 bytes": {"sampled_ids": b"\x01\x00\x00"},
+    "logprobs": {"logprobs": b""},
+    "prefix_len is -3": {"prefix_len": -3},
+    "bad_turn": {"spans": ()},
+}
+
+
+async def test_a_turn_that_cannot_be_trained_on_is_a_counted_filter(log: Log) -> None:
+    said_of = {f"{RUN}-t{number:06d}": said for number, said in enumerate(BAD_TURNS)}
+    for group, said in said_of.items():
+        await log.publish(*_with_turn(group, **BAD_TURNS[said]))
     async with packing(log):
-        (batch,) = await packed(log, 1)
-    assert batch.members[0].fate == "filtered" and said in batch.members[0].reason
+        batches = await packed(log, len(said_of))
+    assert {batch.group_id for batch in batches} == said_of.keys()
+    for batch in batches:
+        assert batch.members[0].fate == "filtered" and said_of[batch.group_id] in batch.members[0].reason
     assert await letters(log) == []
 
 
-@pytest.mark.parametrize("score", [float("nan"), float("inf")])
-async def test_a_score_that_is_no_number_does_not_hold_its_group(log: Log, score: float) -> None:
-    *others, last = members()
-    assert isinstance(last, Reward)
-    await log.publish(*others, msgspec.structs.replace(last, score=score))
+async def test_a_score_that_is_no_number_does_not_hold_its_group(log: Log) -> None:
+    for number, score in enumerate((float("nan"), float("inf"))):
+        *others, last = members(f"{RUN}-t{number:06d}")
+        assert isinstance(last, Reward)
+        await log.publish(*others, msgspec.structs.replace(last, score=score))
     async with packing(log):
-        (batch,) = await packed(log, 1)
-    assert batch.members[1].fate == "failed" and batch.members[1].reason.startswith("bad_reward")
+        batches = await packed(log, 2)
+    for batch in batches:
+        assert batch.members[1].fate == "failed" and batch.members[1].reason.startswith("bad_reward")
 
 
 async def test_records_of_another_run_are_passed_over(log: Log) -> None:
@@ -168,7 +171,7 @@ async def test_a_record_on_the_wrong_partition_is_a_dead_letter(log: Log) -> Non
     async with packing(log):
         await packed(log, 1)
     (letter,) = await letters(log)
-    assert f"belongs on partition {message.partition}" in letter.message
+    assert f"belongs on partition {message.partition % 12}" in letter.message
 
 
 async def test_a_topic_with_another_partition_count_is_refused(log: Log) -> None:
@@ -189,11 +192,16 @@ async def test_a_batch_of_its_own_that_is_corrupt_does_not_keep_the_packer_from_
     await log.append(replace(seal(batch), value=b"\xc1"))
     await log.publish(*members(), *members(f"{RUN}-t000001"))
     async with packing(log):
-        with anyio.fail_after(WAIT_S):
-            while not await _done(log):
-                await anyio.sleep(0.05)
+        await up_to_end(log)
     found = [d.record() for d in await everything(log, "batches") if d.value != b"\xc1"]
     assert [record.group_id for record in found] == [f"{RUN}-t000001"]  # type: ignore[attr-defined]
+
+
+async def up_to_end(log: Log) -> None:
+    """Until the stage has finished all that it was given."""
+    with anyio.fail_after(WAIT_S):
+        while not await _done(log):
+            await anyio.sleep(0.05)
 
 
 async def _done(log: Log) -> bool:

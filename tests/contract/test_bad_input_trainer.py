@@ -18,13 +18,13 @@ from kat_stream.rl.group import GroupRules, pack_group
 from kat_stream.service import Context
 from kat_stream.training.learner import LearnerConfig, TorchLearner
 from kat_stream.versions import Versions
-from tests.contract.conftest import Connect
+from tests.contract.conftest import STAGES, Connect
 from tests.contract.log_records import everything
 from tests.unit.records import RUN, request, reward, trajectory, turn
 from topics import LedgerEntry, PackedBatch, topic_named
 from topics.record import pack_ints
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("connect", STAGES, indirect=True)]
 
 
 def batch(group: str = f"{RUN}-t000000") -> PackedBatch:

@@ -1,84 +1,144 @@
-"""What a transform reads back after a restart does not grow with the history of its topic, on both logs."""
+"""What a transform wrote is known for ever, on both logs; what others wrote before its first output is not read."""
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import anyio
+import msgspec
 import pytest
+from aiokafka import AIOKafkaProducer
 
-from kat_stream.log import Log
-from kat_stream.log.remembered import KEEP, STRIDE
+from kat_stream.log import Committed, Delivered, Log
+from kat_stream.log.kafka import KafkaLog
 from kat_stream.log.tracker import output_of
 from tests.contract.log_records import SIZE, GroupJoin, entry, eventually, everything, reward
 from tests.contract.test_stages_transform import transforming
 from topics import partition_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(280)]
-BATCH = 300
+BEFORE = 300
+"""Records of another run on the stage's own topic, in one partition."""
 
 
 class Counting(GroupJoin):
-    """Knows how many messages it was given to remember."""
+    """Knows how many messages it was given to remember, and how many of the topic it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read_back, self.shown = 0, 0
 
     def assigned(self, partition, replay) -> None:  # type: ignore[no-untyped-def]
-        self.read_back = getattr(self, "read_back", 0) + len(replay)
+        self.read_back += len(replay)
         super().assigned(partition, replay)
 
+    def mine(self, delivered: Delivered) -> bool:
+        self.shown += 1
+        return delivered.record().run == "r"
 
-def on_partition_0(count: int, skip: int = 0) -> list[str]:
-    names = (f"g{number}" for number in range(20 * (skip + count)))
-    found = [name for name in names if partition_of(reward(0, name)) == 0]
-    return found[skip : skip + count]
+
+def on_partition_0(count: int) -> list[str]:
+    names = (f"g{number}" for number in range(40 * count))
+    return [name for name in names if partition_of(reward(0, name)) == 0][:count]
 
 
 async def publish_groups(log: Log, groups: list[str]) -> None:
-    records = [reward(i, group) for group in groups for i in range(SIZE)]
-    for start in range(0, len(records), 600):
-        await log.publish(*records[start : start + 600])
+    await log.publish(*[reward(i, group) for group in groups for i in range(SIZE)])
 
 
-async def run_over(log: Log, groups: list[str]) -> Counting:
-    """A life of the stage that handles these groups."""
-    await publish_groups(log, groups)
+async def life(log: Log, last: str) -> Counting:
+    """A life of the stage, until it has written the group `last`."""
     handler = Counting()
-    async with transforming(log, handler, batch=BATCH):
-        await eventually(lambda: groups[-1] in handler.emitted.get(0, set()))
-        with anyio.fail_after(60):
-            end = (await log.end_offsets("rewards"))[0]
-            while (await log.committed("t")).get(("rewards", 0), 0) < end:  # type: ignore[call-overload]
-                await anyio.sleep(0.05)
+    async with transforming(log, handler, batch=50, mine=handler.mine):
+        await eventually(lambda: last in handler.emitted.get(0, set()))
+        await _committed(log)
     return handler
 
 
-async def test_after_5000_groups_a_restart_reads_back_a_few_hundred_records(log: Log) -> None:
-    await run_over(log, on_partition_0(500))
-    early = await run_over(log, on_partition_0(10, skip=500))
-    await run_over(log, on_partition_0(4490, skip=510))
-    late = await run_over(log, on_partition_0(10, skip=5000))
-    bound = KEEP + STRIDE + 2 * BATCH // SIZE
-    assert 0 < early.read_back <= bound
-    assert 0 < late.read_back <= bound
-    last = await run_over(log, on_partition_0(10, skip=5010))
-    assert last.read_back <= bound, "restarts one after the other do not pile up what is read back"
-    groups = Counter(d.record().group_id for d in await everything(log, "ledger"))  # type: ignore[attr-defined]
-    assert groups == Counter(on_partition_0(5020))
+async def _committed(log: Log) -> None:
+    with anyio.fail_after(60):
+        end = (await log.end_offsets("rewards"))[0]
+        while (await log.committed("t")).get(("rewards", 0), 0) < end:  # type: ignore[call-overload]
+            await anyio.sleep(0.05)
 
 
-async def test_what_an_open_group_may_still_need_is_read_back_however_much_that_is(log: Log) -> None:
-    waiting, *others = on_partition_0(1 + 2 * KEEP)
-    await log.publish(reward(0, waiting))
-    await publish_groups(log, others)
-    first = Counting()
-    async with transforming(log, first, batch=50):
-        await eventually(lambda: others[-1] in first.emitted.get(0, set()))
+async def words(log: Log) -> Counter[str]:
+    records = [d.record() for d in await everything(log, "ledger")]
+    return Counter(record.group_id for record in records if record.run == "r")  # type: ignore[attr-defined]
+
+
+async def test_every_group_is_known_whatever_place_an_operator_sets(log: Log) -> None:
+    """The topic holds another run's records: they are read once, by the first life."""
+    groups = on_partition_0(120)
+    await log.publish(*[msgspec.structs.replace(entry(groups[0], f"o{n}"), run="other") for n in range(BEFORE)])
+    await publish_groups(log, groups[:60])
+    first = await life(log, groups[59])
+    assert first.read_back == 0 and first.shown == BEFORE
+    await publish_groups(log, groups[60:])
+    second = await life(log, groups[-1])
+    assert second.read_back == 60 and second.shown == 60
     place = (await log.commits("t"))["rewards", 0]  # type: ignore[index]
-    assert (place.offset, output_of(place)) == (0, 0)
-    second = Counting()
-    async with transforming(log, second, batch=50):
-        await log.publish(reward(1, waiting), reward(2, waiting))
-        await eventually(lambda: waiting in second.emitted.get(0, set()))
-    assert second.read_back == len(others)
-    written = [d.record() for d in await everything(log, "ledger")]
-    assert Counter(written_entry.group_id for written_entry in written) == Counter([waiting, *others])  # type: ignore[attr-defined]
-    assert entry(waiting, waiting) in written
+    assert output_of(place) >= BEFORE
+    await reset(log, "t", "rewards")
+    last = on_partition_0(121)[-1]
+    await publish_groups(log, [last, groups[0]])
+    third = await life(log, last)
+    assert third.read_back == 120 and third.shown == BEFORE + 120
+    assert await words(log) == Counter([*groups, last])
+
+
+async def reset(log: Log, group: str, *topics: str) -> None:
+    """As `kafka-consumer-groups --reset-offsets --to-earliest` does while the stage is down: metadata goes, too."""
+
+    async def nothing(partitions: object) -> None: ...
+
+    member = await log.join(topics, group=group, member="operator", on_revoked=nothing)
+    with anyio.fail_after(60):
+        while not member.assigned:
+            await member.poll(limit=1, timeout_s=0.05)
+    await member.commit({place: Committed(0) for place in member.assigned})
+    await member.leave()
+
+
+class Looking:
+    """A log that counts how often somebody asked where the stage's own topic ends."""
+
+    def __init__(self, log: Log) -> None:
+        self.log, self.looks = log, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.log, name)
+
+    async def end_offsets(self, topic: str) -> dict[int, int]:
+        self.looks += topic == "ledger"
+        return await self.log.end_offsets(topic)
+
+
+@pytest.mark.parametrize("connect", [pytest.param("kafka", marks=pytest.mark.kafka)], indirect=True)
+async def test_what_an_open_transaction_of_others_hides_is_waited_for(log: Log) -> None:
+    """Another run's writer stands still in mid-transaction on the stage's own topic: what came after cannot be read."""
+    assert isinstance(log, KafkaLog)
+    broker, groups = log._broker, on_partition_0(5)
+    other = AIOKafkaProducer(**broker.options(), transactional_id=f"{broker.prefix}other")
+    await other.start()
+    try:
+        first = Counting()
+        async with transforming(log, first, mine=first.mine):
+            await eventually(lambda: 0 in first.emitted)
+            await other.begin_transaction()
+            await other.send_and_wait(broker.named("ledger"), b"open", key=b"k", partition=0)
+            await publish_groups(log, groups[:4])
+            await eventually(lambda: groups[3] in first.emitted[0])
+            await _committed(log)
+        await reset(log, "t", "rewards")
+        await publish_groups(log, groups[4:])
+        looking, handler = Looking(log), Counting()
+        async with transforming(looking, handler, mine=handler.mine):  # type: ignore[arg-type]
+            await eventually(lambda: looking.looks >= 2 or bool(handler.emitted))
+            assert not handler.emitted
+            await other.abort_transaction()
+            await eventually(lambda: groups[4] in handler.emitted.get(0, set()))
+    finally:
+        await other.stop()
+    assert await words(log) == Counter(groups)

@@ -20,6 +20,7 @@ from kat_stream.log import (
     run_transform,
 )
 from kat_stream.log.message import seal
+from kat_stream.log.transform import Mine
 from tests.contract.conftest import Connect
 from tests.contract.log_records import SIZE, GroupJoin, entry, eventually, everything, groups_on_one_partition, reward
 from topics import LedgerEntry, Reward, partition_of
@@ -28,7 +29,9 @@ pytestmark = pytest.mark.anyio
 
 
 @asynccontextmanager
-async def transforming(log: Log, handler: TransformHandler, member: str = "m", batch: int = 100) -> AsyncIterator[None]:
+async def transforming(
+    log: Log, handler: TransformHandler, member: str = "m", batch: int = 100, mine: Mine = lambda delivered: True
+) -> AsyncIterator[None]:
     stopping = anyio.Event()
 
     async def run() -> None:
@@ -40,6 +43,7 @@ async def transforming(log: Log, handler: TransformHandler, member: str = "m", b
             handler=handler,
             stopping=stopping,
             remember="ledger",
+            mine=mine,
             batch=batch,
         )
 

@@ -13,7 +13,7 @@ import pytest
 from kat_stream.errors import TaskError, VerifierError
 from kat_stream.log import Delivered, Emit, Log, Message, Outcome, Reject, Retry, TopicPartition, run_work
 from kat_stream.log.lag import lags
-from tests.contract.conftest import Connect
+from tests.contract.conftest import STAGES, Connect
 from tests.contract.log_records import (
     committed_up_to_end,
     entry,
@@ -24,7 +24,7 @@ from tests.contract.log_records import (
 )
 from topics import DeadLetter, Reward, encode
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("connect", STAGES, indirect=True)]
 
 
 class Stopping:

@@ -110,7 +110,7 @@ async def _pack(log: MemoryLog) -> list[str]:
             member="m",
             handler=handler,
             stopping=stopping,
-            remember="batches",
+            remember="groups.closed",
             dead_letters=NO_CAP,
         )
 

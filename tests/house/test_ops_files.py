@@ -27,7 +27,8 @@ def known() -> set[str]:
 @pytest.mark.parametrize("path", ["prometheus/alerts.yml", "grafana/kat-stream.json"])
 def test_only_metrics_that_exist_are_asked_for(path: str) -> None:
     text = (OPS / path).read_text()
-    asked = set(re.findall(r"\b(kat_(?:lag|rollouts?|train|groups|gradings|weight|policy|staleness)\w*)", text))
+    kinds = "lag|unacknowledged|rollouts?|train|groups|gradings|weight|policy|staleness"
+    asked = set(re.findall(rf"\b(kat_(?:{kinds})\w*)", text))
     assert asked - known() == set()
     assert {"kat_lag_messages", "kat_lag_seconds"} <= asked
 
@@ -39,7 +40,7 @@ def test_a_panel_shows_lag() -> None:
     assert len(set(places)) == len(places)
     assert [panel["targets"][0]["expr"] for panel in panels if "lag" in panel["title"].lower()] == [
         "max by (stage, topic) (kat_lag_seconds)",
-        "sum by (stage, topic) (kat_lag_messages)",
+        "max by (stage, topic) (kat_lag_messages)",
     ]
 
 

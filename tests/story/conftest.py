@@ -1,16 +1,28 @@
-"""Runs the command line as a user does, in processes of its own."""
+"""Runs the command line as a user does, in processes of its own; one finished run on Kafka that many tests read."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import anyio
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from kat_stream.log import open_log
+from kat_stream.runs import targets_file
 from tests.conftest_kafka import kafka_bootstrap
+from topics import TrainStep
 
 __all__ = ["kafka_bootstrap"]
 ROOT = Path(__file__).parents[2]
@@ -23,6 +35,10 @@ SMALL = {
     "data.train": "'mend:train?count=50&seed=0'",
     "trainer.checkpoint_every": "1",
 }
+ENDLESS = 1_000_000
+"""Steps of a run that a test stops itself, when it has seen what it wanted: no machine is too fast for it."""
+STEPS, EVERY, BOUND = 7, 3, 2
+"""Of the run that was struck: its steps, those between two checkpoints, and its bound of staleness."""
 
 
 def settings(directory: Path, **changes: str) -> list[str]:
@@ -57,3 +73,106 @@ def end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(10)
+
+
+def live(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """What the services that live now say of themselves."""
+    found = {}
+    for path in (run_dir / "services").glob("*.json"):
+        with suppress(FileNotFoundError):  # it has ended since it was listed
+            found[path.stem] = json.loads(path.read_text())
+    return found
+
+
+def steps_of(bootstrap: str, run: str) -> list[TrainStep]:
+    """Every step of a run by now, also those of an abandoned lineage."""
+
+    async def read() -> list[TrainStep]:
+        log = open_log(f"kafka:{bootstrap}")
+        await log.start()
+        try:
+            async with log.follow(("train.steps",)) as follower:
+                records = [delivered.record() async for delivered in follower.catch_up()]
+        finally:
+            await log.close()
+        return [record for record in records if isinstance(record, TrainStep) and record.run == run]
+
+    return anyio.run(read)
+
+
+@pytest.fixture(scope="session")
+def struck(kafka_bootstrap: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A finished run on Kafka, one process a service, that was struck on its way.
+
+    A third rollout worker came and went, the first was killed, and so was the trainer after a step that no checkpoint
+    holds.
+    """
+    directory = tmp_path_factory.mktemp("struck")
+    changes = {"log__url": f"'kafka:{kafka_bootstrap}'", "run__name": "struck", "run__steps": str(STEPS)}
+    changes |= {"trainer__checkpoint_every": str(EVERY), "trainer__threads": "1", "sampler__staleness": str(BOUND)}
+    run_dir, out = directory / "struck", directory / "out.txt"
+    process, third = start("run", DEMO, *settings(directory, **changes), out=out), None
+    try:
+        wait_for("every service", lambda: len(live(run_dir)) >= 11, 400)
+        _every_service_answers_metrics(run_dir)
+        third = start("serve", "rollout", "--run", run_dir, "--member", "rollout-3", out=directory / "third.txt")
+        wait_for("the third worker", lambda: "rollout-3" in live(run_dir), 400)
+        wait_for("partitions for it", lambda: _owned(kafka_bootstrap, "struck.rollout", "rollout-3") > 0, 400)
+        wait_for("work", lambda: f"step 1/{STEPS}" in out.read_text(), 400)
+        os.kill(live(run_dir)["rollout-1"]["pid"], signal.SIGKILL)
+        third.send_signal(signal.SIGTERM)
+        shown = kat("tail", "trajectories", "--run", run_dir, "-n", "3")
+        assert (shown.returncode, len(shown.stdout.strip().splitlines())) == (0, 3), shown.stdout + shown.stderr
+        wait_for("a step beyond a checkpoint", lambda: _max_step(kafka_bootstrap) > EVERY, 400)
+        os.kill(live(run_dir)["trainer"]["pid"], signal.SIGKILL)
+        assert third.wait(120) == 0
+        assert process.wait(600) == 0, out.read_text()
+        yield run_dir
+    finally:
+        end(process)
+        if third is not None:
+            end(third)
+
+
+def _max_step(bootstrap: str) -> int:
+    return max((step.step for step in steps_of(bootstrap, "struck")), default=0)
+
+
+def _owned(bootstrap: str, group: str, member: str) -> int:
+    """How many partitions a member of a group has."""
+
+    async def ask() -> int:
+        log = open_log(f"kafka:{bootstrap}")
+        await log.start()
+        try:
+            found = {entry.name: entry.members for entry in await log.groups()}
+        finally:
+            await log.close()
+        return sum(len(owns) for name, owns in found.get(group, {}).items() if name.startswith(member))
+
+    return anyio.run(ask)
+
+
+def _every_service_answers_metrics(run_dir: Path) -> None:
+    services = live(run_dir)
+    expected = {"trainer", "engine", "gateway", "packer", "verifier-1", "rollout-1", "rollout-2", "sampler"}
+    assert set(services) >= expected
+    wait_for("a target for each, and the engine's own", lambda: len(_targets(run_dir)) == len(services) + 1)
+    found: set[str] = set()
+    for address in _targets(run_dir):
+        wait_for(f"metrics at {address}", partial(_scrape, address, found))
+    assert {"kat_policy_version", "kat_rollouts", "kat_train_steps", "sglang:generation_tokens"} <= found
+
+
+def _targets(run_dir: Path) -> set[str]:
+    return {address for entry in json.loads(targets_file(run_dir).read_text()) for address in entry["targets"]}
+
+
+def _scrape(address: str, found: set[str]) -> bool:
+    """Add the names that an address exports; False while nobody listens there, as an engine that still loads."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
+            found |= {family.name for family in text_string_to_metric_families(answer.read().decode())}
+    except OSError:
+        return False
+    return True

@@ -11,6 +11,7 @@ from kat_stream.observe.sources import archived_ledger, archived_records
 from tests.story.conftest import DEMO, end, kat, settings, start, wait_for
 from topics import TrainStep, Turn
 
+pytestmark = pytest.mark.timeout(1200)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="environment: mounting a small disk needs root")
 
 
@@ -22,11 +23,11 @@ def test_a_full_disk_is_waited_for(tmp_path: Path) -> None:
     out = tmp_path / "out.txt"
     process = start("run", DEMO, *settings(disk, run__name="full"), out=out)
     try:
-        wait_for("the first weights", lambda: any((disk / "full" / "weights").glob("*.0")), 120)
+        wait_for("the first weights", lambda: any((disk / "full" / "weights").glob("*.0")), 300)
         (disk / "filler").write_bytes(b"x" * (free(disk) - (64 << 10)))
-        wait_for("a complaint", lambda: "cannot be written" in out.read_text(), 100)
+        wait_for("a complaint", lambda: "cannot be written" in out.read_text(), 300)
         (disk / "filler").unlink()
-        assert process.wait(200) == 0, out.read_text()
+        assert process.wait(600) == 0, out.read_text()
         summary = archived_ledger(disk / "full").summary()
         assert summary.requested == 40 == summary.accounted
         assert sum(summary.in_flight.values()) == 0
@@ -45,15 +46,15 @@ def test_an_engine_that_dies_in_mid_turn_costs_no_rollout(tmp_path: Path) -> Non
     engine_out = tmp_path / "engine.txt"
     engine = serve_engine(engine_out, port=0)
     try:
-        wait_for("the engine", lambda: "http://" in engine_out.read_text(), 120)
+        wait_for("the engine", lambda: "http://" in engine_out.read_text(), 300)
         url = re.findall(r"http://[\d.:]+\d", engine_out.read_text())[0]
         out = tmp_path / "out.txt"
         run = start("run", DEMO, *settings(tmp_path, run__name="shot", engine__urls=f"['{url}']"), out=out)
         try:
-            wait_for("turns", lambda: any((tmp_path / "shot" / "archive" / "turns").rglob("part-*.parquet")), 200)
+            wait_for("turns", lambda: any((tmp_path / "shot" / "archive" / "turns").rglob("part-*.parquet")), 300)
             end(engine)
             engine = serve_engine(tmp_path / "engine2.txt", port=int(url.rpartition(":")[2]))
-            assert run.wait(240) == 0, out.read_text()
+            assert run.wait(600) == 0, out.read_text()
         finally:
             end(run)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kat_stream.access import SERVICES, rules_of
+from kat_stream.cli.run import INTERRUPTED
 from tests.conftest_secured import USERS, Secured, secured
-from tests.story.conftest import DEMO, end, kat, settings, start, wait_for
+from tests.story.conftest import DEMO, ENDLESS, end, kat, settings, start, wait_for
 
 __all__ = ["secured"]
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(1200)]
 USER = "kat-run"
 STAGES = {"rollout", "verifier", "packer", "trainer", "archiver"}
 
@@ -26,18 +28,21 @@ def test_a_run_over_tls_with_a_password_that_nobody_can_find(
     """One user for the whole run, with the rights of all its services together."""
     secured.grant(replace(rule, principal=f"User:{USER}") for name in SERVICES for rule in rules_of(name, "kat."))
     monkeypatch.setenv("KAT_KAFKA_PASSWORD", USERS[USER])
-    words = settings(tmp_path, log__url=f"'kafka:{secured.bootstrap}'", run__name="safe", **_security(secured))
+    changes = {"log__url": f"'kafka:{secured.bootstrap}'", "run__name": "safe", "run__steps": str(ENDLESS)}
+    words = settings(tmp_path, **changes, **_security(secured))
     run_dir, out = tmp_path / "safe", tmp_path / "out.txt"
     process = start("run", DEMO, *words, out=out)
     exported: set[tuple[str, str]] = set()
     try:
-        wait_for("every service", lambda: len(list((run_dir / "services").glob("*.json"))) >= 11, 180)
+        wait_for("every service", lambda: len(list((run_dir / "services").glob("*.json"))) >= 11, 400)
         assert _cmdlines_with(run_dir, USERS[USER]) == []
-        wait_for("the lag of every stage", lambda: _scraped(run_dir, exported), 120)
+        wait_for("the lag of every stage", lambda: _scraped(run_dir, exported), 300)
         shown = kat("lag", run_dir, "--json")
         assert shown.returncode == 0, shown.stderr
         assert {row["group"] for row in json.loads(shown.stdout)} >= STAGES
-        assert process.wait(400) == 0, out.read_text()
+        wait_for("a step", lambda: f"step 1/{ENDLESS}" in out.read_text(), 400)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == INTERRUPTED, out.read_text()
     finally:
         end(process)
     secret = USERS[USER].encode()
@@ -64,7 +69,7 @@ def _cmdlines_with(run_dir: Path, secret: str) -> list[str]:
 def _scraped(run_dir: Path, exported: set[tuple[str, str]]) -> bool:
     """Whether the run's /metrics has exported messages and seconds of every stage by now."""
     where = json.loads((run_dir / "services" / "run.json").read_text())["metrics"]
-    with urllib.request.urlopen(where, timeout=10) as answer:
+    with urllib.request.urlopen(where, timeout=60) as answer:
         for family in text_string_to_metric_families(answer.read().decode()):
             exported |= {(family.name, sample.labels["stage"]) for sample in family.samples if "stage" in sample.labels}
     wanted = {(name, stage) for name in ("kat_lag_messages", "kat_lag_seconds") for stage in STAGES}

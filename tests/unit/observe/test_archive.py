@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kat_stream.archive import ArchiveWriter, GroupFilter, claimed, read_archive, read_rows
+from kat_stream.archive import ArchiveWriter, GroupFilter, claimed, parts, read_archive, read_rows
 from kat_stream.archive.columns import record_columns
 from kat_stream.errors import ArchiveInUse, DataError
 from kat_stream.log.base import Delivered, Position
@@ -221,3 +221,24 @@ def test_every_record_has_columns_and_every_field_is_one() -> None:
     for topic in CATALOGUE:
         fields = {field for field, _ in record_columns(topic.record).values()}
         assert fields == set(topic.record.__struct_fields__) - {"run"}
+
+
+def test_a_reader_looks_again_where_files_were_merged_after_it_listed_them(
+    tmp_path: Path, small_run: FabricatedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process's `lag` or `ledger` on a run that is live."""
+    writer = ArchiveWriter(tmp_path)
+    for one in small_run.delivered():
+        writer.add(one)
+        writer.flush()
+    listed, describe = iter([True]), parts.describe
+
+    def merged_meanwhile(path: Path) -> parts.Part:
+        if next(listed, False):
+            writer.merge(all_small=True)
+        return describe(path)
+
+    monkeypatch.setattr(parts, "describe", merged_meanwhile)
+    found = parts.archived_positions(tmp_path, writer.log_id, [topic.name for topic in CATALOGUE])
+    assert next(listed, None) is None
+    assert found == {place: offset for place, offset in writer.next_offsets().items() if offset}
