@@ -262,12 +262,12 @@ class PackerHandler:
 
 
 def _closed_group(delivered: Delivered, run: str) -> str | None:
-    """The group of a message of groups.closed; None for another run's, and for what nobody can read."""
+    """The group of a message of groups.closed, by its key where it cannot be read; None for another run's."""
     try:
         record = delivered.record()
     except DecodeError as error:
-        log.error("passed over: %s", error)
-        return None
+        log.error("known by its key alone: %s", error)
+        return (delivered.key or b"").decode(errors="replace") or None
     return record.group_id if isinstance(record, GroupClosed) and record.run == run else None
 
 

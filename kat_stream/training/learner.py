@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from kat_stream.env.plugins import load
@@ -214,7 +215,13 @@ class TorchLearner:
         weights = self._weights()
         copy_companions(self.model_dir, directory)
         self.model.config.save_pretrained(directory)
-        save_file(_untied(weights), directory / "model.safetensors", {"format": "pt"})
+        # In memory transformers 5 holds a layer's experts as one tensor; files name each expert, as SGLang reads them.
+        named = revert_weight_conversion(self.model, _untied(weights))
+        save_file(
+            {name: value.contiguous() for name, value in named.items()},
+            directory / "model.safetensors",
+            {"format": "pt"},
+        )
 
     def _weights(self) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = self.model.state_dict()
@@ -298,4 +305,4 @@ def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
     seen: dict[int, str] = {}
     for name, value in state.items():
         seen.setdefault(value.data_ptr(), name)
-    return {name: state[name].contiguous() for name in seen.values()}
+    return {name: state[name] for name in seen.values()}

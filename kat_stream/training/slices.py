@@ -37,9 +37,7 @@ class _Merged(torch.autograd.Function):
     """Groups G of query heads that share keys: [G, H/G, n, D] and [G, 1, K, D] -> [n, G, H/G, D]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, slices: Slices, scaling: float | None
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, slices: Slices, scaling: float | None) -> Tensor:
         wide = [x.expand(-1, query.shape[1], -1, -1) for x in (key, value)]
         above = key.shape[2] - query.shape[2]
         out = query.new_empty(query.permute(2, 0, 1, 3).shape).permute(1, 2, 0, 3)

@@ -102,7 +102,7 @@ def steps_of(bootstrap: str, run: str) -> list[TrainStep]:
 
 @pytest.fixture(scope="session")
 def struck(kafka_bootstrap: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A finished run on Kafka, one process a service, that was struck on its way.
+    """A finished run on Kafka, one process a service and two gateways, that was struck on its way.
 
     A third rollout worker came and went, the first was killed, and so was the trainer after a step that no checkpoint
     holds.
@@ -110,10 +110,11 @@ def struck(kafka_bootstrap: str, tmp_path_factory: pytest.TempPathFactory) -> It
     directory = tmp_path_factory.mktemp("struck")
     changes = {"log__url": f"'kafka:{kafka_bootstrap}'", "run__name": "struck", "run__steps": str(STEPS)}
     changes |= {"trainer__checkpoint_every": str(EVERY), "trainer__threads": "1", "sampler__staleness": str(BOUND)}
+    changes |= {"gateway__more": "[[0, 0]]"}
     run_dir, out = directory / "struck", directory / "out.txt"
     process, third = start("run", DEMO, *settings(directory, **changes), out=out), None
     try:
-        wait_for("every service", lambda: len(live(run_dir)) >= 11, 400)
+        wait_for("every service", lambda: len(live(run_dir)) >= 12, 400)
         _every_service_answers_metrics(run_dir)
         third = start("serve", "rollout", "--run", run_dir, "--member", "rollout-3", out=directory / "third.txt")
         wait_for("the third worker", lambda: "rollout-3" in live(run_dir), 400)
@@ -155,8 +156,8 @@ def _owned(bootstrap: str, group: str, member: str) -> int:
 
 def _every_service_answers_metrics(run_dir: Path) -> None:
     services = live(run_dir)
-    expected = {"trainer", "engine", "gateway", "packer", "verifier-1", "rollout-1", "rollout-2", "sampler"}
-    assert set(services) >= expected
+    pairs = {"gateway", "gateway-2", "rollout-1", "rollout-2"}
+    assert set(services) >= pairs | {"trainer", "engine", "packer", "verifier-1", "sampler"}
     wait_for("a target for each, and the engine's own", lambda: len(_targets(run_dir)) == len(services) + 1)
     found: set[str] = set()
     for address in _targets(run_dir):

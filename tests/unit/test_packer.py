@@ -170,5 +170,7 @@ def test_rewards_of_no_rollout_are_passed_over_and_do_not_close_a_group_that_com
 def test_only_this_run_s_closed_groups_are_its_own() -> None:
     made = handler()
     own, other = GroupClosed(run=RUN, group_id="g"), GroupClosed(run="other", group_id="g")
-    broken = replace(delivered(own, 0), value=b"\xc1")
-    assert [made.mine(one) for one in (delivered(own, 0), delivered(other, 0), broken)] == [True, False, False]
+    broken = replace(delivered(own, 0), key=b"g", value=b"\xc1")
+    nameless = replace(broken, key=None)
+    found = [made.mine(one) for one in (delivered(own, 0), delivered(other, 0), broken, nameless)]
+    assert found == [True, False, True, False]

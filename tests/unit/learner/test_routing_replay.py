@@ -16,6 +16,7 @@ import pytest
 import torch
 from msgspec.structs import replace as changed
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from kat_stream.config import load
@@ -280,3 +281,12 @@ def test_a_turn_that_several_engines_sampled_has_one_row_a_token(parts: tuple[in
     draft = asyncio.run(sampler.run())
     assert np.frombuffer(draft.routing(4 + 5 - 1 - 2), "<u2").tolist() == [2, 3, 4, 5, 6, 7]
     assert draft.routing(5) == b"", "a row is missing or too many: nothing is recorded"
+
+
+def test_published_experts_have_the_names_of_the_model_s_own_files(moe_dir: Path, tmp_path: Path) -> None:
+    """Engines read each expert apart; transformers 5 holds a layer's experts as one tensor in memory."""
+    TorchLearner(moe_dir, LearnerConfig()).publish(tmp_path / "again")
+    original, published = (load_file(path / "model.safetensors") for path in (moe_dir, tmp_path / "again"))
+    assert sum(".experts." in name for name in original) == LAYERS * EXPERTS * 3
+    assert published.keys() == original.keys()
+    assert all(torch.equal(published[name], value) for name, value in original.items())
