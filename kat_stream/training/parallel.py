@@ -1,21 +1,16 @@
 """One optimizer step shared by several processes: each runs some trees, and all apply the same gradient.
 
-Owns the ranks: the caller's process is rank 0, the others are its children and end with it. Invariants: weights of
-units are normalised over the whole step before trees are dealt, so summed gradients are those of one process; a tree is
-never split between ranks; every rank takes part in the same collectives, one sum of all gradients a step, however many
-trees it was dealt, be it none. A rank that is gone is a `ServiceDied` of the step; commands go through pipes, so that a
-rank waits for its next step for as long as its parent lives.
+Invariants: weights of units are normalised over the whole step before trees are dealt, so summed gradients are those
+of one process; a tree is never split between ranks; every rank takes part in the same collectives, one sum of all
+gradients a step, however many trees it was dealt, be it none. A rank that is gone is a `ServiceDied` of the step.
 """
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import os
-import signal
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +26,7 @@ from kat_stream.rl.units import Units
 from kat_stream.training.dealing import deal, predicted_cost
 from kat_stream.training.learner import LearnerConfig, TorchLearner
 from kat_stream.training.metrics import StepMetrics, Tally
+from kat_stream.training.ranks import Ranks, commands
 from kat_stream.training.rows import plan_micro_batches
 from kat_stream.training.sharding import any_rank, gathered, shard, share_of, take_part, whole
 from kat_stream.training.shares import Share
@@ -38,9 +34,6 @@ from kat_stream.trees.batch import TrainBatch
 
 Sharding = Literal["none", "full"]
 """Each rank holds the whole model, or a share of weights, gradients and optimizer state (FSDP2)."""
-JOIN_S = 300.0
-"""Start of all ranks: imports and the model, on a loaded machine."""
-LEAVE_S = 10.0
 SHARES = 4
 """Micro-batches a rank, at least, where the trees allow it: the finer they are, the more evenly they are dealt."""
 
@@ -75,12 +68,11 @@ class RankLearner(TorchLearner):
     ranks: int
     sharding: Sharding
 
-    def join(self, rank: int, ranks: int, rendezvous: Path, step_s: float, sharding: Sharding) -> None:
+    def join(self, rank: int, ranks: int, rendezvous: Path, wait_s: float, sharding: Sharding) -> None:
         """Meet the other ranks; from then on weights and optimizer state may be in shares."""
         self.rank, self.ranks, self.sharding = rank, ranks, sharding
         dist.init_process_group(
-            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks,
-            timeout=timedelta(seconds=max(step_s, JOIN_S)),
+            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, timeout=timedelta(seconds=wait_s),
         )  # fmt: skip
         if sharding == "full":
             shard(self.model, ranks)
@@ -182,25 +174,12 @@ class ParallelLearner(RankLearner):
         sharding: Sharding = "none",
     ) -> None:
         super().__init__(model_dir, config)
-        self._step_s = step_s
-        self._pipes: list[Connection] = []
-        self._children: list[Any] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="kat-ranks-")
-        rendezvous = Path(self._folder.name) / "meet"
-        context = mp.get_context("spawn")
-        for rank in range(1, ranks):
-            mine, theirs = context.Pipe()
-            arguments = (theirs, model_dir, config, rank, ranks, rendezvous, threads, step_s, sharding)
-            child = context.Process(target=serve_rank, args=arguments, name=f"rank-{rank}", daemon=True)
-            child.start()
-            theirs.close()
-            self._pipes.append(mine)
-            self._children.append(child)
-        self.join(0, ranks, rendezvous, step_s, sharding)
+        self.others = Ranks(partial(serve_rank, model_dir, config, sharding), ranks, threads=threads, step_s=step_s)
+        self.join(0, ranks, self.others.rendezvous, self.others.wait_s, sharding)
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
-        self._tell("load", state)
+        self.others.tell("load", state)
 
     def logprobs(self, batch: TrainBatch) -> NDArray[np.float64]:
         self._check(batch)
@@ -208,55 +187,36 @@ class ParallelLearner(RankLearner):
         return super().logprobs(batch)
 
     def _weights(self) -> dict[str, Tensor]:
-        self._ask("weights", None)
+        self._ask("weights")
         return super()._weights()
 
     def _optimizer_state(self) -> dict[str, Any]:
-        self._ask("optimizer", None)
+        self._ask("optimizer")
         return super()._optimizer_state()
 
     def skip_step(self) -> None:
         super().skip_step()
-        self._tell("skip", None)
+        self.others.tell("skip")
 
     def close(self) -> None:
         """End the other ranks."""
-        for pipe in self._pipes:
-            pipe.close()
-        for child in self._children:
-            child.join(LEAVE_S)
-            child.kill()
-        dist.destroy_process_group()
-        self._folder.cleanup()
+        self.others.close()
 
     def step(self, batch: TrainBatch, should_stop: Callable[[], bool] = lambda: False) -> StepMetrics:
         self._check(batch)
-        self._tell("step", batch)
-        try:
+        self.others.tell("step", batch)
+        with self.others.together():
             return super().step(batch, should_stop)
-        except RuntimeError as error:  # a collective inside a sharded model has no type of its own for this
-            if all(child.is_alive() for child in self._children):
-                raise
-            raise ServiceDied(f"a rank of the learner is gone: {error}") from error
 
     def _gradients(self, share: Share, tally: Tally, should_stop: Callable[[], bool]) -> None:
         super()._gradients(share, tally, should_stop)
-        for pipe in self._pipes:
-            if not pipe.poll(self._step_s):
-                raise ServiceDied(f"a rank of the learner said nothing for {self._step_s:g} s")
-            tally.merge(pipe.recv())
+        for other in self.others.hear():
+            tally.merge(other)
 
-    def _ask(self, command: str, value: object) -> None:
+    def _ask(self, command: str, value: object = None) -> None:
         """Other ranks are needed where this one has only a share."""
         if self.sharding != "none":
-            self._tell(command, value)
-
-    def _tell(self, command: str, value: object) -> None:
-        for pipe in self._pipes:
-            try:
-                pipe.send((command, value))
-            except OSError as error:
-                raise ServiceDied(f"a rank of the learner is gone: {error}") from error
+            self.others.tell(command, value)
 
 
 class _Follower(RankLearner):
@@ -288,18 +248,12 @@ class _Follower(RankLearner):
 
 
 def serve_rank(
-    pipe: Connection, model_dir: Path, config: LearnerConfig, rank: int, ranks: int, rendezvous: Path, threads: int,
-    step_s: float, sharding: Sharding,
+    model_dir: Path, config: LearnerConfig, sharding: Sharding,
+    pipe: Connection, rank: int, ranks: int, rendezvous: Path, wait_s: float,
 ) -> None:  # fmt: skip
-    """The life of a rank: does what rank 0 says, until that one is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; this process ends with rank 0
-    torch.set_num_threads(threads)
+    """The life of a rank: does what rank 0 says."""
     learner = _Follower(model_dir, config)
     learner.pipe = pipe
-    learner.join(rank, ranks, rendezvous, step_s, sharding)
-    while True:
-        try:
-            command, value = pipe.recv()
-        except EOFError:
-            os._exit(0)  # nothing is left to do, and the native end of a process group takes 10 s
+    learner.join(rank, ranks, rendezvous, wait_s, sharding)
+    for command, value in commands(pipe):
         learner.follow(command, value)

@@ -126,7 +126,8 @@ def draw(results: Results, steps: int, path: Path) -> None:
                 )
         axes.set_title(f"{level}-level ratio", loc="left", fontsize=10)
         axes.set_xlabel("optimizer step")
-        axes.legend(frameon=False, fontsize=9, loc="lower right")
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=9, loc="lower right")
     figure.axes[0].set_ylabel(f"reward, mean of {SMOOTH} steps")
     figure.savefig(path, dpi=144)
 

@@ -84,20 +84,20 @@ class Run:
     """Of the first step."""
     peak_tokens: int = 0
 
-    def step(self, clock: Clock) -> None:
-        cuda = clock.device.startswith("cuda")
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() / 2**20
-        else:
+    def warm(self, device: str) -> None:
+        """The first step: its loss and its memory, not its time (the heap is handed back before it)."""
+        if device == "cpu":
             trim()
             before = resident("VmRSS")
-        found = []
-        seconds, wall = clock.measure(lambda: found.append(self.learner.step(self.batch)))
-        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident("VmHWM")
-        self.mib = max(self.mib, peak - before)
-        if not self.seconds:
-            self.loss, self.peak_tokens = found[0].loss, found[0].peak_tokens
+        else:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() / 2**20
+        metrics = self.learner.step(self.batch)
+        peak = resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
+        self.mib, self.loss, self.peak_tokens = peak - before, metrics.loss, metrics.peak_tokens
+
+    def step(self, clock: Clock) -> None:
+        seconds, wall = clock.measure(lambda: self.learner.step(self.batch))
         self.seconds.append(seconds)
         self.wall.append(wall)
 
@@ -136,11 +136,13 @@ class Bench:
         for paths, length, sampled in ((16, 256, 64), (2, 2048, 64), (16, 256, 8), (2, 256, 64)):
             turns = grown([[-1, 0, length - sampled, sampled]] * paths, np.random.default_rng(0))
             runs.append(self.packed(turns, [1.0] * paths, 4096))
+        for run in runs:
+            run.warm(self.args.device)
         for _ in range(self.args.calibrate):
             for run in runs:
                 run.step(self.clock)
         left = np.array([work(run.batch) for run in runs])
-        found: np.ndarray = np.linalg.solve(left, [median(run.seconds[1:]) for run in runs])
+        found: np.ndarray = np.linalg.solve(left, [median(run.seconds) for run in runs])
         named = zip(found * [1e3, 1e6, 1e9, 1e6], ("ms a step", "us a token", "ns a pair", "us a row"), strict=True)
         print("costs:", ", ".join(f"{value:.3g} {what}" for value, what in named), flush=True)
         return found
@@ -159,6 +161,8 @@ class Bench:
             Run("split", self.learner(budget, attention), split),
             Run("padded", self.learner(budget, "dense"), filled(split, budget)),
         ]
+        for run in runs:
+            run.warm(self.args.device)
         rounds = 0
         began = time.perf_counter()
         while rounds < self.args.rounds[0] or (

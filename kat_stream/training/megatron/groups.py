@@ -31,10 +31,6 @@ def join_world(rank: int, ranks: int, rendezvous: Path, wait_s: float) -> None:
     )
 
 
-def leave_world() -> None:
-    dist.destroy_process_group()
-
-
 def check_division(ranks: int, tensor_parallel: int, expert_parallel: int) -> None:
     """`ConfigError` unless the ranks can be divided so."""
     if min(tensor_parallel, expert_parallel) < 1 or ranks % (tensor_parallel * expert_parallel):

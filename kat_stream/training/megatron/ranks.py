@@ -1,35 +1,30 @@
-"""The ranks of a Megatron learner: the caller's process is rank 0 and commands the others, its children.
+"""The ranks of a Megatron learner.
 
 Invariant: every command that rank 0 carries out is carried out by all, in the same order, for each needs the others'
-shards. Commands go through pipes, so that a rank waits for its next one for as long as its parent lives; one that is
-gone is a `ServiceDied`.
+shards.
 """
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import signal
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig
 
-from kat_stream.errors import ServiceDied, StepCancelled
+from kat_stream.errors import StepCancelled
 from kat_stream.training.learner import LearnerConfig
 from kat_stream.training.megatron import groups
 from kat_stream.training.megatron.learner import MegatronLearner
 from kat_stream.training.megatron.model import check
 from kat_stream.training.metrics import StepMetrics, Tally
-from kat_stream.training.parallel import JOIN_S, LEAVE_S
+from kat_stream.training.ranks import Ranks, commands
 from kat_stream.training.shares import Share
 from kat_stream.trees.batch import TrainBatch
 
@@ -48,66 +43,12 @@ class Order:
         groups.divide(self.tensor_parallel, self.expert_parallel, self.wait_s)
 
 
-class World:
+class World(Ranks):
     """The processes. They outlive a learner, and can build another."""
 
     def __init__(self, ranks: int, *, threads: int, step_s: float) -> None:
-        self.ranks = ranks
-        self.wait_s = max(step_s, JOIN_S)
-        self._pipes: list[Connection] = []
-        self._children: list[Any] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="kat-megatron-")
-        rendezvous = Path(self._folder.name) / "meet"
-        context = mp.get_context("spawn")
-        for rank in range(1, ranks):
-            mine, theirs = context.Pipe()
-            arguments = (theirs, rank, ranks, rendezvous, threads, self.wait_s)
-            child = context.Process(target=serve_rank, args=arguments, name=f"megatron-{rank}", daemon=True)
-            child.start()
-            theirs.close()
-            self._pipes.append(mine)
-            self._children.append(child)
-        groups.join_world(0, ranks, rendezvous, self.wait_s)
-
-    def tell(self, command: str, value: object = None) -> None:
-        """Have all other ranks do something."""
-        for pipe in self._pipes:
-            try:
-                pipe.send((command, value))
-            except OSError as error:
-                raise ServiceDied(f"a rank of the learner is gone: {error}") from error
-
-    def hear(self) -> list[Any]:
-        """What each other rank has to say."""
-        heard = []
-        for pipe in self._pipes:
-            if not pipe.poll(self.wait_s):
-                raise ServiceDied(f"a rank of the learner said nothing for {self.wait_s:g} s")
-            try:
-                heard.append(pipe.recv())
-            except (EOFError, OSError) as error:
-                raise ServiceDied(f"a rank of the learner is gone: {error}") from error
-        return heard
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Around collectives: the back end has no error of its own for a rank that went away or was too late."""
-        try:
-            yield
-        except RuntimeError as error:
-            if all(child.is_alive() for child in self._children):
-                raise
-            raise ServiceDied(f"a rank of the learner is gone: {error}") from error
-
-    def close(self) -> None:
-        """End the other ranks."""
-        for pipe in self._pipes:
-            pipe.close()
-        for child in self._children:
-            child.join(LEAVE_S)
-            child.kill()
-        groups.leave_world()
-        self._folder.cleanup()
+        super().__init__(serve_rank, ranks, threads=threads, step_s=step_s)
+        groups.join_world(0, ranks, self.rendezvous, self.wait_s)
 
 
 class MegatronLeader(MegatronLearner):
@@ -192,17 +133,11 @@ class _Follower(MegatronLearner):
                 self._optimizer_state()
 
 
-def serve_rank(pipe: Connection, rank: int, ranks: int, rendezvous: Path, threads: int, wait_s: float) -> None:
-    """The life of a rank: does what rank 0 says, until that one is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; this process ends with rank 0
-    torch.set_num_threads(threads)
+def serve_rank(pipe: Connection, rank: int, ranks: int, rendezvous: Path, wait_s: float) -> None:
+    """The life of a rank: does what rank 0 says."""
     groups.join_world(rank, ranks, rendezvous, wait_s)
     learner: _Follower | None = None
-    while True:
-        try:
-            command, value = pipe.recv()
-        except EOFError:
-            return
+    for command, value in commands(pipe):
         if command == "build":
             value.divide()
             learner = _Follower(value.model_dir, value.config)

@@ -140,7 +140,7 @@ def test_a_step_that_is_stopped_changes_no_rank(world: World, models: Path, batc
 def test_a_rank_that_is_gone_ends_the_step(world: World, models: Path, batches: list[TrainBatch]) -> None:
     """Last in this file: the world cannot go on after it."""
     learner = MegatronLeader(world, Order(models / "tied", CONFIG, *TENSOR, world.wait_s))
-    world._children[0].kill()
-    world._children[0].join(30)
+    world.children[0].kill()
+    world.children[0].join(30)
     with pytest.raises(ServiceDied, match="a rank of the learner is gone"):
         learner.step(batches[0])

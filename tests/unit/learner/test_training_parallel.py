@@ -82,8 +82,8 @@ def test_what_is_dealt_is_contiguous_and_no_rank_has_much_more_than_its_share(co
 
 def test_a_rank_that_is_gone_ends_the_step(ranks: ParallelLearner, grow: Build, batch_of: Build) -> None:
     """Last in this file: the learner cannot go on after it."""
-    ranks._children[0].kill()
-    ranks._children[0].join(30)
+    ranks.others.children[0].kill()
+    ranks.others.children[0].join(30)
     with pytest.raises(ServiceDied, match="a rank of the learner is gone"):
         ranks.step(steps(grow, batch_of)[0])
     assert torch.distributed.is_initialized()

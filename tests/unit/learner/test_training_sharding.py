@@ -77,8 +77,8 @@ def test_a_rank_that_is_gone_ends_the_step(
     ranks: ParallelLearner, grow: Build, batch_of: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It had got the command and went before the first collective. Last in this file: the learner cannot go on."""
-    monkeypatch.setattr(ranks, "_tell", lambda *_: None)
-    ranks._children[0].kill()
-    ranks._children[0].join(30)
+    monkeypatch.setattr(ranks.others, "tell", lambda *_: None)
+    ranks.others.children[0].kill()
+    ranks.others.children[0].join(30)
     with pytest.raises(ServiceDied, match="a rank of the learner is gone"):
         ranks.step(steps(grow, batch_of)[0])

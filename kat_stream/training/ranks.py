@@ -1,0 +1,107 @@
+"""The processes that share a learner: the caller's is rank 0 and commands the others, its children.
+
+Owns their start, the pipes to them and their end. Invariants: commands go through pipes, so that a rank waits for its
+next one for as long as its parent lives, and ends with it; one that is gone, or says nothing, is a `ServiceDied`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kat_stream.errors import ServiceDied
+
+JOIN_S = 300.0
+"""Start of all ranks: imports and the model, on a loaded machine."""
+LEAVE_S = 10.0
+
+Serve = Callable[[Connection, int, int, Path, float], None]
+"""The life of a rank: `serve(pipe, rank, ranks, rendezvous, wait_s)`."""
+
+
+class Ranks:
+    """All ranks but the first. `rendezvous`: the file at which the caller and they meet."""
+
+    def __init__(self, serve: Serve, ranks: int, *, threads: int, step_s: float) -> None:
+        """`serve` is pickled; `step_s`: longest wait of one rank for the others."""
+        self.ranks = ranks
+        self.wait_s = max(step_s, JOIN_S)
+        self.children: list[Any] = []
+        self._pipes: list[Connection] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="kat-ranks-")
+        self.rendezvous = Path(self._folder.name) / "meet"
+        context = mp.get_context("spawn")
+        for rank in range(1, ranks):
+            mine, theirs = context.Pipe()
+            arguments = (serve, threads, theirs, rank, ranks, self.rendezvous, self.wait_s)
+            child = context.Process(target=_live, args=arguments, name=f"rank-{rank}", daemon=True)
+            child.start()
+            theirs.close()
+            self._pipes.append(mine)
+            self.children.append(child)
+
+    def tell(self, command: str, value: object = None) -> None:
+        """Have all other ranks do something."""
+        for pipe in self._pipes:
+            try:
+                pipe.send((command, value))
+            except OSError as error:
+                raise ServiceDied(f"a rank of the learner is gone: {error}") from error
+
+    def hear(self) -> list[Any]:
+        """What each other rank has to say."""
+        heard = []
+        for pipe in self._pipes:
+            if not pipe.poll(self.wait_s):
+                raise ServiceDied(f"a rank of the learner said nothing for {self.wait_s:g} s")
+            try:
+                heard.append(pipe.recv())
+            except (EOFError, OSError) as error:
+                raise ServiceDied(f"a rank of the learner is gone: {error}") from error
+        return heard
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around collectives: the back end has no error of its own for a rank that went away or was too late."""
+        try:
+            yield
+        except RuntimeError as error:
+            if all(child.is_alive() for child in self.children):
+                raise
+            raise ServiceDied(f"a rank of the learner is gone: {error}") from error
+
+    def close(self) -> None:
+        """End the other ranks, and the process group of this one."""
+        for pipe in self._pipes:
+            pipe.close()
+        for child in self.children:
+            child.join(LEAVE_S)
+            child.kill()
+        dist.destroy_process_group()
+        self._folder.cleanup()
+
+
+def _live(serve: Serve, threads: int, pipe: Connection, rank: int, ranks: int, rendezvous: Path, wait_s: float) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; this process ends with rank 0
+    torch.set_num_threads(threads)
+    serve(pipe, rank, ranks, rendezvous, wait_s)
+    os._exit(0)  # nothing is left to do, and the native end of a process group takes 10 s
+
+
+def commands(pipe: Connection) -> Iterator[tuple[str, Any]]:
+    """What rank 0 says, until that one is gone."""
+    while True:
+        try:
+            yield pipe.recv()
+        except EOFError:
+            return
