@@ -21,7 +21,7 @@ from tests.contract.test_log_kill import own_broker
 from tests.unit.records import request, reward, trajectory, turn
 from topics import CATALOGUE, LedgerEntry, PackedBatch, PolicyVersion, Record, TrainStep, encode
 
-pytestmark = [pytest.mark.kafka, pytest.mark.anyio, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.kafka, pytest.mark.anyio, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ("policy.versions", "train.steps", "ledger")
 
@@ -73,7 +73,7 @@ async def published(log: Log, topics: tuple[str, ...] = PUBLISHED) -> list[Recor
         return [delivered.record() async for delivered in follower.catch_up()]
 
 
-async def within(what: str, ready: Callable[[], Awaitable[bool]], deadline_s: float = 90) -> None:
+async def within(what: str, ready: Callable[[], Awaitable[bool]], deadline_s: float = 250) -> None:
     give_up = time.monotonic() + deadline_s
     while not await ready():
         assert time.monotonic() < give_up, f"{what}: not within {deadline_s} s"

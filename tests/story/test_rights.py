@@ -1,7 +1,10 @@
-"""A service without one of its rules of kat_stream/access.py ends, and its error names user, operation and resource."""
+"""Whole services on a secured broker, each under a user of its own with only its rules of kat_stream/access.py: a run
+goes to its end. Without one of these rules a service ends, and its error names user, operation and resource.
+"""
 
 from __future__ import annotations
 
+import importlib
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -10,8 +13,9 @@ import pytest
 
 from kat_stream.access import Rule, rules_of
 from kat_stream.config import Config, load
-from kat_stream.errors import AccessDenied
+from kat_stream.errors import AccessDenied, LogUnavailable
 from kat_stream.log import Log, open_log
+from kat_stream.observe.sources import archived_ledger
 from kat_stream.runs import create_run
 from kat_stream.service import Context, load_service
 from tests.conftest_secured import Secured, secured
@@ -20,8 +24,19 @@ from tests.unit.records import RUN, request, reward, trajectory, turn
 from topics import CATALOGUE, PolicyVersion
 
 __all__ = ["secured"]
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
-LACKING = "less."
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(900)]
+GRANTED, LACKING = "rights.", "less."
+FLOW = ("sampler", "rollout", "verifier", "packer", "trainer", "weight_sync", "gateway", "engine", "archiver")
+"""In the order in which they stop."""
+SMALL = {
+    "run.name": RUN,
+    "run.steps": "1",
+    "sampler.groups_per_step": "2",
+    "sampler.group_size": "2",
+    "sampler.eval_tasks": "2",
+    "data.held_out": "'mend:held-out?count=2&seed=0'",
+    "data.train": "'mend:train?count=10&seed=0'",
+}
 MISSING = {
     "sampler": ("Write", "transactional-id", ""),
     "verifier": ("Write", "topic", "rewards"),
@@ -32,16 +47,72 @@ MISSING = {
 """Service -> the one right that it lacks: operation, kind, name."""
 
 
-async def opened(stack: AsyncExitStack, secured: Secured, service: str) -> Log:
+async def opened(stack: AsyncExitStack, secured: Secured, service: str, prefix: str) -> Log:
     """A log as this service's user."""
-    log = open_log(f"kafka:{secured.bootstrap}", prefix=LACKING, security=secured.section(f"kat-{service}"))
+    log = open_log(f"kafka:{secured.bootstrap}", prefix=prefix, security=secured.section(f"kat-{service}"))
     stack.push_async_callback(log.close)
     await log.start()
     return log
 
 
+async def lived(ctx: Context, name: str) -> bool:
+    """One life of a service; False if it ended because the broker was slow: its supervisor starts it again then."""
+    try:
+        await load_service(name).run(ctx)
+        return True
+    except LogUnavailable:
+        return False
+    except BaseExceptionGroup as group:
+        if group.split(LogUnavailable)[1] is not None:
+            raise
+        return False
+
+
+async def run_to_its_end(secured: Secured, config: Config, run_dir: Path) -> None:
+    """Every service as a task, as `run_local` runs them, but each on a log of its own."""
+    async with AsyncExitStack() as stack:
+        admin = await opened(stack, secured, "run", GRANTED)
+        await admin.apply_topics(CATALOGUE)
+        contexts, ended = {}, {name: anyio.Event() for name in FLOW}
+        for name in FLOW:
+            log = await opened(stack, secured, name, GRANTED)
+            contexts[name] = Context(config=config, run=RUN, run_dir=run_dir, log=log, member=name)
+
+        async def live(name: str) -> None:
+            while not await lived(contexts[name], name):
+                assert not contexts[name].stopping.is_set(), f"{name} never came to its end"
+            ended[name].set()
+
+        async with anyio.create_task_group() as tasks:
+            for name in reversed(FLOW):
+                tasks.start_soon(live, name)
+            for name in FLOW:
+                with anyio.fail_after(400 if name == "sampler" else 60):
+                    await ended[name].wait()
+                following = FLOW[FLOW.index(name) + 1 :]
+                if following:
+                    contexts[following[0]].stopping.set()
+
+
 def new_run(folder: Path) -> tuple[Config, Path]:
-    return create_run(load(DEMO, [f"run.name={RUN}", f"run.directory='{folder}'", "log.url='kafka:secured:1'"]))
+    changes = [f"{key}={value}" for key, value in SMALL.items()]
+    return create_run(load(DEMO, [*changes, f"run.directory='{folder}'", "log.url='kafka:secured:1'"]))
+
+
+def test_a_run_of_services_with_only_their_own_rights_goes_to_its_end(secured: Secured, tmp_path: Path) -> None:
+    for service in (*FLOW, "run"):
+        secured.grant(rules_of(service, GRANTED))
+    config, run_dir = new_run(tmp_path)
+    for name in FLOW:  # here and not on the loop: an import of torch would stop the heartbeats of all
+        load_service(name)
+    importlib.import_module("kat_stream.engines.embedded")
+    anyio.run(run_to_its_end, secured, config, run_dir)
+    ledger = archived_ledger(run_dir).summary()
+    assert ledger.requested == 2 * 2 + 2 * 2 == ledger.accounted
+    assert sum(ledger.in_flight.values()) == 0
+
+
+# --- without one right ------------------------------------------------------------------------------------------------
 
 
 def missing_rule(service: str) -> Rule:
@@ -68,7 +139,7 @@ def lacking(secured: Secured, tmp_path_factory: pytest.TempPathFactory) -> tuple
 async def fill(secured: Secured) -> None:
     """A version, and a whole group."""
     async with AsyncExitStack() as stack:
-        await (await opened(stack, secured, "run")).apply_topics(CATALOGUE)
+        await (await opened(stack, secured, "run", LACKING)).apply_topics(CATALOGUE)
         log = open_log(f"kafka:{secured.inside}", prefix=LACKING)
         stack.push_async_callback(log.close)
         await log.start()
@@ -94,7 +165,7 @@ def test_without_one_right_a_service_ends_and_names_it(
 
 async def refused(secured: Secured, config: Config, run_dir: Path, service: str) -> AccessDenied:
     async with AsyncExitStack() as stack:
-        log = await opened(stack, secured, service)
+        log = await opened(stack, secured, service, LACKING)
         folder = run_dir.with_name(f"without-{service}")
         folder.mkdir()
         ctx = Context(config=config, run=RUN, run_dir=folder, log=log, member=service)
