@@ -87,7 +87,7 @@ def test_a_service_that_hangs_is_killed_and_started_again(run_dir: Path, caplog:
     async def scenario() -> None:
         stopping = anyio.Event()
         async with anyio.create_task_group() as group:
-            group.start_soon(supervise, run_dir, stopping, ("verifier-1",), Patience(hang_s=6.0))
+            group.start_soon(supervise, run_dir, stopping, ("verifier-1",), Patience(first_beat_s=60.0, hang_s=6.0))
             first = await _new_pid(run_dir, "verifier-1", 0)
             os.kill(first, signal.SIGSTOP)
             began = time.monotonic()
