@@ -7,7 +7,6 @@ this machine today: the prompt, the recipe and what it started from are part of 
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,10 +75,9 @@ def _make(prompt: Prompt, wording: Wording, made: Path) -> None:
 
     from kat_stream.demo.adaptation import RECIPE, adapt
     from kat_stream.demo.warm_start import save
+    from kat_stream.training.publication import atomic_directory
 
     torch.set_num_threads(1)  # see kat_stream.demo.warm_start
-    made.parent.mkdir(parents=True, exist_ok=True)
     policy, tokenizer = adapt(prompt, wording, RECIPE, _SEED)
-    with tempfile.TemporaryDirectory(dir=made.parent, prefix=".") as scratch:
-        save(policy, tokenizer, Path(scratch) / "policy")
-        (Path(scratch) / "policy").rename(made)
+    with atomic_directory(made) as work:
+        save(policy, tokenizer, work)

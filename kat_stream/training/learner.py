@@ -27,7 +27,6 @@ from kat_stream.env.plugins import load
 from kat_stream.errors import BatchError, CheckpointError, StepCancelled
 from kat_stream.rl.objective import Objective
 from kat_stream.rl.settings import DistillationConfig, PenaltyConfig, RatioConfig
-from kat_stream.rl.units import Units
 from kat_stream.training.attention import NAME, Backend
 from kat_stream.training.backward import Backward, sampled_values
 from kat_stream.training.metrics import StepMetrics, Tally, add
@@ -151,11 +150,9 @@ class TorchLearner:
         """What each update learns from; those after the first with the log-probs from before it."""
         units = self._objective.units(batch)
         if self.config.updates == 1:
-            return [Share(batch, units, self._mine(batch, units))]
-        shares = []
-        for part in split(batch, units, self.config.updates):
-            units = self._objective.units(part)
-            shares.append(Share(part, units, self._mine(part, units)))
+            return [Share(batch, units)]
+        parts = split(batch, units, self.config.updates)
+        shares = [Share(part, self._objective.units(part)) for part in parts]
         if self.config.ratio.denominator == "train":
             for share in shares[1:]:
                 self._look_before(share)
@@ -163,13 +160,13 @@ class TorchLearner:
 
     def _look_before(self, share: Share) -> None:
         share.proximal = np.full(share.batch.trained_tokens, np.nan)
-        for rows in share.mine:
+        for rows in self._mine(share):
             micro = make_micro_batch(share.batch, rows, self.config.micro_batch_tokens)
             share.proximal[micro.sampled] = sampled_values(self.model, micro, self.config.attention)[0].double().cpu()
 
-    def _mine(self, batch: TrainBatch, units: Units) -> list[list[int]]:
+    def _mine(self, share: Share) -> list[list[int]]:
         """Micro-batches, as rows, that this process runs."""
-        return plan_micro_batches(batch, units, self.config.micro_batch_tokens)
+        return plan_micro_batches(share.batch, share.units, self.config.micro_batch_tokens)
 
     def skip_step(self) -> None:
         """Count a step whose groups teach nothing: the weights stay, the next policy version equals this one."""
@@ -255,7 +252,7 @@ class TorchLearner:
 
     def _gradients(self, share: Share, tally: Tally, should_stop: Callable[[], bool]) -> None:
         """The gradient of the whole update, or `StepCancelled` and none."""
-        for rows in share.mine:
+        for rows in self._mine(share):
             if should_stop():
                 self.optimizer.zero_grad()
                 raise StepCancelled(f"step {self.step_count + 1} was stopped; nothing was changed")

@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kat_stream.errors import BatchError, ServiceDied, StepCancelled
-from kat_stream.rl.units import Units
 from kat_stream.training.dealing import deal, predicted_cost
 from kat_stream.training.learner import LearnerConfig, TorchLearner
 from kat_stream.training.metrics import StepMetrics, Tally
-from kat_stream.training.ranks import Ranks, commands
+from kat_stream.training.ranks import Ranks, any_rank, commands, gradients_of, sum_in_one
 from kat_stream.training.rows import plan_micro_batches
-from kat_stream.training.sharding import any_rank, gathered, shard, share_of, take_part, whole
+from kat_stream.training.sharding import gathered, shard, share_of, take_part, whole
 from kat_stream.training.shares import Share
 from kat_stream.trees.batch import TrainBatch
 
@@ -49,16 +48,13 @@ def open_learner(
 
 def sum_over_ranks(model: torch.nn.Module, flag: bool) -> bool:
     """Add up all gradients in place, in one collective; True if any rank raised its flag. ServiceDied if one left."""
-    parameters = list(model.parameters())
-    parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-    flat = torch.cat([*parts, torch.full((1,), float(flag)).to(parts[0])])
+    gradients = gradients_of(model.parameters())
+    raised = gradients[0].new_full((1,), float(flag))
     try:
-        dist.all_reduce(flat)
+        sum_in_one([*gradients, raised])
     except RuntimeError as error:  # gloo has no type of its own for a rank that went away or was too late
         raise ServiceDied(f"a rank of the learner is gone: {error}") from error
-    for parameter, part in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter).clone()
-    return bool(flat[-1] > 0)
+    return bool(raised > 0)
 
 
 class RankLearner(TorchLearner):
@@ -115,44 +111,47 @@ class RankLearner(TorchLearner):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         return float(whole(norm))
 
-    def _mine(self, batch: TrainBatch, units: Units) -> list[list[int]]:
-        return self._dealt(batch, units)[self.rank]
+    def _mine(self, share: Share) -> list[list[int]]:
+        return self._dealt(share)[self.rank]
 
-    def _dealt(self, batch: TrainBatch, units: Units) -> list[list[list[int]]]:
+    def _dealt(self, share: Share) -> list[list[list[int]]]:
         """Micro-batches of each rank."""
+        batch = share.batch
         budget = min(self.config.micro_batch_tokens, max(1, batch.tree_tokens // (SHARES * self.ranks)))
-        plan = plan_micro_batches(batch, units, budget)
+        plan = plan_micro_batches(batch, share.units, budget)
         ranks = deal([predicted_cost(batch, rows) for rows in plan], self.ranks)
         return [[plan[i] for i in np.flatnonzero(ranks == number)] for number in range(self.ranks)]
 
     def _gradients(self, share: Share, tally: Tally, should_stop: Callable[[], bool]) -> None:
-        dealt = self._dealt(share.batch, share.units)
+        dealt = self._dealt(share)
         largest = max(sum(len(share.batch.rows[row]) for row in rows) for one in dealt for rows in one)
         if self.sharding == "none" or largest > self.config.micro_batch_tokens:
             with self._gathered():
-                stopped = self._alone(share, tally, should_stop)
+                stopped = self._alone(share, dealt[self.rank], tally, should_stop)
         else:
-            stopped = self._in_step(share, max(map(len, dealt)), tally, should_stop)
+            stopped = self._in_step(share, dealt[self.rank], max(map(len, dealt)), tally, should_stop)
         if stopped:
             self.optimizer.zero_grad()
             raise StepCancelled(f"step {self.step_count + 1} was stopped; nothing was changed")
 
-    def _alone(self, share: Share, tally: Tally, should_stop: Callable[[], bool]) -> bool:
+    def _alone(self, share: Share, mine: list[list[int]], tally: Tally, should_stop: Callable[[], bool]) -> bool:
         """Each rank by itself, then one sum of all gradients. Whether a rank was stopped."""
         stopped = False
-        for rows in share.mine:
+        for rows in mine:
             stopped = stopped or should_stop()
             if not stopped:
                 self._backward(share, rows, tally)
         return sum_over_ranks(self.model, stopped)
 
-    def _in_step(self, share: Share, rounds: int, tally: Tally, should_stop: Callable[[], bool]) -> bool:
+    def _in_step(
+        self, share: Share, mine: list[list[int]], rounds: int, tally: Tally, should_stop: Callable[[], bool]
+    ) -> bool:
         """One micro-batch of every rank after the other, as they share the layers. Whether a rank was stopped."""
         stopped = False
         for number in range(rounds):
             stopped = stopped or should_stop()
-            if number < len(share.mine) and not stopped:
-                self._backward(share, share.mine[number], tally)
+            if number < len(mine) and not stopped:
+                self._backward(share, mine[number], tally)
             else:
                 take_part(self.model, self.config.attention)
                 if self._replay is not None:

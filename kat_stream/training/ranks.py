@@ -1,7 +1,8 @@
 """The processes that share a learner: the caller's is rank 0 and commands the others, its children.
 
-Owns their start, the pipes to them and their end. Invariants: commands go through pipes, so that a rank waits for its
-next one for as long as its parent lives, and ends with it; one that is gone, or says nothing, is a `ServiceDied`.
+Owns their start, the pipes to them and their end, and what each of them adds up with the others. Invariants: commands
+go through pipes, so that a rank waits for its next one for as long as its parent lives, and ends with it; one that is
+gone, or says nothing, is a `ServiceDied`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import multiprocessing as mp
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from kat_stream.errors import ServiceDied
 
@@ -105,3 +107,28 @@ def commands(pipe: Connection) -> Iterator[tuple[str, Any]]:
             yield pipe.recv()
         except EOFError:
             return
+
+
+def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """One of each parameter, zero where a rank has had none: all ranks have as much to add up."""
+    found = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        found.append(parameter.grad)
+    return found
+
+
+def sum_in_one(tensors: Sequence[Tensor], group: Any = None) -> None:
+    """Sum in place over the ranks of a group (None: all), in one collective."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def any_rank(flag: bool, device: str = "cpu") -> bool:
+    """True if any rank raised its flag; one collective."""
+    flags = torch.full((1,), float(flag), device=device)
+    dist.all_reduce(flags)
+    return bool(flags > 0)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -69,13 +68,6 @@ def take_part(model: nn.Module, backend: Backend) -> None:
         tree_gateways=Gateways(),
     )  # fmt: skip
     torch.autograd.backward(output.logits.sum() * 0.0)
-
-
-def any_rank(flag: bool) -> bool:
-    """True if any rank raised its flag; one collective."""
-    flags = torch.full((1,), float(flag))
-    dist.all_reduce(flags)
-    return bool(flags > 0)
 
 
 def whole(value: Any) -> Any:

@@ -20,10 +20,9 @@ class Share:
     batch: TrainBatch
     units: Units
     """Of this batch alone: weights sum to 1 over the update."""
-    mine: list[list[int]]
-    """Rows of each micro-batch that this process runs."""
     proximal: NDArray[np.float64] | None = None
-    """float64[sampled tokens of the batch]: log-probs before the first update, of what is `mine`; None: this is it."""
+    """float64[sampled tokens of the batch]: log-probs before the first update, of what this process runs; None:
+    this is it."""
 
 
 def split(batch: TrainBatch, units: Units, count: int) -> list[TrainBatch]:

@@ -49,6 +49,10 @@ class TreeLayout:
         stop = int(self.lengths[: turn + 1].sum())
         return self.index[stop - int(self.lengths[turn]) : stop]
 
+    def path_to(self, token: int) -> NDArray[np.int64]:
+        """int64[pos + 1]: the token's ancestors from its root, and the token itself."""
+        return np.flatnonzero(self.end[: token + 1] > token)
+
     @property
     def depth(self) -> int:
         """Tokens on the longest path."""

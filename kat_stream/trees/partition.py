@@ -59,7 +59,7 @@ def _cut(layout: TreeLayout, budget: int) -> Iterator[Part]:
 
 def with_path(layout: TreeLayout, part: Part) -> tuple[TreeLayout, int]:
     """The part below the path that leads to it, as one layout, and the number of tokens of that path. No turns."""
-    path = np.flatnonzero(layout.end[: part.start] > part.start)
+    path = layout.path_to(part.start)[:-1]
     above, span = len(path), slice(part.start, part.stop)
     parent = layout.parent[span] - part.start + above
     total = above + len(part)

@@ -44,7 +44,7 @@ def with_routes(row: TreeLayout, turns: Sequence[Pieces]) -> TreeLayout:
     if len(widths) > 1:
         raise BatchError(f"routed experts are {sorted(widths)} wide: of different models")
     routes = np.full((len(row), widths.pop()), MISSING)
-    paths = [_path(row, number) for number in range(len(turns))]
+    paths = [row.path_to(int(row.tokens_of(number)[-1])) for number in range(len(turns))]
     cuts = [len(path) - int(length) for path, length in zip(paths, row.lengths, strict=True)]
     for path, pieces, cut in zip(paths, turns, cuts, strict=True):
         _fill(routes, path, pieces, cut, len(path))
@@ -62,12 +62,6 @@ def check_routes(rows: Sequence[TreeLayout], width: int, experts: int) -> None:
             raise BatchError(f"row {number}: routed experts are {row.routes.shape[1]} wide, the model's {width}")
         if (row.routes[row.routes != MISSING] >= experts).any():
             raise BatchError(f"row {number}: routed to an expert that is none of {experts}")
-
-
-def _path(row: TreeLayout, number: int) -> NDArray[np.int64]:
-    """int64[P + T]: tokens of a turn's path from the root."""
-    last = int(row.tokens_of(number)[-1])
-    return np.flatnonzero(row.end[: last + 1] > last)
 
 
 def _fill(routes: Routes, path: NDArray[np.int64], pieces: Pieces, low: int, high: int) -> None:

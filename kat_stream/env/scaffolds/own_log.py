@@ -8,6 +8,7 @@ a call is compared by name and value of its arguments, a text without the white 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -53,17 +54,12 @@ def _in_log(log: bytes) -> Words:
 
 def _values(file: bytes) -> Iterator[Any]:
     """One JSON value, or one a line; a line that was being written when the agent ended is none."""
-    for piece in (file,) if _is_json(file) else file.splitlines():
-        if _is_json(piece):
-            yield msgspec.json.decode(piece)
-
-
-def _is_json(text: bytes) -> bool:
     try:
-        msgspec.json.decode(text)
+        yield msgspec.json.decode(file)
     except msgspec.DecodeError:
-        return False
-    return True
+        for line in file.splitlines():
+            with suppress(msgspec.DecodeError):
+                yield msgspec.json.decode(line)
 
 
 def _read(value: Any, speaking: bool, texts: set[str], calls: set[str]) -> None:
@@ -87,6 +83,7 @@ def _read(value: Any, speaking: bool, texts: set[str], calls: set[str]) -> None:
 
 
 def _call(name: str, arguments: Any) -> str:
-    if isinstance(arguments, str) and _is_json(arguments.encode()):
-        arguments = msgspec.json.decode(arguments)
+    if isinstance(arguments, str):
+        with suppress(msgspec.DecodeError):
+            arguments = msgspec.json.decode(arguments)
     return f"{name} {_json.encode(arguments).decode()}"

@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from kat_stream.errors import CheckpointError, ConfigError, StepCancelled
-from kat_stream.rl.units import Units
 from kat_stream.training.dealing import predicted_cost
 from kat_stream.training.learner import DTYPES, LearnerConfig, TorchLearner
 from kat_stream.training.megatron import groups
@@ -29,9 +28,9 @@ from kat_stream.training.megatron.model import TreeModel
 from kat_stream.training.megatron.weights import Sharding, Shards, load_weights
 from kat_stream.training.metrics import Tally
 from kat_stream.training.parallel import SHARES
+from kat_stream.training.ranks import any_rank, gradients_of, sum_in_one
 from kat_stream.training.rows import plan_micro_batches
 from kat_stream.training.shares import Share
-from kat_stream.trees.batch import TrainBatch
 
 KIND = "megatron"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -109,15 +108,16 @@ class MegatronLearner(TorchLearner):
             raise CheckpointError(f"of another model: {name} is in one of them only")
         self._shards.place(whole.__getitem__, targets)
 
-    def _mine(self, batch: TrainBatch, units: Units) -> list[list[int]]:
-        return [rows for rows, _ in self._rounds(batch, units)]
+    def _mine(self, share: Share) -> list[list[int]]:
+        return [rows for rows, _ in self._rounds(share)]
 
-    def _rounds(self, batch: TrainBatch, units: Units) -> list[tuple[list[int], bool]]:
+    def _rounds(self, share: Share) -> list[tuple[list[int], bool]]:
         """What this rank runs, and whether it does so for itself: as many rounds on every rank."""
+        batch = share.batch
         rank, ranks = groups.data_group().rank(), groups.data_group().size()
         budget = self.config.micro_batch_tokens
         finer = budget if ranks == 1 else min(budget, max(1, batch.tree_tokens // (SHARES * ranks)))
-        plan = plan_micro_batches(batch, units, finer)
+        plan = plan_micro_batches(batch, share.units, finer)
         whole = [rows for rows in plan if sum(len(batch.rows[row]) for row in rows) <= budget]
         whole.sort(key=lambda rows: predicted_cost(batch, rows))
         found = []
@@ -128,23 +128,16 @@ class MegatronLearner(TorchLearner):
 
     def _gradients(self, share: Share, tally: Tally, should_stop: Callable[[], bool]) -> None:
         silent = replace(share, units=replace(share.units, weight=np.zeros_like(share.units.weight)))
-        for rows, own in self._rounds(share.batch, share.units):
-            if self._any_rank(should_stop()):
+        for rows, own in self._rounds(share):
+            if any_rank(should_stop(), self.config.device):
                 self.optimizer.zero_grad()
                 raise StepCancelled(f"step {self.step_count + 1} was stopped; nothing was changed")
             self._backward(share if own else silent, rows, tally if own else Tally())
         self._sum_gradients()
 
-    def _any_rank(self, flag: bool) -> bool:
-        flags = torch.tensor([float(flag)], device=self.config.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return bool(flags.item())
-
     def _sum_gradients(self) -> None:
         """Over the ranks that ran other trees, and over tensor parallel ranks where each saw only its own heads."""
-        for parameter in self._parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        gradients_of(self._parameters.values())
         _sum(self._gradients_of("replicated", "heads", "tensor"), groups.data_group())
         _sum(self._gradients_of("expert"), groups.expert_data_group())
         _sum(self._gradients_of("heads"), groups.tensor_group())
@@ -166,13 +159,9 @@ class MegatronLearner(TorchLearner):
 
 
 def _sum(tensors: list[Tensor], group: Any) -> None:
-    """Sum in place over the group, in one collective."""
-    if group.size() == 1 or not tensors:
-        return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat, group=group)
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+    """Where there is somebody to add up with, and something to add up."""
+    if group.size() > 1 and tensors:
+        sum_in_one(tensors, group)
 
 
 def _squares(tensors: list[Tensor], group: Any = None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from kat_stream.trees import TrainBatch, TurnTokens, make_batch
+from tests.unit.learner.megatron_models import write_models
 
 VOCABULARY = 7
 RandomTurns = Callable[[np.random.Generator, int], list[TurnTokens]]
@@ -149,6 +150,14 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("llama")
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directories of `megatron_models.write_models`; nobody writes there."""
+    root = tmp_path_factory.mktemp("models")
+    write_models(root)
+    return root
 
 
 @pytest.fixture

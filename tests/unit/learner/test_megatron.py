@@ -24,7 +24,7 @@ from kat_stream.training.megatron.ranks import MegatronLeader, Order, World
 from kat_stream.training.megatron.weights import Shards
 from kat_stream.training.rows import edge_values, make_micro_batch, part_inputs
 from kat_stream.trees import TrainBatch
-from tests.unit.learner.megatron_models import in_files, write_models
+from tests.unit.learner.megatron_models import in_files
 
 Build = Callable[..., Any]
 Open = Callable[..., MegatronLeader]
@@ -32,13 +32,6 @@ DENSE = ("tied", "untied", "biased")
 MIXTURES = ("moe", "moe-raw")
 CONFIG = LearnerConfig(ratio=RatioConfig(mask="none"), learning_rate=1e-3, warmup_steps=1)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    write_models(root)
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from kat_stream.rl.settings import PenaltyConfig, RatioConfig
 from kat_stream.training.learner import LearnerConfig, TorchLearner
 from kat_stream.training.megatron.ranks import MegatronLeader, Order, World
 from kat_stream.trees import TrainBatch
-from tests.unit.learner.megatron_models import in_files, write_models
+from tests.unit.learner.megatron_models import in_files
 
 pytestmark = pytest.mark.timeout(900)  # the other rank imports torch and Megatron first
 Build = Callable[..., Any]
@@ -25,13 +25,6 @@ CONFIG = LearnerConfig(ratio=RatioConfig(mask="none"), learning_rate=1e-3, warmu
 TENSOR, EXPERT, DATA = (2, 1), (1, 2), (1, 1)
 PARTS = 25
 """Unique tokens of a micro-batch, so that trees run in parts."""
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    write_models(root)
-    return root
 
 
 @pytest.fixture(scope="module")

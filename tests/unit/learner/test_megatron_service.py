@@ -17,7 +17,6 @@ from kat_stream.training.learner import TorchLearner
 from kat_stream.training.megatron.ranks import MegatronLeader
 from kat_stream.training.publication import weights_checksum
 from kat_stream.training.settings import learner_config
-from tests.unit.learner.megatron_models import write_models
 from tests.unit.records import RUN, request, reward, trajectory, turn
 from topics import CATALOGUE, PackedBatch, PolicyVersion, TrainStep
 
@@ -42,12 +41,11 @@ def packed(version: str) -> PackedBatch:
 
 @pytest.mark.anyio
 @pytest.mark.timeout(600)
-async def test_one_step_of_the_service(tmp_path: Path) -> None:
-    write_models(tmp_path / "models")
+async def test_one_step_of_the_service(models: Path, tmp_path: Path) -> None:
     log = MemoryLog()
     await log.apply_topics(CATALOGUE)
     chosen = (
-        'trainer.learner="megatron"', f'policy.model="{tmp_path / "models" / "tied"}"', "run.steps=1",
+        'trainer.learner="megatron"', f'policy.model="{models / "tied"}"', "run.steps=1",
         "sampler.groups_per_step=1", "trainer.warmup_steps=1", "trainer.checkpoint_every=1",
     )  # fmt: skip
     ctx = Context(load(None, chosen), RUN, tmp_path / "run", log, "trainer")
