@@ -5,15 +5,16 @@ SEED ?= 0
 LOG ?= memory
 SCAFFOLD ?= shell
 N ?= 100
+WORKERS ?= 2
 
 .PHONY: demo test check bench chaos fuzz warm-start setup setup-test clean
 
 demo: setup ## set everything up and train the small policy: make demo [SEED=1] [LOG=kafka] [SCAFFOLD=codex]
 	$(KAT) demo --seed $(SEED) --log $(LOG) --scaffold $(SCAFFOLD)
 
-test: setup-test ## set everything up and run all tests
+test: setup-test ## set everything up and run all tests: make test [WORKERS=2]
 	$(MAKE) --no-print-directory check
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 check: ## style, types, import direction
 	.venv/bin/ruff check .

@@ -126,7 +126,7 @@ def struck(kafka_bootstrap: str, tmp_path_factory: pytest.TempPathFactory) -> It
         assert (shown.returncode, len(shown.stdout.strip().splitlines())) == (0, 3), shown.stdout + shown.stderr
         wait_for("a step beyond a checkpoint", lambda: _max_step(kafka_bootstrap) > EVERY, 400)
         os.kill(live(run_dir)["trainer"]["pid"], signal.SIGKILL)
-        assert third.wait(120) == 0
+        assert third.wait(120) == 0, (directory / "third.txt").read_text()[-4000:]
         assert process.wait(600) == 0, out.read_text()
         yield run_dir
     finally:

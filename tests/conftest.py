@@ -1,0 +1,15 @@
+"""Which tests go together where several processes run the suite (`make test`): one file, or one costly shared run."""
+
+from __future__ import annotations
+
+import pytest
+
+SHARED = ("struck", "kafka_cluster_dir")
+"""Session fixtures that cost so much that only one process may make them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        group = next((name for name in SHARED if name in names), str(item.path))
+        item.add_marker(pytest.mark.xdist_group(group))
