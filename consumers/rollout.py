@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections import Counter
 from collections.abc import Sequence
 
 import aiohttp
@@ -22,6 +21,7 @@ from kat_stream.env.scaffolds.relay import relay
 from kat_stream.gateway.client import GatewayControl
 from kat_stream.log.base import Delivered
 from kat_stream.log.outcome import Emit, Outcome, Retry
+from kat_stream.log.retries import attempt_of
 from kat_stream.log.stages import run_work
 from kat_stream.sandboxing import open_backend
 from kat_stream.service import Context, wait_until
@@ -81,19 +81,16 @@ class RolloutHandler:
 
     def __init__(self, run: str, runner: RolloutRunner, attempts: int) -> None:
         self.run_name, self.runner, self.attempts = run, runner, attempts
-        self.tried: Counter[str] = Counter()
 
     async def __call__(self, delivered: Delivered) -> Outcome:
         request = delivered.record()
         if not isinstance(request, RolloutRequest) or request.run != self.run_name:
             return Emit()
-        attempt = self.tried[request.rollout_id] + 1
-        self.tried[request.rollout_id] = attempt
+        attempt = attempt_of(delivered)
         with telemetry.IN_FLIGHT.track_inprogress():
             trajectory, reward = await self.runner.run_graded(request, attempt=attempt)
         if trajectory.outcome == "infra_error" and attempt < self.attempts:
             return Retry(0.5 * attempt, f"{trajectory.error_class}: {trajectory.detail}")
-        del self.tried[request.rollout_id]
         telemetry.ROLLOUTS.labels(trajectory.outcome).inc()
         telemetry.ROLLOUT_SECONDS.observe(trajectory.seconds)
         return Emit(*_records(trajectory, reward))

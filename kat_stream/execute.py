@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import anyio
 
 from kat_stream.config import Config
 from kat_stream.curriculum import group_of
-from kat_stream.errors import KatError
+from kat_stream.errors import KatError, LogUnavailable
 from kat_stream.local import run_local
 from kat_stream.observe.lag_export import export_lag
 from kat_stream.observe.progress import Progress
@@ -28,6 +29,10 @@ from kat_stream.telemetry import serve_metrics
 from topics import LedgerEntry, catalogue
 
 log = logging.getLogger(__name__)
+
+START_S = 60.0
+"""How long a run waits at its start for a log that is away or slow."""
+RETRY_S = 5.0
 
 
 @dataclass(slots=True)
@@ -44,7 +49,7 @@ async def execute(config: Config, run_dir: Path, *, resume: bool, progress: Prog
     began = time.monotonic()
     one_process = config.log.url.startswith("memory:")
     the_log = open_run_log(config, run_dir)
-    await the_log.start()
+    await when_there(the_log.start, run_dir)
     log_id = uuid.uuid4().hex if one_process else "kafka"
     ctx = Context(config=config, run=config.run.name, run_dir=run_dir, log=the_log, member="run", log_id=log_id)
     metrics = serve_metrics(config.metrics.host, config.metrics.port)
@@ -52,7 +57,7 @@ async def execute(config: Config, run_dir: Path, *, resume: bool, progress: Prog
     signalled = anyio.Event()
     error: BaseException | None = None
     try:
-        await the_log.apply_topics(catalogue(config.log.partitions))
+        await when_there(lambda: the_log.apply_topics(catalogue(config.log.partitions)), run_dir)
         if resume and one_process:
             await _settle_interrupted(ctx)
         with registered(run_dir, "run", url):
@@ -72,6 +77,23 @@ async def execute(config: Config, run_dir: Path, *, resume: bool, progress: Prog
             await the_log.close()
         metrics.shutdown()
     return Result(time.monotonic() - began, signalled.is_set(), error)
+
+
+async def when_there(step: Callable[[], Awaitable[object]], run_dir: Path) -> None:
+    """Take a step that needs the log, again and again for START_S; then LogUnavailable says how to go on."""
+    give_up = time.monotonic() + START_S
+    while True:
+        try:
+            await step()
+            return
+        except LogUnavailable as error:
+            if time.monotonic() > give_up:
+                raise LogUnavailable(
+                    f"the log did not answer within {START_S:g} s: {error}; once it does (log.url in"
+                    f" {run_dir}/config.toml, `kat-stream broker status`): kat-stream run --resume {run_dir}"
+                ) from error
+            log.error("waiting for the log, for up to %.0f s more: %s", give_up - time.monotonic(), error)
+        await anyio.sleep(RETRY_S)
 
 
 async def _settle_interrupted(ctx: Context) -> None:

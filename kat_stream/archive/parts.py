@@ -150,11 +150,11 @@ def _parts_now(directory: Path, topic: str) -> list[Part]:
 def describe(path: Path) -> Part:
     """What a file says of itself; DataError if it is no file of an archive."""
     try:
-        about = json.loads(pq.read_schema(path).metadata[ABOUT])
+        said = json.loads(pq.read_schema(path).metadata[ABOUT])
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: no archive of a topic: {error}") from error
-    spans = {int(partition): (first, after) for partition, (first, after) in about["spans"].items()}
-    return Part(path, about["log"], spans, (about["flushes"][0], about["flushes"][1]))
+    spans = {int(partition): (first, after) for partition, (first, after) in said["spans"].items()}
+    return Part(path, said["log"], spans, (said["flushes"][0], said["flushes"][1]))
 
 
 def described(table: pa.Table, log: str, flushes: tuple[int, int]) -> pa.Table:
@@ -163,8 +163,12 @@ def described(table: pa.Table, log: str, flushes: tuple[int, int]) -> pa.Table:
     for partition, offset in zip(table["partition"].to_pylist(), table["offset"].to_pylist(), strict=True):
         first = spans.get(partition, (offset, 0))[0]
         spans[partition] = (first, offset + 1)
-    about = {"log": log, "spans": spans, "flushes": flushes}
-    return table.replace_schema_metadata({ABOUT: json.dumps(about).encode()})
+    return table.replace_schema_metadata(about(log, spans, flushes))
+
+
+def about(log: str, spans: Spans, flushes: tuple[int, int]) -> dict[bytes, bytes]:
+    """What a file says of itself, as its metadata."""
+    return {ABOUT: json.dumps({"log": log, "spans": spans, "flushes": flushes}).encode()}
 
 
 def last_flush(directory: Path) -> int:

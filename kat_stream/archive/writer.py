@@ -10,7 +10,7 @@ import os
 import threading
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,6 +21,7 @@ from kat_stream.archive.columns import table_of
 from kat_stream.archive.parts import (
     Commit,
     Part,
+    about,
     archived_positions,
     described,
     finish,
@@ -40,6 +41,8 @@ MERGE_AT = 8
 """So many files of one size class in a folder become one."""
 SIZES = (128 << 10, 1 << 20, 8 << 20)
 """Upper limits of the size classes in bytes; larger files stay as they are."""
+MERGE_BYTES = 32 << 20
+"""Of rows that a merge holds at once, as far as whole partitions allow; files may together have many times that."""
 Held = tuple[Delivered, str]
 """A message and its run."""
 
@@ -109,7 +112,7 @@ class ArchiveWriter:
         try:
             for path, messages in _by_folder(self.directory, waiting).items():
                 table = described(table_of(messages), self.log_id, (self._flush, self._flush))
-                staged.append(_stage(table, path, self._flush))
+                staged.append(_stage(table.schema, [table], path, self._flush))
             self._change(positions, staged, [])
         except OSError:
             _discard(staged)
@@ -134,13 +137,10 @@ class ArchiveWriter:
         return merged
 
     def _merge(self, files: Sequence[Part]) -> None:
-        tables = [pq.read_table(part.path, partitioning=None) for part in files]
-        table = pa.concat_tables(tables, promote_options="default")
-        flushes = (files[0].flushes[0], max(part.flushes[1] for part in files))
-        table = described(table.sort_by([("partition", "ascending"), ("offset", "ascending")]), self.log_id, flushes)
+        schema = _schema_of(files, self.log_id)
         staged: list[Path] = []
         try:
-            staged.append(_stage(table, files[0].path.parent, flushes[0]))
+            staged.append(_stage(schema, _rows_of(files, schema), files[0].path.parent, files[0].flushes[0]))
             self._change(self._saved, staged, [part.path for part in files])
         except OSError:
             _discard(staged)
@@ -217,16 +217,44 @@ def _runs(files: Sequence[Part], kind: int, all_small: bool) -> list[list[Part]]
     return [run for run in runs if sum(classes[part.path] == kind for part in run) >= MERGE_AT]
 
 
-def _stage(table: pa.Table, directory: Path, flush: int) -> Path:
+def _schema_of(files: Sequence[Part], log_id: str) -> pa.Schema:
+    """Of the file that these become: the columns of all, and what it says of itself."""
+    spans: dict[int, tuple[int, int]] = {}
+    for number in sorted({number for part in files for number in part.spans}):
+        there = [part.spans[number] for part in files if number in part.spans]
+        spans[number] = min(first for first, _ in there), max(after for _, after in there)
+    flushes = (files[0].flushes[0], max(part.flushes[1] for part in files))
+    columns = pa.unify_schemas([pq.read_schema(part.path) for part in files], promote_options="default")
+    return columns.with_metadata(about(log_id, spans, flushes))
+
+
+def _rows_of(files: Sequence[Part], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Their rows in order of partition and offset, in tables of whole partitions and about MERGE_BYTES."""
+    numbers = sorted({number for part in files for number in part.spans})
+    at_once = max(1, len(numbers) * MERGE_BYTES // max(1, sum(_size(part.path) for part in files)))
+    for first in range(0, len(numbers), at_once):
+        chosen = [("partition", "in", numbers[first : first + at_once])]
+        tables = [pq.read_table(part.path, partitioning=None, filters=chosen) for part in files]
+        rows = pa.concat_tables([schema.empty_table(), *tables], promote_options="default")
+        yield rows.sort_by([("partition", "ascending"), ("offset", "ascending")])
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file's columns before they were compressed."""
+    metadata = pq.read_metadata(path)
+    return sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+
+
+def _stage(schema: pa.Schema, tables: Iterable[pa.Table], directory: Path, flush: int) -> Path:
     """A complete file under its hidden name; the name it is to have."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"part-{flush:08d}-{uuid.uuid4().hex}.parquet"
-    rows = max(1, ROW_GROUP_BYTES * len(table) // max(1, table["value"].nbytes))
     try:
         with hidden(path).open("wb") as file:
-            pq.write_table(
-                table, file, compression="zstd", row_group_size=rows, use_dictionary=_repeating(table.schema)
-            )
+            with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=_repeating(schema)) as writer:
+                for table in tables:
+                    rows = max(1, ROW_GROUP_BYTES * len(table) // max(1, table["value"].nbytes))
+                    writer.write_table(table, row_group_size=rows)
             file.flush()
             os.fsync(file.fileno())
     except OSError:

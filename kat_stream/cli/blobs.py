@@ -34,8 +34,9 @@ def register(subparsers: Any) -> None:
         sweep,
         help="remove blobs that nothing refers to",
         description="Removes blobs older than the grace period that no message on any topic and no archived message "
-        "refers to. A store serves one log: references on another log are not seen. A run on the in-memory log "
-        "must have ended.",
+        "refers to. Before it removes any it waits a minute and reads what came meanwhile: whatever the clocks say, "
+        "nothing goes whose record is on its way. A store serves one log: references on another log are not seen. A "
+        "run on the in-memory log must have ended.",
         examples=["blobs sweep --dry-run", "blobs sweep --run runs/mine --grace 7d"],
     )
     sweep_parser.add_argument("--dry-run", action="store_true", help="only say what would go")
@@ -101,12 +102,11 @@ async def _survey(args: argparse.Namespace, remove: bool) -> tuple[Survey, list[
     archived = archived_messages(run_dir / "archive") if (run_dir / "archive").is_dir() else ()
     log = None if in_memory else open_log(config.log.url, security=config.log.security)
     store = BlobStore(blobs_url(config, run_dir))
-    if log is None:
-        found = await survey(store, None, archived, seconds(args.grace))
-        return found, await remove_garbage(store, found) if remove else []
-    await log.start()
+    if log is not None:
+        await log.start()
     try:
         found = await survey(store, log, archived, seconds(args.grace))
-        return found, await remove_garbage(store, found) if remove else []
+        return found, await remove_garbage(store, found, log) if remove else []
     finally:
-        await log.close()
+        if log is not None:
+            await log.close()

@@ -77,6 +77,7 @@ class StoredBlob:
     sha256: str
     size: int
     modified_unix_s: float
+    """When it was put last, by the store's clock."""
 
 
 class BlobStore:
@@ -103,9 +104,9 @@ class BlobStore:
         """Every blob, in the order of names."""
         return await self._call("listing", self._list)
 
-    async def remove(self, blob: StoredBlob, *, not_after_unix_s: float) -> bool:
-        """Remove a blob unless it was put again since: False if it is younger than that, or gone."""
-        return await self._call(f"removing {blob.sha256}", partial(self._remove, blob, not_after_unix_s))
+    async def remove(self, blob: StoredBlob) -> bool:
+        """Remove a blob as it was listed: False if it has been put again since, or is gone."""
+        return await self._call(f"removing {blob.sha256}", partial(self._remove, blob))
 
     async def _call[T](self, what: str, work: Callable[[], T]) -> T:
         try:
@@ -161,9 +162,9 @@ class BlobStore:
         ]
         return sorted(blobs, key=lambda blob: blob.sha256)
 
-    def _remove(self, blob: StoredBlob, not_after_unix_s: float) -> bool:
+    def _remove(self, blob: StoredBlob) -> bool:
         try:
-            if _modified(self._fs.info(self._path(blob.sha256))) > not_after_unix_s:
+            if _modified(self._fs.info(self._path(blob.sha256))) != blob.modified_unix_s:
                 return False
             self._fs.rm_file(self._path(blob.sha256))
         except FileNotFoundError:
@@ -203,8 +204,8 @@ def _environment() -> tuple[tuple[str, str], ...]:
 
 
 def _modified(info: dict[str, Any]) -> float:
-    """Unix seconds; a store that does not say when has only young blobs."""
+    """Unix seconds, whole ones of an object store; one that does not say when has only young blobs."""
     when = info.get("mtime") or info.get("LastModified")
     if isinstance(when, datetime):
-        return when.timestamp()
+        return float(int(when.timestamp()))  # a listing may say milliseconds where a single look does not
     return float(when) if when else time.time()

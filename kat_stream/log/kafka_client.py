@@ -54,6 +54,8 @@ RETRIABLE = tuple(
     name for name, kind in vars(kafka_errors).items() if isinstance(kind, type) and getattr(kind, "retriable", False)
 )
 """Names of the errors that aiokafka calls retriable."""
+NO_NODES = "Did we not perform bootstrap?"
+"""What aiokafka asserts when it looks for a coordinator and the broker has not named any: one that just starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,17 +116,21 @@ def translated(what: str) -> Iterator[None]:
         raise FencedError(f"{what}: {_text(error)}") from error
     except kafka_errors.MessageSizeTooLargeError as error:
         raise DataError(f"{what}: {_text(error)}") from error
-    except UNAVAILABLE as error:
-        raise LogUnavailable(f"{what}: {_text(error)}") from error
-    except kafka_errors.KafkaError as error:
-        kind = LogUnavailable if _passing(error) else LogError
-        raise kind(f"{what}: {_text(error)}") from error
+    except (kafka_errors.KafkaError, TimeoutError, AssertionError) as error:
+        if _passing(error):
+            raise LogUnavailable(f"{what}: {_text(error)}") from error
+        if isinstance(error, AssertionError):
+            raise  # a broken invariant, of aiokafka's or ours
+        raise LogError(f"{what}: {_text(error)}") from error
 
 
-def _passing(error: kafka_errors.KafkaError) -> bool:
-    """Whether it may be well later. aiokafka wraps retriable errors of its background tasks, by their text only."""
-    wrapped = type(error) is kafka_errors.KafkaError
-    return error.retriable or (wrapped and any(name in str(error) for name in RETRIABLE))
+def _passing(error: BaseException | None) -> bool:
+    """Whether it may be well later. aiokafka's background tasks wrap what they met: by its text, or as the cause."""
+    if isinstance(error, AssertionError):
+        return str(error) == NO_NODES
+    if error is not None and type(error) is kafka_errors.KafkaError:
+        return any(said in str(error) for said in (*RETRIABLE, NO_NODES)) or _passing(error.__cause__)
+    return isinstance(error, UNAVAILABLE) or getattr(error, "retriable", False)
 
 
 def _resource(error: BaseException, prefix: str) -> str:

@@ -1,22 +1,28 @@
 """Which blobs nothing refers to any more, and their removal.
 
-Invariant: a blob goes only if it was older than the grace period before the log was read, no message between the
-beginning and the end of any topic names it (in a header, or anywhere in the bytes of a record), no archived message
-does, and it has not been put again since. A store serves one log: references on another log are not seen.
+Invariant: a blob goes only if it was older than the grace period when it was listed, no message between the beginning
+and the end of any topic names it (in a header, or anywhere in the bytes of a record), no archived message does, and it
+has not been put again since. A store serves one log: references on another log are not seen.
+A clock that jumps makes everything look old, also what was put a moment ago and whose record is still on its way. So
+no clock decides alone: between the listing and the removal lies ON_ITS_WAY_S, then the news on the topics are read.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import anyio
+
 from kat_stream.errors import ConfigError
-from kat_stream.log.base import Delivered, Log
+from kat_stream.log.base import Delivered, Log, Start
 from kat_stream.log.blobs import BlobRef, BlobStore, StoredBlob, references
 
 SHORTEST_GRACE_S = 900.0
 """Between a blob and the record that names it lies a publish, and a broker that is away may write it much later."""
+ON_ITS_WAY_S = 60.0
+"""Longer than a publish or a transaction waits for its acknowledgement; one that is tried again puts the blob again."""
 READ_S = 600.0
 """Longest time to read the topics."""
 
@@ -29,12 +35,14 @@ class Survey:
     named: frozenset[str]
     """Hashes that a record or an archive refers to."""
     garbage: tuple[StoredBlob, ...]
-    not_after_unix_s: float
-    """The grace period, as a point in time."""
+    read_to: Mapping[tuple[str, int], int]
+    """Up to where the topics were read; empty without a log."""
 
 
 async def survey(store: BlobStore, log: Log | None, archived: Iterable[Delivered], grace_s: float) -> Survey:
-    """List first, then read what refers: a blob that is referred to meanwhile was put again and is young.
+    """List first, then read what refers: a blob that is referred to meanwhile was put again.
+
+    The archive is read last: what retention has removed before the topics were read is in it.
 
     `log`: the log itself, not its claim-checked view; None if it is gone. ConfigError for too short a grace period.
     LogUnavailable, BlobUnavailable: nothing is known, nothing may go.
@@ -43,16 +51,25 @@ async def survey(store: BlobStore, log: Log | None, archived: Iterable[Delivered
         raise ConfigError(f"--grace: at least {SHORTEST_GRACE_S / 60:g} minutes, records may still be on their way")
     not_after = time.time() - grace_s
     blobs = await store.stored()
-    named = {ref.sha256 for delivered in archived for ref in named_by(delivered)}
+    named: set[str] = set()
+    read_to: Mapping[tuple[str, int], int] = {}
     if log is not None:
-        named |= await _on_topics(log)
+        named, read_to = await _on_topics(log, "earliest")
+    named |= {ref.sha256 for delivered in archived for ref in named_by(delivered)}
     garbage = tuple(blob for blob in blobs if blob.sha256 not in named and blob.modified_unix_s <= not_after)
-    return Survey(tuple(blobs), frozenset(named), garbage, not_after)
+    return Survey(tuple(blobs), frozenset(named), garbage, read_to)
 
 
-async def sweep(store: BlobStore, found: Survey) -> list[StoredBlob]:
-    """Remove the garbage; those that were really removed."""
-    return [blob for blob in found.garbage if await store.remove(blob, not_after_unix_s=found.not_after_unix_s)]
+async def sweep(store: BlobStore, found: Survey, log: Log | None, *, wait_s: float = ON_ITS_WAY_S) -> list[StoredBlob]:
+    """Remove the garbage, after what was on its way has had `wait_s` to arrive; those that were really removed.
+
+    `log`: as for the survey. LogError, LogUnavailable: the news cannot be read, nothing was removed.
+    """
+    named: set[str] = set()
+    if found.garbage and log is not None:
+        await anyio.sleep(wait_s)
+        named, _ = await _on_topics(log, found.read_to)
+    return [blob for blob in found.garbage if blob.sha256 not in named and await store.remove(blob)]
 
 
 def named_by(delivered: Delivered) -> set[BlobRef]:
@@ -63,9 +80,10 @@ def named_by(delivered: Delivered) -> set[BlobRef]:
     return named
 
 
-async def _on_topics(log: Log) -> set[str]:
+async def _on_topics(log: Log, start: Start) -> tuple[set[str], Mapping[tuple[str, int], int]]:
+    """Hashes that messages from `start` on name, and up to where was read."""
     named: set[str] = set()
-    async with log.follow(sorted(await log.topics())) as follower:
+    async with log.follow(sorted(await log.topics()), start=start) as follower:
         async for delivered in follower.catch_up(READ_S):
             named |= {ref.sha256 for ref in named_by(delivered)}
-    return named
+        return named, {(topic, number): offset for (topic, number), offset in follower.position().items()}

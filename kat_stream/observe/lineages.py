@@ -9,9 +9,8 @@ Which lineage came later is known by the times of its steps, so these grow whate
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-
-from topics import TrainStep
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 TICK_S = 0.001
 
@@ -21,13 +20,24 @@ def time_of_step(now_s: float, before_s: float) -> float:
     return max(now_s, before_s + TICK_S)
 
 
-def surviving(steps: Iterable[TrainStep]) -> list[TrainStep]:
+class Step(Protocol):
+    """A `topics.TrainStep`, or what is kept of one."""
+
+    @property
+    def lineage(self) -> str: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def unix_s(self) -> float: ...
+
+
+def surviving[S: Step](steps: Iterable[S]) -> list[S]:
     """The steps of the surviving branch in order: each number once, from the lineage that made it last."""
-    lineages: dict[str, list[TrainStep]] = defaultdict(list)
+    lineages: dict[str, list[S]] = defaultdict(list)
     for step in steps:
         lineages[step.lineage].append(step)
     newest_first = sorted(lineages.values(), key=_opened, reverse=True)
-    kept: dict[int, TrainStep] = {}
+    kept: dict[int, S] = {}
     fork: float = float("inf")
     for made in newest_first:
         for step in made:
@@ -37,6 +47,6 @@ def surviving(steps: Iterable[TrainStep]) -> list[TrainStep]:
     return [kept[number] for number in sorted(kept)]
 
 
-def _opened(made: list[TrainStep]) -> tuple[float, str]:
+def _opened(made: Sequence[Step]) -> tuple[float, str]:
     """When the lineage made its first step; the name breaks ties."""
     return min(step.unix_s for step in made), made[0].lineage

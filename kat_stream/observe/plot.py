@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kat_stream.errors import ConfigError
-from kat_stream.observe.state import RoundView, RunState, StepView
+from kat_stream.observe.state import RoundView, RunState
+from kat_stream.observe.steps import StepView
 from kat_stream.observe.text import number
 from kat_stream.observe.view import duration
 

@@ -1,49 +1,25 @@
 """What a run is doing and has done, reduced from its records: steps, evaluation rounds, counts, rates. Pure.
 
 Invariants: no clock (time is what the records' timestamps say) and no I/O; all but the token rate depends on the set of
-records alone, so that the live view, the plot and a replay of the archive show the same numbers.
+records alone, so that the live view, the plot and a replay of the archive show the same numbers. What is kept of a
+training rollout is some 150 bytes, for weeks of a run are held here; what is open is kept by name.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import fmean
 
 from kat_stream.observe.lineages import surviving
+from kat_stream.observe.seen import Seen
+from kat_stream.observe.steps import MadeStep, PackedGroup, StepView
 from topics import LedgerEntry, PackedBatch, PolicyVersion, Record, Reward, RolloutRequest, TrainStep, Trajectory, Turn
-from topics.policy_version import parse_version
 
 WINDOW_MS = 10_000
 """Width of the window that the token rate is taken over."""
 PASSED = 1.0
 """The score of a task that is solved whole."""
 INT32_BYTES = 4
-
-
-@dataclass(frozen=True, slots=True)
-class StepView:
-    """One optimizer step. NaN where the run does not say."""
-
-    step: int
-    wall_s: float
-    """Seconds from the run's first record to the end of this step."""
-    reward: float
-    """Mean reward of the graded rollouts of the step's groups, filtered groups included."""
-    loss: float
-    """NaN too for a step whose groups taught nothing."""
-    clip_fraction: float
-    staleness_mean: float
-    staleness_max: float
-    """Policy versions between the oldest token of a rollout and the weights that the step began with."""
-    seconds: float
-    """Of the learner's work, waiting for groups not included."""
-    tree_tokens: int
-    flat_tokens: int
-    trained: int
-    filtered: int
-    """Rollouts of the step's groups that were left out: equal rewards, failed or too old."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +54,6 @@ class _Round:
 
 
 @dataclass(slots=True)
-class _Group:
-    rewards: list[float]
-    packed: dict[str, str]
-    """Rollout -> oldest version of its tokens."""
-    left_out: int
-    tree_tokens: int
-    flat_tokens: int
-
-
-@dataclass(slots=True)
 class RunState:
     """Feed it every record of one run with the record's timestamp."""
 
@@ -97,16 +63,18 @@ class RunState:
     version: str = ""
     """Newest policy version, `lineage.number`."""
     sampled_tokens: int = 0
-    requested: set[str] = field(default_factory=set)
-    finished: set[str] = field(default_factory=set)
+    _requested: Seen = field(default_factory=Seen)
+    _finished: Seen = field(default_factory=Seen)
     """Rollouts whose trajectory is there, or that were given up."""
-    _turns: set[str] = field(default_factory=set)
+    _open: set[str] = field(default_factory=set)
+    """Asked for and not finished."""
+    _turns: Seen = field(default_factory=Seen)
     _window: deque[tuple[int, int]] = field(default_factory=deque)
-    _groups: dict[str, _Group] = field(default_factory=dict)
-    _steps: dict[tuple[str, int], tuple[TrainStep, int]] = field(default_factory=dict)
+    _groups: dict[str, PackedGroup] = field(default_factory=dict)
+    _steps: dict[tuple[str, int], MadeStep] = field(default_factory=dict)
     _rounds: dict[int, _Round] = field(default_factory=dict)
     _eval_round: dict[str, int] = field(default_factory=dict)
-    _given_up: set[str] = field(default_factory=set)
+    _given_up: Seen = field(default_factory=Seen)
     _newest: tuple[int, int] = (-1, 0)
 
     def apply(self, record: Record, timestamp_ms: int) -> None:
@@ -126,16 +94,21 @@ class RunState:
             case LedgerEntry(state="failed" | "cancelled"):
                 self._give_up(record.rollout_id)
             case PackedBatch():
-                self._groups[record.group_id] = _group(record)
+                self._groups[record.group_id] = PackedGroup.of(record)
             case TrainStep():
-                self._steps.setdefault((record.lineage, record.step), (record, timestamp_ms))
+                self._steps.setdefault((record.lineage, record.step), MadeStep(record, timestamp_ms))
             case PolicyVersion():
                 self._of_version(record, timestamp_ms)
 
     @property
+    def requested(self) -> int:
+        """Rollouts asked for."""
+        return len(self._requested)
+
+    @property
     def in_flight(self) -> int:
         """Rollouts asked for whose agents have not ended."""
-        return len(self.requested - self.finished)
+        return len(self._open)
 
     @property
     def seconds(self) -> float:
@@ -150,19 +123,18 @@ class RunState:
 
     @property
     def steps(self) -> list[StepView]:
-        """The steps of the surviving lineage, in order; worked out from the records at each call."""
-        kept = surviving(record for record, _ in self._steps.values())
-        return [self._step(record, self._steps[record.lineage, record.step][1]) for record in kept]
+        """The steps of the surviving lineage, in order."""
+        return [step.view(self._groups, self.first_ms) for step in surviving(self._steps.values())]
 
     @property
     def steps_done(self) -> int:
         """Optimizer steps that the surviving lineage has made."""
-        return max((step.step for step in surviving(record for record, _ in self._steps.values())), default=0)
+        return max((step.step for step in surviving(self._steps.values())), default=0)
 
     @property
     def train_rollouts(self) -> int:
         """Training rollouts that have ended, whatever came of them."""
-        return len(self.finished - self._eval_round.keys())
+        return len(self._finished) - sum(rollout_id in self._finished for rollout_id in self._eval_round)
 
     @property
     def rounds(self) -> list[RoundView]:
@@ -170,7 +142,8 @@ class RunState:
         return [self._round(number, self._rounds[number]) for number in sorted(self._rounds)]
 
     def _of_request(self, record: RolloutRequest) -> None:
-        self.requested.add(record.rollout_id)
+        if self._requested.add(record.rollout_id) and record.rollout_id not in self._finished:
+            self._open.add(record.rollout_id)
         if record.purpose == "eval":
             self._rounds.setdefault(record.round, _Round()).requested.add(record.rollout_id)
             self._eval_round[record.rollout_id] = record.round
@@ -178,9 +151,8 @@ class RunState:
                 self._give_up(record.rollout_id)
 
     def _of_turn(self, record: Turn, timestamp_ms: int) -> None:
-        if record.turn_id in self._turns:
+        if not self._turns.add(record.turn_id):
             return
-        self._turns.add(record.turn_id)
         count = len(record.sampled_ids) // INT32_BYTES
         self.sampled_tokens += count
         self._window.append((timestamp_ms, count))
@@ -189,7 +161,7 @@ class RunState:
 
     def _of_trajectory(self, record: Trajectory) -> None:
         self._of_request(record.request)
-        self.finished.add(record.rollout_id)
+        self._finish(record.rollout_id)
         if not record.gradable:
             self._give_up(record.rollout_id)
 
@@ -202,10 +174,14 @@ class RunState:
             round_.failed.add(record.rollout_id)
 
     def _give_up(self, rollout_id: str) -> None:
-        self.finished.add(rollout_id)
+        self._finish(rollout_id)
         self._given_up.add(rollout_id)
         if rollout_id in self._eval_round:
             self._rounds[self._eval_round[rollout_id]].failed.add(rollout_id)
+
+    def _finish(self, rollout_id: str) -> None:
+        self._finished.add(rollout_id)
+        self._open.discard(rollout_id)
 
     def _of_version(self, record: PolicyVersion, timestamp_ms: int) -> None:
         newest = (timestamp_ms, record.number)
@@ -221,46 +197,3 @@ class RunState:
         passed = sum(score >= PASSED for score in seen.scores.values())
         wall_s = self._wall_s(seen.last_ms or self.first_ms)
         return RoundView(number, wall_s, len(seen.requested), len(seen.scores), len(failed), passed)
-
-    def _step(self, record: TrainStep, timestamp_ms: int) -> StepView:
-        groups = [self._groups[group_id] for group_id in record.groups if group_id in self._groups]
-        rewards = [reward for group in groups for reward in group.rewards]
-        ages = _ages(record, groups)
-        metrics = record.metrics
-        return StepView(
-            step=record.step,
-            wall_s=self._wall_s(timestamp_ms),
-            reward=fmean(rewards) if rewards else _metric(metrics, "reward_mean"),
-            loss=_metric(metrics, "loss"),
-            clip_fraction=_metric(metrics, "clip_fraction"),
-            staleness_mean=fmean(ages) if ages else _metric(metrics, "staleness_mean"),
-            staleness_max=max(ages) if ages else _metric(metrics, "staleness_max"),
-            seconds=_metric(metrics, "step_seconds"),
-            tree_tokens=sum(group.tree_tokens for group in groups),
-            flat_tokens=sum(group.flat_tokens for group in groups),
-            trained=len(record.trained),
-            filtered=sum(group.left_out for group in groups) + len(record.stale),
-        )
-
-
-def _group(record: PackedBatch) -> _Group:
-    graded = [m for m in record.members if m.fate not in ("failed", "cancelled")]
-    packed = {m.rollout_id: m.oldest_version for m in record.members if m.fate == "packed"}
-    return _Group(
-        rewards=[m.reward for m in graded],
-        packed=packed,
-        left_out=len(record.members) - len(packed),
-        tree_tokens=record.tree_tokens,
-        flat_tokens=record.flat_tokens,
-    )
-
-
-def _ages(record: TrainStep, groups: list[_Group]) -> list[int]:
-    """Steps from the oldest token of each trained rollout to the weights the step began with (version step - 1)."""
-    trained = set(record.trained)
-    versions = [v for group in groups for rollout_id, v in group.packed.items() if v and rollout_id in trained]
-    return [max(0, record.step - 1 - parse_version(version)[1]) for version in versions]
-
-
-def _metric(metrics: Mapping[str, float], name: str) -> float:
-    return metrics.get(name, float("nan"))

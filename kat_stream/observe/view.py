@@ -12,7 +12,8 @@ from rich.console import RenderableType
 from rich.panel import Panel
 from rich.table import Table
 
-from kat_stream.observe.state import RoundView, RunState, StepView
+from kat_stream.observe.state import RoundView, RunState
+from kat_stream.observe.steps import StepView
 from kat_stream.observe.text import number, percent, sparkline
 
 SPARK_WIDTH = 48
@@ -79,7 +80,7 @@ def panel(state: RunState, steps: int, lag: Mapping[str, int], now_ms: int) -> R
 
 
 def _rows(state: RunState, made: Sequence[StepView], lag: Mapping[str, int], now_ms: int) -> list[tuple[str, str]]:
-    asked = len(state.requested)
+    asked = state.requested
     finished = asked - state.in_flight
     return [
         ("reward", _reward(made)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 from collections.abc import Sequence
@@ -14,11 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kat_stream.errors import BlobUnavailable, ConfigError, DataError, DecodeError
+from kat_stream.gateway.limits import Limits
 from kat_stream.log import Delivered, Emit, Log, MemoryLog, Message, Outcome, open_log, run_transform, run_work
 from kat_stream.log.blobs import BlobRef, BlobStore
 from kat_stream.log.claims import ClaimCheckedLog
+from kat_stream.log.kafka import KafkaLog
+from kat_stream.log.kafka_producer import COMMIT_S
 from kat_stream.log.message import seal
-from kat_stream.log.sweeper import survey, sweep
+from kat_stream.log.sweeper import ON_ITS_WAY_S, survey, sweep
 from tests.contract.conftest import BARE, CLAIMED_OVER, TOPICS, Connect
 from tests.contract.log_records import eventually, everything, groups_on_one_partition, reward
 from topics import DeadLetter, Reward
@@ -242,11 +246,48 @@ async def test_a_sweep_removes_what_nothing_refers_to_and_nothing_else(pair: tup
     young = await store.put(b"young")
     found = await survey(store, bare, [in_archive], DAY_S)
     assert [blob.sha256 for blob in found.garbage] == [orphan.sha256]
-    assert await sweep(store, found) == list(found.garbage)
+    assert await sweep(store, found, bare, wait_s=0.0) == list(found.garbage)
     left = {blob.sha256 for blob in await store.stored()}
     assert left >= {ref.sha256 for ref in (artifact, inner, archived, buried, young, ref_of(kept))}
     with pytest.raises(ConfigError, match="at least 15 minutes"):
         await survey(store, bare, [], 60)
+
+
+class Slow(MemoryLog):
+    """A log to which nothing comes before it is let through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.through = anyio.Event()
+
+    async def append(self, *messages: Message, deadline_s: float = 30.0) -> None:
+        await self.through.wait()
+        await super().append(*messages, deadline_s=deadline_s)
+
+
+async def test_a_clock_that_jumps_takes_nothing_whose_record_is_on_its_way(tmp_path: Path) -> None:
+    """Nor what was nobody's when the sweep looked and is published again."""
+    bare, store = Slow(), BlobStore(f"file:{tmp_path}")
+    log = ClaimCheckedLog(bare, store, CLAIMED_OVER)
+    await log.apply_topics(TOPICS)
+    await store.put(seal(large(1)).value)
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(log.publish, large(0))
+            while len(await store.stored()) < 2:
+                await anyio.sleep(0.001)
+            aged(tmp_path, 2)
+            found = await survey(store, bare, [], DAY_S)
+            assert len(found.garbage) == 2
+            bare.through.set()
+    await log.publish(large(1))
+    assert await sweep(store, found, bare, wait_s=0.0) == []
+    assert [d.record() for d in await everything(log, "rewards")] == [large(0), large(1)]
+
+
+def test_a_sweep_waits_longer_than_anything_can_be_on_its_way() -> None:
+    waits = [inspect.signature(KafkaLog.append).parameters["deadline_s"].default, COMMIT_S, Limits().publish_s]
+    assert max(waits) < ON_ITS_WAY_S
 
 
 ACTIONS = st.lists(st.sampled_from(["put", "publish", "age", "survey", "sweep"]), min_size=5, max_size=40)
@@ -281,11 +322,11 @@ async def _interleaved(root: Path, actions: list[str], chance: random.Random) ->
         elif action == "survey":
             found = await survey(store, bare, [], DAY_S)
         elif action == "sweep" and found is not None:
-            await sweep(store, found)
+            await sweep(store, found, bare, wait_s=0.0)
             found = None
         got = await everything(log, "rewards")
         assert {d.record().score for d in got} == published  # type: ignore[attr-defined]
     aged(root, 2)
-    await sweep(store, await survey(store, bare, [], DAY_S))
+    await sweep(store, await survey(store, bare, [], DAY_S), bare, wait_s=0.0)
     left = {blob.sha256 for blob in await store.stored()}
     assert left == {ref_of(large(number, group, 300)).sha256 for number in published}

@@ -43,7 +43,7 @@ class Claimed:
     async def sweep(self) -> int:
         """Everything is old, and a sweep removes what nothing names: how many blobs are left."""
         aged(self.root, 2)
-        await sweep(self.store, await survey(self.store, self.bare, [], DAY_S))
+        await sweep(self.store, await survey(self.store, self.bare, [], DAY_S), self.bare, wait_s=0.0)
         return len(await self.store.stored())
 
     async def expire(self, *topics: str) -> None:

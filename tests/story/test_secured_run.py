@@ -1,10 +1,17 @@
-"""A whole run over TLS with a password: it works, its lag is scraped, and the password is nowhere to be found."""
+"""A whole run over TLS with a password: it works, its lag is scraped, and the password is nowhere to be found.
+
+While it goes on it is read by a user who may only read: `kat-viewer`, with READ and DESCRIBE and nothing else. The
+broker's access list is the proof that lag, ledger and a shadow trainer touch nothing of a run.
+"""
 
 from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,42 +25,58 @@ from tests.story.conftest import DEMO, ENDLESS, end, kat, settings, start, wait_
 
 __all__ = ["secured"]
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(1200)]
-USER = "kat-run"
+USER, READER = "kat-run", "kat-viewer"
 STAGES = {"rollout", "verifier", "packer", "trainer", "archiver"}
+
+
+@contextmanager
+def as_user(monkeypatch: pytest.MonkeyPatch, user: str) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setenv("KAT_KAFKA_USERNAME", user)
+        patch.setenv("KAT_KAFKA_PASSWORD", USERS[user])
+        yield
 
 
 def test_a_run_over_tls_with_a_password_that_nobody_can_find(
     secured: Secured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One user for the whole run, with the rights of all its services together."""
+    """One user for the whole run, with the rights of all its services together, and one who reads it."""
     secured.grant(replace(rule, principal=f"User:{USER}") for name in SERVICES for rule in rules_of(name, "kat."))
-    monkeypatch.setenv("KAT_KAFKA_PASSWORD", USERS[USER])
+    secured.grant(rules_of("viewer", "kat."))
     changes = {"log__url": f"'kafka:{secured.bootstrap}'", "run__name": "safe", "run__steps": str(ENDLESS)}
     words = settings(tmp_path, **changes, **_security(secured))
     run_dir, out = tmp_path / "safe", tmp_path / "out.txt"
-    process = start("run", DEMO, *words, out=out)
+    with as_user(monkeypatch, USER):
+        process = start("run", DEMO, *words, out=out)
+    watcher: subprocess.Popen[bytes] | None = None
     exported: set[tuple[str, str]] = set()
     try:
         wait_for("every service", lambda: len(list((run_dir / "services").glob("*.json"))) >= 11, 400)
         assert _cmdlines_with(run_dir, USERS[USER]) == []
         wait_for("the lag of every stage", lambda: _scraped(run_dir, exported), 300)
-        shown = kat("lag", run_dir, "--json")
-        assert shown.returncode == 0, shown.stderr
-        assert {row["group"] for row in json.loads(shown.stdout)} >= STAGES
         wait_for("a step", lambda: f"step 1/{ENDLESS}" in out.read_text(), 400)
+        shadow = tmp_path / "shadow.txt"
+        with as_user(monkeypatch, READER):
+            watcher = start("shadow", run_dir, "--name", "noise", "--seed", "1", out=shadow)
+            shown = kat("lag", run_dir, "--json")
+            wait_for("the account to close", lambda: "the account closes" in kat("ledger", run_dir).stdout, 300)
+        assert {row["group"] for row in json.loads(shown.stdout)} >= STAGES, shown.stdout + shown.stderr
+        wait_for("a shadow of the living", lambda: "step 1:" in shadow.read_text(), 400)
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == INTERRUPTED, out.read_text()
     finally:
         end(process)
-    secret = USERS[USER].encode()
-    files = [path for path in (*run_dir.rglob("*"), out) if path.is_file()]
+        if watcher is not None:
+            end(watcher)
+    secrets = [USERS[user].encode() for user in (USER, READER)]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 20
-    assert [path for path in files if secret in path.read_bytes()] == []
-    assert secret.decode() not in shown.stdout + shown.stderr
+    assert [path for path in files for secret in secrets if secret in path.read_bytes()] == []
+    assert not any(secret.decode() in shown.stdout + shown.stderr for secret in secrets)
 
 
 def _security(secured: Secured) -> dict[str, str]:
-    values = {"protocol": "SASL_SSL", "username": USER, "ca_file": str(secured.ca_file)}
+    values = {"protocol": "SASL_SSL", "ca_file": str(secured.ca_file)}
     return {f"log__security__{key}": f"'{value}'" for key, value in values.items()}
 
 

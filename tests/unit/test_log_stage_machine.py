@@ -4,8 +4,8 @@ A crash: after so many more calls nothing that the process says reaches the log,
 membership ends, but it works on (a zombie: SIGSTOP for longer than a session) until it is stopped.
 
 Mutations that this machine was seen to catch: a transform forgets what it wrote (since groups come again), no fencing
-by the writer's id. Commits past unfinished work and lost metadata fall to test_log_tracker.py. Seen to survive here:
-output read before the writer is opened; a worker's message finished before it is published.
+by the writer's id. Commits past unfinished work and lost metadata fall to test_log_tracker.py; what needs one unlucky
+order of events, as a message that is finished before it is published, to test_log_{work,transform}_orders.py.
 """
 
 from __future__ import annotations

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from kat_stream.archive import ArchiveWriter, GroupFilter, claimed, parts, read_archive, read_rows
+from kat_stream.archive import writer as writing
 from kat_stream.archive.columns import record_columns
 from kat_stream.errors import ArchiveInUse, DataError
 from kat_stream.log.base import Delivered, Position
@@ -172,6 +175,30 @@ def test_many_small_files_become_few_and_say_the_same(tmp_path: Path, small_run:
     assert {len(list(path.rglob("*.parquet"))) for path in tmp_path.iterdir() if path.is_dir()} == {1}
     assert read(tmp_path) == sorted_as_read(delivered)
     assert ArchiveWriter(tmp_path).next_offsets() == writer.next_offsets()
+
+
+def test_a_merge_takes_the_memory_of_a_part_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much an archiver takes must not grow with the sizes of what it merges, which grow for hours."""
+    monkeypatch.setattr(writing, "MERGE_BYTES", 1 << 20)
+    writer, partitions, size = ArchiveWriter(tmp_path, run="demo"), 8, 1 << 17
+    messages = [
+        Delivered(Position("turns", number, offset), None, random.Random(size * number + offset).randbytes(size), {}, 1)
+        for offset in range(16)
+        for number in range(partitions)
+    ]
+    for at, one in enumerate(messages, 1):
+        writer.add(one)
+        if at % (2 * partitions) == 0:
+            writer.flush()
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.system_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        writer.merge(all_small=True)
+    finally:
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < len(messages) * size
+    assert len(list(tmp_path.rglob("*.parquet"))) == 1
+    assert list(read_archive(tmp_path)) == sorted(messages, key=lambda one: one.position)
 
 
 def test_a_clock_that_jumps_over_midnight_disorders_nothing(tmp_path: Path) -> None:

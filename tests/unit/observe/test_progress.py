@@ -103,7 +103,7 @@ def test_progress_follows_the_log_and_shows_everything_before_it_ends(
     with progress:
         anyio.run(watch)
     assert progress.state.steps_done == 2
-    assert len(progress.state.requested) == 20
+    assert progress.state.requested == 20
     shown = out.getvalue()
     wanted = "0.333 -> 0.750" if terminal else "evaluation at step 2: pass rate 0.750"
     assert wanted in shown

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from typing import Any
 
+import msgspec
 import pytest
 
+from kat_stream.observe.seen import Seen
 from kat_stream.observe.state import RunState
 from tests import observe_kit as fab
 from tests.observe_kit import FabricatedRun
+from topics.record import Record, encode
 
 
 def reduced(records: list[Any]) -> RunState:
@@ -48,7 +52,7 @@ def test_a_round_with_open_rollouts_is_not_complete() -> None:
 
 def test_counts_and_version(small_run: FabricatedRun) -> None:
     state = reduced(small_run.records)
-    assert (len(state.requested), state.train_rollouts, state.steps_done) == (20, 11, 2)
+    assert (state.requested, state.train_rollouts, state.steps_done) == (20, 11, 2)
     assert state.in_flight == 1
     assert state.version == "a.2"
     turns = [record for record, _ in small_run.records if type(record).__name__ == "Turn"]
@@ -62,6 +66,40 @@ def test_order_and_repetition_change_no_step_and_no_round(small_run: FabricatedR
     assert there.steps == back.steps
     assert there.rounds == back.rounds
     assert (there.in_flight, there.sampled_tokens, there.version) == (back.in_flight, back.sampled_tokens, back.version)
+
+
+def test_watching_a_run_for_weeks_takes_little_memory() -> None:
+    """Under 250 bytes a rollout, all told. What was kept by name, and as records, took a kilobyte."""
+    state, size = RunState(), 32
+
+    def said(steps: range) -> list[tuple[bytes, type[Record], int]]:
+        run = FabricatedRun()
+        for number in steps:
+            run.train_group(number, ["trained"] * size)
+        return [(encode(record), type(record), timestamp_ms) for record, timestamp_ms in run.records]
+
+    def watch(records: list[tuple[bytes, type[Record], int]]) -> int:
+        for value, kind, timestamp_ms in records:
+            state.apply(msgspec.msgpack.decode(value, type=kind), timestamp_ms)  # with strings of its own
+        return len(state.steps)
+
+    assert watch(said(range(1, 6))) == 5
+    more = said(range(6, 21))
+    tracemalloc.start()
+    try:
+        assert watch(more) == 20
+        grown, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert grown / (15 * size) < 250
+    assert (state.requested, state.in_flight, state.train_rollouts) == (20 * size, 0, 20 * size)
+
+
+def test_names_seen_are_those_that_were_added() -> None:
+    seen, names = Seen(), [f"run-t{number:06d}-{number % 8}" for number in range(5_000)]
+    assert [seen.add(name) for name in [*names, *names]] == [True] * 5_000 + [False] * 5_000
+    assert len(seen) == 5_000 and all(name in seen for name in names)
+    assert not any(f"{name}-0" in seen for name in names)
 
 
 def test_the_token_rate_is_that_of_the_last_seconds() -> None:
