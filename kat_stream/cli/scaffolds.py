@@ -78,8 +78,9 @@ def list_(args: argparse.Namespace) -> int:
 def install(args: argparse.Namespace) -> int:
     from kat_stream.env.scaffolds import get_scaffold
     from kat_stream.env.scaffolds.blackbox import BlackBox
+    from kat_stream.env.scaffolds.registry import described
 
-    for name in _names(args.names):
+    for name in described() if args.names == ["all"] else args.names:
         scaffold = get_scaffold(name)
         if isinstance(scaffold, BlackBox):
             print(f"{name}: {scaffold.install()}", flush=True)
@@ -92,10 +93,9 @@ def check(args: argparse.Namespace) -> int:
     import anyio
 
     from kat_stream.env.scaffolds.check import checkable
+    from kat_stream.env.scaffolds.registry import installed_agents
 
-    names = _names(args.names)
-    if args.names == ["all"]:
-        names = [name for name in names if _is_installed(name)]
+    names = installed_agents() if args.names == ["all"] else args.names
     for name in names:
         checkable(name)
     checked = anyio.run(_check, names, args.logs)
@@ -116,23 +116,6 @@ async def _check(names: list[str], logs: bool) -> list[Checked]:
     finally:
         await sandboxes.close()
     return out
-
-
-def _names(asked: list[str]) -> list[str]:
-    from kat_stream.env.scaffolds.registry import described
-
-    return list(described()) if asked == ["all"] else asked
-
-
-def _is_installed(name: str) -> bool:
-    from kat_stream.env.scaffolds import get_scaffold
-    from kat_stream.errors import ConfigError
-
-    try:
-        get_scaffold(name).needs()
-    except ConfigError:
-        return False
-    return True
 
 
 def _row(one: Checked) -> tuple[str, ...]:

@@ -23,11 +23,9 @@ import aiohttp
 from aiohttp import web
 
 from kat_stream.env.sandboxes.bwrap import BwrapBackend
-from kat_stream.env.scaffolds import get_scaffold
 from kat_stream.env.scaffolds.check import Checked, check
-from kat_stream.env.scaffolds.registry import described
+from kat_stream.env.scaffolds.registry import installed_agents
 from kat_stream.env.scaffolds.rehearsal import Front
-from kat_stream.errors import ConfigError
 from topics import Sampling
 
 BODY = 32 << 20
@@ -213,14 +211,6 @@ policy gave, and the trained tokens with all that were sampled. Cells where they
 """
 
 
-def _is_installed(name: str) -> bool:
-    try:
-        get_scaffold(name).needs()
-    except ConfigError:
-        return False
-    return True
-
-
 async def run(agents: Sequence[str], faults: Sequence[Fault], at_once: int, note: Callable[..., None]) -> None:
     """All cells, `at_once` of them at a time."""
     slots, sandboxes = asyncio.Semaphore(at_once), BwrapBackend()
@@ -240,7 +230,7 @@ async def run(agents: Sequence[str], faults: Sequence[Fault], at_once: int, note
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--agents", nargs="+", default=[name for name in described() if _is_installed(name)])
+    parser.add_argument("--agents", nargs="+", default=installed_agents())
     parser.add_argument("--faults", nargs="+", default=[fault.name for fault in FAULTS])
     parser.add_argument("--at-once", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/scaffold-faults.md"))

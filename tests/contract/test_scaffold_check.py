@@ -10,9 +10,8 @@ from kat_stream.cli.main import main
 from kat_stream.env.scaffolds import get_scaffold
 from kat_stream.env.scaffolds.check import check, wrong_records
 from kat_stream.env.scaffolds.description import Step
-from kat_stream.env.scaffolds.registry import described
+from kat_stream.env.scaffolds.registry import described, installed_agents
 from kat_stream.env.scaffolds.rehearsal import Stage, playing, stage, tokenizer
-from kat_stream.errors import ConfigError
 from tests.contract.env_kit import backend, needs_bwrap
 from topics import Sampling, Turn
 from topics.record import ints, pack_ints
@@ -20,19 +19,8 @@ from topics.record import ints, pack_ints
 pytestmark = pytest.mark.anyio
 
 
-def is_installed(name: str) -> bool:
-    try:
-        get_scaffold(name).needs()
-    except ConfigError:
-        return False
-    return True
-
-
-INSTALLED = [name for name in described() if is_installed(name)]
-
-
 @needs_bwrap
-@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize("name", installed_agents())
 async def test_an_installed_agent_works_and_its_tokens_are_trained_once(name: str) -> None:
     async with backend() as sandboxes:
         checked = await check(name, sandboxes)

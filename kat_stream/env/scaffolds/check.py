@@ -10,29 +10,28 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from kat_stream.engines.scripted import ScriptedPolicy
 from kat_stream.env.grading import Grader
 from kat_stream.env.rollout import RolloutRunner
-from kat_stream.env.sandboxes.base import Sandbox, SandboxBackend, SandboxSpec
+from kat_stream.env.sandboxes.base import Sandbox, SandboxBackend
 from kat_stream.env.scaffolds.blackbox import BlackBox
 from kat_stream.env.scaffolds.own_log import differences
 from kat_stream.env.scaffolds.registry import get_scaffold
-from kat_stream.env.scaffolds.rehearsal import Front, Stage, playing, stage, task_in
+from kat_stream.env.scaffolds.rehearsal import Front, Stage, playing, request_for, stage, task_in
+from kat_stream.env.scaffolds.watching import Watching
 from kat_stream.errors import ConfigError, DataError, SandboxError
-from topics import RolloutRequest, Sampling, Trajectory, Turn
+from topics import Sampling, Trajectory, Turn
 
 if TYPE_CHECKING:
     from kat_stream.trees import TurnTokens
 
 AGENT_S = 240.0
-_MARGIN_S = 120.0
 _LOG_S, _LOG_BYTES = 30.0, 1 << 24
 _SAMPLING = Sampling(max_turns=12, max_new_tokens=2048, max_context=400_000)
 _PACKED_TOKENS = 1 << 20
@@ -53,49 +52,6 @@ class Checked:
     trainable: int = 0
 
 
-class _Watching:
-    """A back end that remembers its sandboxes, to ask them for their memory when they are gone."""
-
-    def __init__(self, inner: SandboxBackend, own_log: str) -> None:
-        self.inner, self.name, self.isolated = inner, inner.name, inner.isolated
-        self.made: list[_Watched] = []
-        self._own_log = own_log
-
-    async def create(self, spec: SandboxSpec, *, owner: str = "") -> Sandbox:
-        self.made.append(_Watched(await self.inner.create(spec, owner=owner), self._own_log))
-        return cast(Sandbox, self.made[-1])
-
-    @property
-    def memory_bytes(self) -> int:
-        """The most that a sandbox held."""
-        return max((getattr(made.inner, "peak_memory_bytes", 0) for made in self.made), default=0)
-
-
-class _Watched:
-    """A sandbox whose agent's own log is read before it goes."""
-
-    def __init__(self, inner: Sandbox, own_log: str) -> None:
-        self.inner, self.log = inner, b""
-        self._own_log = own_log
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    async def __aenter__(self) -> Any:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.destroy()
-
-    async def destroy(self) -> None:
-        if self._own_log and not self.log:
-            directory, _, pattern = self._own_log.rpartition("/")
-            find = ["find", directory, "-name", pattern, "-exec", "cat", "{}", ";", "-exec", "printf", r"\0", ";"]
-            with contextlib.suppress(SandboxError):
-                self.log = (await self.inner.exec(find, timeout_s=_LOG_S, output_limit=_LOG_BYTES)).stdout
-        await self.inner.destroy()
-
-
 async def check(
     name: str,
     sandboxes: SandboxBackend,
@@ -111,7 +67,13 @@ async def check(
     """
     description = checkable(name).description
     policy = playing(description.check.steps[: 1 if endless else None])
-    watching: Any = _Watching(sandboxes, description.check.own_log)
+    logs: list[bytes] = []
+
+    async def keep_log(sandbox: Sandbox) -> None:
+        if description.check.own_log and not logs:  # the agent's sandbox is the first
+            logs.append(await _own_log(sandbox, description.check.own_log))
+
+    watching: Any = Watching(sandboxes, keep_log)
     with tempfile.TemporaryDirectory(prefix="kat-check-") as directory:
         async with stage(policy, front) as world:
             trajectory = await _roll(name, world, watching, Path(directory), sampling, seconds)
@@ -119,8 +81,8 @@ async def check(
     score = reward.score if reward is not None else 0.0
     own: list[str] = []
     # An agent that met a failure may log what it then took back.
-    if description.check.own_log and watching.made and front is None and not endless:
-        own = differences(watching.made[0].log, trajectory.turns)
+    if logs and front is None and not endless:
+        own = differences(logs[0], trajectory.turns, description.check.own_log_query)
     return Checked(
         name=description.name,
         version=description.version,
@@ -192,21 +154,22 @@ def _trained(turns: Sequence[TurnTokens]) -> int:
 async def _roll(
     name: str, world: Stage, sandboxes: SandboxBackend, directory: Path, sampling: Sampling, seconds: float
 ) -> Trajectory:
-    request = RolloutRequest(
-        run="check",
-        group_id="check-t0",
-        rollout_id="check-t0-0",
-        sample=0,
-        group_size=1,
-        task=task_in(directory, name, seconds),
-        sampling=sampling,
-        deadline_unix_s=time.time() + seconds + _MARGIN_S,
-    )
+    request = request_for(task_in(directory, name, seconds), sampling)
     runner = RolloutRunner(sandboxes, world.control, world.data_url)
     try:
         return await runner.run(request)
     finally:
         await runner.close()
+
+
+async def _own_log(sandbox: Sandbox, where: str) -> bytes:
+    """The files as a tar; empty if there are none, or they cannot be had any more."""
+    directory, _, pattern = where.rpartition("/")
+    find = ["find", directory, "-type", "f", "-name", pattern]
+    with contextlib.suppress(SandboxError, FileNotFoundError):
+        found = (await sandbox.exec(find, timeout_s=_LOG_S)).stdout.decode().splitlines()
+        return await sandbox.get(found, limit_bytes=_LOG_BYTES) if found else b""
+    return b""
 
 
 def _ending(trajectory: Trajectory, score: float) -> list[str]:

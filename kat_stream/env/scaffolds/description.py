@@ -69,6 +69,8 @@ class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     steps: tuple[Step, ...] = ()
     own_log: str = ""
     """Files that the agent itself writes about its session: a directory, and a pattern of names at any depth."""
+    own_log_query: str = ""
+    """Those files are one SQLite database: SQL whose rows hold JSON in their first column."""
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,6 +13,7 @@ from kat_stream.env.plugins import load, names
 from kat_stream.env.scaffolds.base import GROUP, Scaffold
 from kat_stream.env.scaffolds.blackbox import BlackBox
 from kat_stream.env.scaffolds.description import lock_of, read_description
+from kat_stream.errors import ConfigError
 
 DIRECTORY = Path(__file__).with_name("agents")
 _SUFFIX = ".toml"
@@ -21,6 +22,11 @@ _SUFFIX = ".toml"
 def described() -> dict[str, Path]:
     """Name -> TOML file of the black boxes that come with the package, sorted."""
     return {path.stem: path for path in sorted(DIRECTORY.glob(f"*{_SUFFIX}"))}
+
+
+def installed_agents() -> list[str]:
+    """Those of `described` that are installed on this machine."""
+    return [name for name in described() if _is_installed(name)]
 
 
 def scaffold_names() -> list[str]:
@@ -43,3 +49,11 @@ def get_scaffold(name: str) -> Scaffold:
         return BlackBox(description, lock_of(path, description))
     scaffold: Scaffold = load(GROUP, name, also=tuple(described()))()
     return scaffold
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        get_scaffold(name).needs()
+    except ConfigError:
+        return False
+    return True

@@ -7,6 +7,7 @@ ids are single bytes while the tokenizer knows merges, so a reply that was ever 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ from kat_stream.env.scaffolds.description import Step
 from kat_stream.gateway.app import GatewayControl, start_gateway
 from kat_stream.log.memory import MemoryLog
 from kat_stream.routing import Router
-from topics import Task, topic_named
+from topics import RolloutRequest, Sampling, Task, topic_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_MARGIN_S = 120.0
 INSTRUCTION = "Create the file answer.txt containing the word fixed."
 _TEMPLATE = (
     "{%- if tools %}<|im_start|>system\n# Tools\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
@@ -139,6 +141,20 @@ def task_in(directory: Path, scaffold: str, seconds: float) -> Task:
         (directory / "fix" / path).parent.mkdir(parents=True, exist_ok=True)
         (directory / "fix" / path).write_text(text.replace("{seconds}", str(float(seconds))))
     return msgspec.structs.replace(open_dataset(f"harbor:{directory}").tasks(1)[0], scaffold=scaffold)
+
+
+def request_for(task: Task, sampling: Sampling, sample: int = 0) -> RolloutRequest:
+    """One rollout of it, with time to make the sandbox and to take the patch."""
+    return RolloutRequest(
+        run="check",
+        group_id="check-t0",
+        rollout_id=f"check-t0-{sample}",
+        sample=sample,
+        group_size=1,
+        task=task,
+        sampling=sampling,
+        deadline_unix_s=time.time() + task.agent_timeout_s + _MARGIN_S,
+    )
 
 
 def _text(step: Step) -> str:
