@@ -160,6 +160,8 @@ def _generation(answer: _Answer, seconds: float) -> Generation:
 
 def _experts(text: str) -> bytes:
     """Base64 of little-endian int32 as bytes of uint16, without a detour over numbers: there may be millions."""
+    if not text:
+        return b""
     try:
         wide = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -202,10 +204,10 @@ class EngineClient:
         self._session = session
 
     async def generate(
-        self, input_ids: list[int], sampling: SamplingParams, *, rid: str, return_logprob: bool = True,
+        self, input_ids: list[int] | msgspec.Raw, sampling: SamplingParams, *, rid: str, return_logprob: bool = True,
         routed_from: int | None = None, deadline_s: float
     ) -> Generation:  # fmt: skip
-        """Sample after `input_ids`. An abort is not an error: it returns the tokens so far."""
+        """Sample after `input_ids`, or a JSON list of them. An abort is not an error: it returns the tokens so far."""
         begin = time.monotonic()
         body = _body(input_ids, sampling, rid, return_logprob, stream=False) | self._routing(routed_from)
         raw = await self._call("POST", "/generate", body, deadline_s)
@@ -213,7 +215,7 @@ class EngineClient:
         return _generation(answer, time.monotonic() - begin)
 
     async def generate_stream(
-        self, input_ids: list[int], sampling: SamplingParams, *, rid: str, return_logprob: bool = True,
+        self, input_ids: list[int] | msgspec.Raw, sampling: SamplingParams, *, rid: str, return_logprob: bool = True,
         routed_from: int | None = None, deadline_s: float
     ) -> AsyncIterator[Increment]:  # fmt: skip
         """The same as increments; the last one has `final`. `deadline_s` bounds the whole stream."""
@@ -331,7 +333,9 @@ class EngineClient:
             raise EngineUnavailable(f"{self.base_url}{path}: {error or type(error).__name__}") from error
 
 
-def _body(ids: list[int], sampling: SamplingParams, rid: str, return_logprob: bool, *, stream: bool) -> dict[str, Any]:
+def _body(
+    ids: list[int] | msgspec.Raw, sampling: SamplingParams, rid: str, return_logprob: bool, *, stream: bool
+) -> dict[str, Any]:
     params = msgspec.to_builtins(sampling)
     # Token ids are what we keep: the text may lose nothing.
     params |= {"skip_special_tokens": False, "spaces_between_special_tokens": False, "no_stop_trim": True}

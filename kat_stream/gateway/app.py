@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -53,7 +53,7 @@ class GatewayServer:
     control_url: str
     _calls: CallService
     _takeover: Takeover | None
-    _runners: tuple[web.AppRunner, ...]
+    _runners: tuple[web.BaseRunner, ...]
     _chores: tuple[asyncio.Task[None], ...]
 
     async def close(self) -> None:
@@ -91,11 +91,11 @@ async def start_gateway(
     if moving is not None:
         takeover = Takeover(moving.log, sessions, calls, Mint(moving.secret), moving.peers)
         control.takeover = data.takeover = takeover
-    data_runner, data_url = await _listen(data.app(), config.host, config.port, "gateway.port", limits, door)
+    data_runner = web.ServerRunner(web.Server(data.handle, **_how(limits)), shutdown_timeout=1.0)
+    data_url = await _listen(data_runner, config.host, config.port, "gateway.port", door)
     try:
-        control_runner, control_url = await _listen(
-            control.app(), config.host, config.control_port, "gateway.control_port", limits
-        )
+        control_runner = web.AppRunner(control.app(), shutdown_timeout=1.0, **_how(limits))
+        control_url = await _listen(control_runner, config.host, config.control_port, "gateway.control_port")
     except ConfigError:
         await data_runner.cleanup()
         raise
@@ -106,13 +106,12 @@ async def start_gateway(
     return GatewayServer(data_url, control_url, calls, takeover, (data_runner, control_runner), tuple(chores))
 
 
-async def _listen(
-    app: web.Application, host: str, port: int, key: str, limits: Limits, door: Door | None = None
-) -> tuple[web.AppRunner, str]:
+def _how(limits: Limits) -> dict[str, Any]:
     # A handler whose client went away is cancelled: that is how a call learns that nobody watches it.
-    runner = web.AppRunner(
-        app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0, lingering_time=limits.linger_s
-    )
+    return {"access_log": None, "handler_cancellation": True, "lingering_time": limits.linger_s}
+
+
+async def _listen(runner: web.BaseRunner, host: str, port: int, key: str, door: Door | None = None) -> str:
     await runner.setup()
     site = web.TCPSite(runner, host, port) if door is None else _GuardedSite(runner, host, port, door)
     try:
@@ -120,13 +119,13 @@ async def _listen(
     except OSError as error:
         await runner.cleanup()
         raise ConfigError(f"{key}: {host}:{port} cannot be used ({error.strerror})") from error
-    return runner, f"http://{host}:{runner.addresses[0][1]}"
+    return f"http://{host}:{runner.addresses[0][1]}"
 
 
 class _GuardedSite(web.TCPSite):
     """A listening socket with a door before it."""
 
-    def __init__(self, runner: web.AppRunner, host: str, port: int, door: Door) -> None:
+    def __init__(self, runner: web.BaseRunner, host: str, port: int, door: Door) -> None:
         super().__init__(runner, host, port)
         self._door = door
 

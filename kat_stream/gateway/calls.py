@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
-import uuid
 from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,7 @@ from kat_stream.gateway.parsers.base import ToolParser
 from kat_stream.gateway.peers import Pulse
 from kat_stream.gateway.prompts import Conversation, Prompt
 from kat_stream.gateway.recording import Publisher, count, make_turn, record, routed_from
-from kat_stream.gateway.render import Renderer, unpack
+from kat_stream.gateway.render import Renderer
 from kat_stream.gateway.sampling import Draft, Sampler
 from kat_stream.gateway.sessions import Session, ended
 from kat_stream.gateway.side import side_reason
@@ -38,10 +38,11 @@ log = logging.getLogger(__name__)
 class Call:
     """One model call. Watch it with `async with`; `result` is the reply, `next_ids` tells a stream what is new."""
 
-    def __init__(self, session: Session, asked: ModelCall, prompt: Prompt, digest: bytes, service: CallService) -> None:
-        self.session, self.asked, self.prompt, self.digest = session, asked, prompt, digest
-        self.side = side_reason(asked)
-        self.turn_id = uuid.uuid4().hex
+    def __init__(
+        self, session: Session, asked: ModelCall, prompt: Prompt, digest: bytes, side: str, service: CallService
+    ) -> None:
+        self.session, self.asked, self.prompt, self.digest, self.side = session, asked, prompt, digest, side
+        self.turn_id = secrets.token_hex(16)
         self.delivered = False
         """The whole answer went to a client."""
         self.watchers = 0
@@ -68,8 +69,8 @@ class Call:
 
     def let_go(self) -> None:
         """The call is remembered for a while, for retries; its prompt, which is in the record, is not."""
-        self.sampler.prompt = []
-        self.prompt = replace(self.prompt, ids=b"", heard=None)
+        self.sampler.prompt = b""
+        self.prompt = replace(self.prompt, ids=b"", wire=b"", heard=None)
         self.asked = msgspec.structs.replace(self.asked, messages=(), tools=None)
 
     async def wait_for_news(self, known: int, timeout_s: float) -> bool:
@@ -102,10 +103,11 @@ class CallService:
         if (known := _retried(session, digest, retry)) is not None:
             COALESCED.inc()
             return known
-        self._check(session, side=bool(side_reason(asked)))
+        side = side_reason(asked)
+        self._check(session, side=bool(side))
         prompt = session.conversation.prompt(self.renderer, asked)
         _check_context(session, prompt)
-        call = Call(session, asked, prompt, digest, self)
+        call = Call(session, asked, prompt, digest, side, self)
         session.running.add(call)
         session.remember(digest, call, self.limits.remembered_calls)
         call.task = self._spawn(self._run(call))
@@ -129,7 +131,8 @@ class CallService:
             limits=self.limits,
             session=call.session.session_id,
             call_id=call.turn_id,
-            prompt=unpack(call.prompt.ids),
+            prompt=call.prompt.wire,
+            prompt_tokens=call.prompt.tokens,
             routed_from=routed_from(call.prompt),
             sampling=params,
             budget=budget,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections.abc import Awaitable
 from hashlib import blake2b
 
 import msgspec
@@ -30,7 +31,8 @@ from kat_stream.gateway.threads import named_thread
 log = logging.getLogger(__name__)
 
 KEEPALIVE = b": keepalive\n\n"
-_STREAM = re.compile(rb'"stream"\s*:\s*(?:true|false)')
+_KEY = b'"stream"'
+_STREAM = re.compile(_KEY + rb"\s*:\s*(?:true|false)")
 _KEYS = ("x-api-key", "x-goog-api-key")
 _SSE = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 
@@ -44,12 +46,7 @@ class DataListener:
         """Where sessions come from that other gateways opened."""
         self._models = (model_name, model_name + SUFFIX)
 
-    def app(self) -> web.Application:
-        app = web.Application(client_max_size=self._limits.body_bytes)
-        app.router.add_route("*", "/{tail:.*}", self.handle)
-        return app
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Any request. Errors become answers; a client that goes away cancels this, not the call it watched."""
         _, _, rest = request.path.partition("/s/")
         session_id, _, path = rest.partition("/")
@@ -64,7 +61,7 @@ class DataListener:
             log.exception("%s %s failed", request.method, path)
             return _refusal(dialect, RequestRefused("a defect of the gateway", status=500, code="internal_error"))
 
-    async def _serve(self, request: web.Request, session_id: str, path: str) -> web.StreamResponse:
+    async def _serve(self, request: web.BaseRequest, session_id: str, path: str) -> web.StreamResponse:
         if request.headers.get(hdrs.UPGRADE, "").lower() == "websocket":
             raise RequestRefused("no WebSocket here; use POST", status=426, code="upgrade_required")
         if request.method == hdrs.METH_HEAD:
@@ -89,7 +86,7 @@ class DataListener:
         finally:
             session.requests -= 1
 
-    async def _admit(self, request: web.Request, session_id: str) -> Session:
+    async def _admit(self, request: web.BaseRequest, session_id: str) -> Session:
         key = _key(request)
         if self.takeover is not None and self._sessions.get(session_id) is None:
             if self.takeover.knows(session_id, key):
@@ -99,7 +96,7 @@ class DataListener:
         return self._sessions.admit(session_id, key)
 
     async def _asked(
-        self, request: web.Request, session: Session, dialect: Dialect, path: str
+        self, request: web.BaseRequest, session: Session, dialect: Dialect, path: str
     ) -> tuple[ModelCall, bytes]:
         """The request as a model call, and a digest of its body apart from whether it is streamed."""
         held = 0
@@ -126,7 +123,7 @@ class DataListener:
             raise too_many("bytes")
 
     async def _call(
-        self, request: web.Request, session: Session, dialect: Dialect, asked: ModelCall, digest: bytes
+        self, request: web.BaseRequest, session: Session, dialect: Dialect, asked: ModelCall, digest: bytes
     ) -> web.StreamResponse:
         call = self._calls.begin(session, asked, digest, retry=_is_retry(request))
         async with call:
@@ -139,11 +136,13 @@ class DataListener:
             call.delivered = True
         return response
 
-    async def _stream(self, request: web.Request, dialect: Dialect, call: Call, asked: ModelCall) -> web.StreamResponse:
-        response = web.StreamResponse(headers=_SSE)
+    async def _stream(
+        self, request: web.BaseRequest, dialect: Dialect, call: Call, asked: ModelCall
+    ) -> web.StreamResponse:
+        response = _Events(headers=_SSE)
         await response.prepare(request)
         events = dialect.stream(asked, call.turn_id, call.prompt.tokens)
-        await self._write(response, events.start())
+        await self._in_time(response.write(events.start()))
         try:
             shown = await self._deltas(response, call, events)
             ending = events.end(_whole(call, call.result.result()), shown)
@@ -151,7 +150,7 @@ class DataListener:
             ending = events.failed(error)
         except KatError as error:
             ending = events.failed(_refused(error))
-        await self._write(response, ending)
+        await self._in_time(response.write_eof(ending))
         call.delivered = True
         return response
 
@@ -167,31 +166,38 @@ class DataListener:
         known = 0
         while not call.result.done():
             if not await call.wait_for_news(known, self._limits.keepalive_s):
-                await self._write(response, KEEPALIVE)
+                await self._in_time(response.write(KEEPALIVE))
                 continue
             ids = call.sampler.draft.ids
             known = max(known, len(ids))
             reasoning, content = text.feed(ids)
             if reasoning:
-                await self._write(response, events.reasoning(reasoning))
+                await self._in_time(response.write(events.reasoning(reasoning)))
             if content:
-                await self._write(response, events.text(content))
+                await self._in_time(response.write(events.text(content)))
         return text.shown
 
-    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+    async def _in_time(self, writing: Awaitable[None]) -> None:
         try:
             async with asyncio.timeout(self._limits.write_s):
-                await response.write(data)
+                await writing
         except TimeoutError as error:
             raise DeadlineExceeded("the client to take its stream", self._limits.write_s) from error
 
 
+class _Events(web.StreamResponse):
+    """A stream whose head goes with its first event: a packet and a call of the system less."""
+
+    _send_headers_immediately = False
+
+
 def _digest(body: bytearray) -> bytes:
     """16 bytes that are equal for a body and its repetition: some clients repeat a broken stream as a whole request."""
-    digest, at = blake2b(digest_size=16), 0
-    for found in _STREAM.finditer(body):
-        digest.update(body[at : found.start()].rstrip().removesuffix(b","))
-        at = found.end()
+    digest, at, key = blake2b(digest_size=16), 0, -1
+    while (key := body.find(_KEY, key + 1)) >= 0:  # many times faster through a long body than an expression
+        if (found := _STREAM.match(body, key)) is not None:
+            digest.update(body[at:key].rstrip().removesuffix(b","))
+            at = found.end()
     digest.update(memoryview(body)[at:])
     return digest.digest()
 
@@ -208,7 +214,7 @@ def _json(body: bytes, status: int = 200) -> web.Response:
     return web.Response(body=body, status=status, content_type="application/json")
 
 
-def _key(request: web.Request) -> str:
+def _key(request: web.BaseRequest) -> str:
     """The key, wherever the wire puts it: Authorization (OpenAI), x-api-key (Anthropic), x-goog-api-key (Google)."""
     scheme, _, key = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     if scheme.lower() == "bearer":
@@ -216,7 +222,7 @@ def _key(request: web.Request) -> str:
     return next((request.headers[name] for name in _KEYS if name in request.headers), "")
 
 
-def _is_retry(request: web.Request) -> bool:
+def _is_retry(request: web.BaseRequest) -> bool:
     return request.headers.get("x-stainless-retry-count", "0") not in ("", "0")
 
 

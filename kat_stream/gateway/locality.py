@@ -61,16 +61,16 @@ def is_local(behind: Behind) -> bool:
     """Whether a template writes the same behind a reply for a shortened history as for the whole one."""
     return all(
         behind(whole, reply, following, tools) == behind(short, reply, following, STUB if tools else None)
-        for whole, reply, following, tools in _trials()
+        for whole, reply, following, tools in trials()
         if (short := shorten(whole)) is not None
     )
 
 
-_Trial = tuple[tuple[Message, ...], Message, tuple[Message, ...], list[dict[str, Any]] | None]
+Trial = tuple[tuple[Message, ...], Message, tuple[Message, ...], list[dict[str, Any]] | None]
 
 
-def _trials() -> list[_Trial]:
-    """Conversations with tools, with users, with both, with parallel calls and with reasoning."""
+def trials() -> list[Trial]:
+    """(history, reply, what follows, tools) of conversations with tools, users, both, parallel calls and reasoning."""
     system, task = Message(role="system", content="Be brief."), Message(role="user", content="Mend it.")
     tools = [
         {"type": "function", "function": {"name": n, "description": n, "parameters": {"type": "object"}}} for n in "gh"

@@ -55,8 +55,13 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.value()}}
                 for call in self.tool_calls
             ]
-        rest = {"tool_call_id": self.tool_call_id, "name": self.name, "reasoning_content": self.reasoning}
-        return out | {key: value for key, value in rest.items() if value}
+        if self.tool_call_id:
+            out["tool_call_id"] = self.tool_call_id
+        if self.name:
+            out["name"] = self.name
+        if self.reasoning:
+            out["reasoning_content"] = self.reasoning
+        return out
 
 
 def join_text(texts: Iterable[str], role: str) -> str:

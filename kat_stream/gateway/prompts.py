@@ -15,6 +15,7 @@ from hashlib import blake2b
 
 import msgspec
 
+from kat_stream.gateway.ids import joined, unpack, written
 from kat_stream.gateway.locality import thinks
 from kat_stream.gateway.messages import Message, ModelCall, Reply, chain, extend
 from kat_stream.gateway.paths import WIDTH, Node, PathTree
@@ -44,6 +45,8 @@ class Heard:
     """Messages when all of them were rendered last."""
     said: Said | None = None
     """The reply."""
+    wire: bytes = b""
+    """Ids of the path up to the reply that the messages go on from, later of the reply, if known; see `Prompt.wire`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ class Prompt:
     appends: bool
     """That reply's whole path is kept."""
     heard: Heard | None = None
+    wire: bytes = b""
+    """`ids` as an engine reads them: the inside of a JSON list."""
 
     def why(self) -> str:
         """Why the turn does not extend the newest turn of its thread, as known when it is finished."""
@@ -88,29 +93,34 @@ class Conversation:
 
     def prompt(self, renderer: Renderer, call: ModelCall) -> Prompt:
         """The prompt of a call. RequestRefused if the template cannot render it."""
-        said, heard = self._hear(call)
+        thread = thread_of(call)
+        said, heard = self._hear(call, thread)
         tools, full, fork = call.tools_digest(), "", ""
         onward = None if said is None else _long(renderer, call, said, heard, tools)
         if said is not None and onward is not None:
             text = said.text.with_more(onward.text)
         else:
             full = renderer.text([message.for_template() for message in heard.shown], call.tools)
-            text, heard.rendered = Text.of(full), len(heard.shown)
-            onward = None if said is None else renderer.after(said, full, heard.shown, call.tools)
+            before, text = Text.of(full, said.text.chars if said is not None else 0)
+            heard.rendered = len(heard.shown)
+            if said is not None and said.text.digest == before:
+                onward = renderer.after(said, full, heard.shown, call.tools)
         if said is not None and onward is not None:
             ids = said.node.path() + onward.ids
             parent, prefix_len = self.tree.mount(ids, prefer=said.node)
+            wire = joined(heard.wire or written(unpack(said.node.path())), written(unpack(onward.ids)))
         else:
             ids = renderer.encode_prompt(full)
             parent, prefix_len = self.tree.mount(ids)
-            fork = self._cause(call, heard.digests[-1], full) if said is None else _rewritten(said, tools, full)
+            wire = written(unpack(ids))
+            fork = self._cause(call, thread, heard.digests[-1], full) if said is None else _rewritten(said, tools, full)
         return Prompt(
             ids=ids,
             tokens=len(ids) // WIDTH,
             parent=parent,
             prefix_len=prefix_len,
             fork=fork,
-            thread=thread_of(call),
+            thread=thread,
             digest=heard.digests[-1],
             messages=len(call.messages),
             tools=tools,
@@ -119,6 +129,7 @@ class Conversation:
             said=said,
             appends=onward is not None,
             heard=heard,
+            wire=wire,
         )
 
     def add(
@@ -147,20 +158,21 @@ class Conversation:
         if not side:
             self.threads[prompt.thread] = said
             self._asked.add(prompt.digest)
-            self._remember(prompt, said)
+            self._remember(prompt, said, sampled)
         return node, said
 
-    def _remember(self, prompt: Prompt, said: Said) -> None:
+    def _remember(self, prompt: Prompt, said: Said, sampled: list[int]) -> None:
         self._heard.pop(prompt.thread, None)
         if prompt.heard is not None:
             prompt.heard.said = said
+            prompt.heard.wire = joined(prompt.wire, written(sampled))
             self._heard[prompt.thread] = prompt.heard
         if len(self._heard) > _HEARD:
             del self._heard[next(iter(self._heard))]
 
-    def _hear(self, call: ModelCall) -> tuple[Said | None, Heard]:
+    def _hear(self, call: ModelCall, thread: str) -> tuple[Said | None, Heard]:
         """The reply that a call goes on from, and its messages; what it repeats of its thread is not read again."""
-        known = self._heard.get(thread_of(call))
+        known = self._heard.get(thread)
         if known is not None and call.messages[: len(known.messages)] == known.messages:
             digests = chain(call, known.digests)
             said = self._last_said(call, digests)
@@ -183,11 +195,11 @@ class Conversation:
                 return max(enumerate(found), key=lambda at: (_thinks(at[1], thought), not at[1].extended, at[0]))[1]
         return None
 
-    def _cause(self, call: ModelCall, digest: bytes, full: str) -> str:
+    def _cause(self, call: ModelCall, thread: str, digest: bytes, full: str) -> str:
         """Why a prompt that goes on from no reply does not extend the newest turn of its thread."""
         if not self.threads:
             return ""
-        newest = self.threads.get(thread_of(call))
+        newest = self.threads.get(thread)
         if newest is None:
             longest = max(said.messages for said in self.threads.values())
             # A condensed history may come without its instructions; an agent of its own has others.
@@ -223,6 +235,7 @@ def _next(known: Heard, said: Said, call: ModelCall, digests: list[bytes]) -> He
         ids=ids,
         thought=known.thought or any(map(thinks, new)),
         rendered=known.rendered,
+        wire=known.wire,
     )
 
 

@@ -20,16 +20,19 @@ from kat_stream.gateway.prompts import Prompt
 from kat_stream.gateway.sampling import Draft
 from kat_stream.gateway.sessions import Session
 from kat_stream.gateway.tools import Said
-from topics.record import Record, pack_floats, pack_ints
+from kat_stream.log import Message
+from kat_stream.log.message import seal
+from topics.record import pack_floats, pack_ints
 from topics.turn import Turn
 
 RETRY_S = 0.2
+_PROMPT, _CACHED, _SAMPLED = (TOKENS.labels(kind) for kind in ("prompt", "cached", "sampled"))
 
 
 class Publisher(Protocol):
     """The part of a log that the gateway needs."""
 
-    async def publish(self, *records: Record, deadline_s: float = ...) -> None:
+    async def append(self, *messages: Message, deadline_s: float = ...) -> None:
         """Returns when all are acknowledged; LogUnavailable if that takes longer than `deadline_s`."""
 
 
@@ -94,13 +97,16 @@ def routed_from(prompt: Prompt) -> int:
 
 
 async def record(log: Publisher, turn: Turn, deadline_s: float) -> None:
-    """Publish a turn and wait for the acknowledgement; LogUnavailable when the log stays away until the deadline."""
-    began = time.monotonic()
+    """Publish a turn and wait for the acknowledgement; LogUnavailable when the log stays away until the deadline.
+
+    Sealed once: a log that knows the message as one of unknown outcome adds no second copy of it.
+    """
+    began, message = time.monotonic(), seal(turn)
     while True:
         left = began + deadline_s - time.monotonic()
         try:
             async with asyncio.timeout(left):
-                await log.publish(turn, deadline_s=max(left, 0.001))
+                await log.append(message, deadline_s=max(left, 0.001))
             break
         except TimeoutError as error:
             raise LogUnavailable(f"turn {turn.turn_id} was not acknowledged within {deadline_s:g} s") from error
@@ -114,9 +120,9 @@ async def record(log: Publisher, turn: Turn, deadline_s: float) -> None:
 def count(turn: Turn, prompt_tokens: int) -> None:
     """Metrics of an acknowledged turn."""
     CALLS.labels(turn.dialect, turn.finish_reason).inc()
-    TOKENS.labels("prompt").inc(prompt_tokens)
-    TOKENS.labels("cached").inc(turn.cached_tokens)
-    TOKENS.labels("sampled").inc(len(turn.sampled_ids) // WIDTH)
+    _PROMPT.inc(prompt_tokens)
+    _CACHED.inc(turn.cached_tokens)
+    _SAMPLED.inc(len(turn.sampled_ids) // WIDTH)
     if turn.side:
         SIDE.labels(turn.side).inc()
     if turn.ill_formed:

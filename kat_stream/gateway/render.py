@@ -8,7 +8,6 @@ conversation that is seen on a shortened one (kat_stream.gateway.locality).
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,7 +20,8 @@ from kat_stream.gateway.messages import Message
 from kat_stream.gateway.parsers.reasoning import CLOSING, opened_by
 from kat_stream.gateway.paths import Node
 from kat_stream.gateway.shape import PROBES, ROLES, Shape
-from kat_stream.gateway.text import Text, text_digest
+from kat_stream.gateway.template import Template
+from kat_stream.gateway.text import Text
 from topics.record import pack_ints
 
 if TYPE_CHECKING:
@@ -69,20 +69,16 @@ class Renderer:
     """A tokenizer and its chat template. ConfigError if the template does not show what assistants say."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        # Only a gateway that serves needs the template engine; workers import this package without the extra `train`.
-        from jinja2 import TemplateError
-
-        self._refusals = (TemplateError, TypeError, ValueError)
-        self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
-        self.template = str(tokenizer.chat_template)
+        self._template = Template(tokenizer)
+        self.template = self._template.source
         self.thinks = CLOSING in self.template
         """The policy's family reasons before it speaks."""
         self.shape = Shape()
         self.closing = self._probe()
         self.shape = self._probe_shape()
         self._closing_ids = tuple(self._encode(self.closing))
-        self.stop_ids = self._stop_ids()
+        self.stop_ids = self._stop_ids(tokenizer.eos_token_id)
         self.local = is_local(self._behind)
         """What follows a reply can be seen on a shortened history."""
         # The first prompt of a task is the same for its whole group.
@@ -90,14 +86,10 @@ class Renderer:
 
     def text(self, messages: Sequence[dict[str, Any]], tools: Tools | None, *, ask: bool = True) -> str:
         """The template's text; `ask` ends it where the assistant is to speak. RequestRefused if there is none."""
-        shaped = self.shape.fit(messages)
         try:
-            text = self._tokenizer.apply_chat_template(
-                shaped, tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=ask
-            )
-        except self._refusals as error:
+            return self._template.text(self.shape.fit(messages), tools, ask=ask)
+        except self._template.refusals as error:
             raise RequestRefused(f"the policy's chat template refuses these messages: {error}", "messages") from error
-        return str(text)
 
     def encode(self, text: str) -> bytes:
         """int32[n]: ids of a text in which special tokens are recognised; none is added."""
@@ -105,7 +97,7 @@ class Renderer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+        return str(self._backend.decode(list(ids), skip_special_tokens=False)) if ids else ""
 
     def opens_reasoning(self, prompt: str) -> bool:
         """Whether a prompt's text ends in reasoning that the policy is to go on with."""
@@ -129,10 +121,8 @@ class Renderer:
     def after(self, said: Said, full: str, messages: Sequence[Message], tools: Tools | None) -> Onward | None:
         """How the prompt whose text is `full` goes on behind `said`, which is `messages[said.messages]`.
 
-        None if the template does not append for these messages.
+        `full` begins with the text of the prompt of `said`. None if the template does not append for these messages.
         """
-        if text_digest(full[: said.text.chars]) != said.text.digest:
-            return None
         split = self._split(said.message, said.raw, said.text.chars, full, messages, said.messages, tools)
         return None if split is None else self._onward(said, *split)
 
@@ -217,7 +207,9 @@ class Renderer:
         return len(upto) - len(self.closing) if full.startswith(upto) and upto.endswith(self.closing) else None
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        # The batch's way is the one that does not keep where in the text each token stands: half the work.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return list(encoding.ids)
 
     def _probe(self) -> str:
         """What the template puts behind an assistant's message, whatever follows."""
@@ -254,17 +246,12 @@ class Renderer:
     def _attempt(self, messages: list[dict[str, Any]]) -> str:
         """The template's text, empty if it refuses."""
         try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except self._refusals:
+            return self._template.text(messages, None, ask=True)
+        except self._template.refusals:
             return ""
 
-    def _stop_ids(self) -> frozenset[int]:
+    def _stop_ids(self, end_of_text: int | None) -> frozenset[int]:
         """Tokens that end a reply: the special token that closes a turn, and the end of text."""
         special = set(self._backend.get_added_tokens_decoder())
-        stops = {self._tokenizer.eos_token_id, *self._closing_ids[:1]}
+        stops = {end_of_text, *self._closing_ids[:1]}
         return frozenset(token for token in stops if token in special)
-
-
-def unpack(ids: bytes) -> list[int]:
-    """int32[n] as a list."""
-    return array("i", ids).tolist()

@@ -11,8 +11,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from kat_stream.engines.client import EngineClient, Generation, SamplingParams, Span
 from kat_stream.errors import DeadlineExceeded, EngineUnavailable
+from kat_stream.gateway.ids import joined, written
 from kat_stream.gateway.limits import Limits
 from kat_stream.gateway.metrics import RESUMED
 from kat_stream.routing.router import Router
@@ -84,7 +87,9 @@ class Sampler:
     limits: Limits
     session: str
     call_id: str
-    prompt: list[int]
+    prompt: bytes
+    """Its ids as the inside of a JSON list."""
+    prompt_tokens: int
     sampling: SamplingParams
     budget: int
     """Tokens that may be sampled."""
@@ -139,7 +144,7 @@ class Sampler:
         """Sample on one engine until it finishes, aborts or breaks off."""
         self.draft.cover()
         start = len(self.draft.ids)
-        tokens = len(self.prompt) + self.budget
+        tokens = self.prompt_tokens + self.budget
         async with self.router.lease(self.session, tokens, deadline_s=left) as state:
             if self._at is None:
                 self.draft.queued_s = time.monotonic() - began
@@ -149,7 +154,7 @@ class Sampler:
             # Text is not what was sampled: without the ids there is nothing to record, so there is no reply either.
             raise EngineUnavailable(f"{state.url}: an answer without the ids or log-probabilities of its text")
         first = self.routed_from + self.draft.routed_rows
-        self.draft.close_part(start, generation, len(self.prompt) + start + len(generation.output_ids) - 1 - first)
+        self.draft.close_part(start, generation, self.prompt_tokens + start + len(generation.output_ids) - 1 - first)
         self.grown()
         if generation.finish_reason != "abort":
             self.draft.finish_reason = generation.finish_reason
@@ -158,7 +163,7 @@ class Sampler:
             await asyncio.sleep(ABORT_PAUSE_S)
 
     async def _generate(self, engine: EngineClient, rid: str, left: float, start: int) -> Generation:
-        ids = self.prompt + self.draft.ids
+        ids = msgspec.Raw(b"[" + joined(self.prompt, written(self.draft.ids)) + b"]")
         first = self.routed_from + self.draft.routed_rows
         sampling = self.sampling
         if start:

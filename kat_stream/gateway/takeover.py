@@ -19,13 +19,14 @@ import msgspec
 
 from kat_stream.errors import DeadlineExceeded, RequestRefused, TurnError
 from kat_stream.gateway.calls import Call, CallService
+from kat_stream.gateway.ids import unpack
 from kat_stream.gateway.messages import ModelCall, Reply, ToolCall
 from kat_stream.gateway.metrics import LET_GO, TAKEN_OVER, TAKEOVER_SECONDS
 from kat_stream.gateway.paths import WIDTH, Node
 from kat_stream.gateway.peers import Peers
 from kat_stream.gateway.prompts import Prompt
 from kat_stream.gateway.recording import record
-from kat_stream.gateway.render import Said, unpack
+from kat_stream.gateway.render import Said
 from kat_stream.gateway.sessions import Session, SessionRequest, Sessions
 from kat_stream.gateway.text import Text
 from kat_stream.gateway.tickets import Mint, Ticket
@@ -233,7 +234,8 @@ class Rebuilt:
 
     def _answered(self, turn: Turn, prompt: Prompt, reply: Reply) -> Call:
         """The call as it was when its turn was acknowledged, for a client that never got its answer."""
-        call = Call(self._session, ModelCall(dialect=turn.dialect, messages=()), prompt, turn.request, self._calls)
+        asked = ModelCall(dialect=turn.dialect, messages=())
+        call = Call(self._session, asked, prompt, turn.request, turn.side, self._calls)
         call.turn_id = turn.turn_id
         call.result.set_result(reply)
         call.let_go()

@@ -17,9 +17,12 @@ class Text:
         self.chars, self.digest, self._hash = chars, digest, hashed
 
     @classmethod
-    def of(cls, text: str) -> Text:
-        hashed = blake2b(_utf8(text), digest_size=16)
-        return cls(len(text), hashed.digest(), hashed)
+    def of(cls, text: str, cut: int = 0) -> tuple[bytes, Text]:
+        """The digest of the first `cut` characters, and the whole: a long text is gone through once."""
+        hashed = blake2b(_utf8(text[:cut]), digest_size=16)
+        before = hashed.digest()
+        hashed.update(_utf8(text[cut:]))
+        return before, cls(len(text), hashed.digest(), hashed)
 
     @property
     def seen(self) -> bool:

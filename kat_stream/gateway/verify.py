@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kat_stream.errors import RequestRefused
+from kat_stream.gateway.ids import unpack
 from kat_stream.gateway.messages import Message, ModelCall, Reply, ToolCall
 from kat_stream.gateway.parsers.base import ToolParser
 from kat_stream.gateway.prompts import Conversation, Prompt
-from kat_stream.gateway.render import Renderer, unpack
+from kat_stream.gateway.render import Renderer
 from kat_stream.gateway.text import text_digest
 from kat_stream.gateway.tools import Said, family, get_parser, read_reply
 

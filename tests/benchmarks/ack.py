@@ -31,11 +31,12 @@ import aiohttp
 from kat_stream.config import GatewaySection
 from kat_stream.engines.scripted import start_scripted_engine
 from kat_stream.gateway.app import GatewayControl, start_gateway
-from kat_stream.log import Log, open_log
+from kat_stream.log import Log, Message, open_log
 from kat_stream.routing import Router
+from producers.gateway import settle
 from tests.benchmarks.log import a_broker
 from tests.contract.gateway_kit import saying, tokenizer, user
-from topics import Record, Sampling, topic_named
+from topics import Sampling, topic_named
 
 P50_MS, P99_MS = 3.0, 15.0
 """What the log may add to a call of paced sessions."""
@@ -58,15 +59,15 @@ class Load:
 
 @dataclass
 class Waits:
-    """A log's `publish`, and how long each took; what began before `since` does not count."""
+    """A log's `append`, and how long each took; what began before `since` does not count."""
 
     log: Log
     seconds: list[float] = field(default_factory=list)
     since: float = 0.0
 
-    async def publish(self, *records: Record, deadline_s: float = 30.0) -> None:
+    async def append(self, *messages: Message, deadline_s: float = 30.0) -> None:
         began = time.monotonic()
-        await self.log.publish(*records, deadline_s=deadline_s)
+        await self.log.append(*messages, deadline_s=deadline_s)
         if began > self.since:
             self.seconds.append(time.monotonic() - began)
 
@@ -150,6 +151,7 @@ async def measure(
             tokenizer=tokenizer(), log=waits, router=router, config=GatewaySection(tools="none"), model_name="policy"
         )
         stack.push_async_callback(server.close)
+        settle()
         agents.send((server.data_url, server.control_url, load, seconds))
         waits.since = time.monotonic() + WARM_S
         calls: list[float] = await asyncio.to_thread(agents.recv)

@@ -2,7 +2,11 @@
 
 Engine, proxy and agents are processes of their own, so that CPU is the proxy's alone: HTTP server, session, template,
 tokenizer, routing, HTTP client to the engine, record, in-memory log. What is added is what the same calls take longer
-than with the agents straight at the engine. The tokenizer of the tests writes a token a character.
+than with the agents straight at the engine. With `--rate` agents work between two calls, so many calls a second in all;
+without it they call as fast as they are answered, and latency is mostly the wait for a core. Sessions are opened before
+and closed after what is measured. First calls of sessions, whose whole context is new, are apart in latencies and
+included in CPU. The tokenizer of the tests writes a token a character. Proxy `bare` passes calls on with the gateway's
+HTTP library: its CPU says how fast the machine is at that hour.
 """
 
 from __future__ import annotations
@@ -13,10 +17,11 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -47,6 +52,12 @@ class Load:
     context: int
     new: int
     stream: bool
+    rate: float
+    """Calls a second of all sessions together; 0: none waits between two calls."""
+
+    def work_s(self) -> float:
+        """How long an agent works before its next call, on average as long as `rate` wants."""
+        return random.uniform(0, 2 * self.at_once / self.rate) if self.rate else 0.0
 
 
 async def _chat(request: web.Request) -> web.StreamResponse:
@@ -78,7 +89,11 @@ def _engine(pipe: Connection) -> None:
     said = by_bytes(REPLY)
 
     async def serve() -> None:
-        engine = await start_scripted_engine(lambda prompt: said)
+        def policy(_prompt: list[int]) -> list[int]:
+            engine.requests.clear()  # or it would keep every prompt
+            return said
+
+        engine = await start_scripted_engine(policy)
         app = web.Application(client_max_size=1 << 26)
         app.router.add_post("/v1/chat/completions", _chat)
         app.router.add_get("/{tail:.*}", _about)
@@ -94,46 +109,91 @@ def _engine(pipe: Connection) -> None:
     asyncio.run(serve())
 
 
-async def _one(http: aiohttp.ClientSession, proxy: Proxy, number: int, load: Load, seconds: list[float]) -> str:
-    """One session from its first call to its last; its id, if there are sessions."""
-    session, url, headers = "", proxy.url, {"Authorization": "Bearer none"}
-    if proxy.control_url:
-        control = GatewayControl(proxy.control_url, http)
-        handle = await control.open(run="b", group_id=f"g{number // 8}", rollout_id=f"r{number}", sampling=WIDE)
-        session, url, headers = handle.session_id, proxy.url + handle.path, {"Authorization": f"Bearer {handle.key}"}
+@dataclass
+class Seconds:
+    """How long calls took: the first ones of sessions, and the others."""
+
+    first: list[float] = field(default_factory=list)
+    later: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.later)
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where an agent calls and its key; `session` is empty where there are none."""
+
+    url: str
+    key: str = "none"
+    session: str = ""
+
+
+async def _talk(http: aiohttp.ClientSession, door: Door, number: int, load: Load, seconds: Seconds) -> None:
+    """One session from its first call to its last."""
+    headers = {"Authorization": f"Bearer {door.key}", "Content-Type": "application/json"}
     messages = [{"role": "system", "content": "Mend it."}, _user(f"task {number // 8} " + "x" * load.context)]
-    for _ in range(load.turns):
+    for turn in range(load.turns):
+        await asyncio.sleep(load.work_s())
         body = json.dumps({"model": "m", "messages": messages, "stream": load.stream}).encode()
-        headers["Content-Type"] = "application/json"
         began = time.perf_counter()
-        async with http.post(f"{url}/v1/chat/completions", data=body, headers=headers) as answer:
+        async with http.post(f"{door.url}/v1/chat/completions", data=body, headers=headers) as answer:
             text = await answer.text()
             assert answer.status == 200 and REPLY.split()[0] in text, text
-        seconds.append(time.perf_counter() - began)
+        (seconds.later if turn else seconds.first).append(time.perf_counter() - began)
         messages = [*messages, {"role": "assistant", "content": REPLY}, _user("y" * load.new)]
-    return session
 
 
 def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-async def _load(proxy: Proxy, load: Load, keep: bool) -> list[float]:
-    """Seconds of each call, sorted; with `keep` the sessions stay open."""
-    seconds: list[float] = []
+async def _load(pipe: Connection, proxy: Proxy, load: Load, keep: bool) -> None:
+    """Sessions are opened before the calls and, but with `keep`, closed after them: neither is measured."""
+    seconds = Seconds()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-        for start in range(0, load.sessions, load.at_once):
-            ours = range(start, min(start + load.at_once, load.sessions))
-            opened = await asyncio.gather(*(_one(http, proxy, n, load, seconds) for n in ours))
-            if proxy.control_url and not keep:
-                control = GatewayControl(proxy.control_url, http)
-                await asyncio.gather(*(control.close(session) for session in opened))
-    return sorted(seconds)
+        control = GatewayControl(proxy.control_url, http)
+        doors = [await _open(control, proxy, number) for number in range(load.sessions)]
+        numbers = iter(range(load.sessions))
+
+        async def agent() -> None:
+            for number in numbers:
+                await _talk(http, doors[number], number, load, seconds)
+
+        await _next_word(pipe, None)
+        await asyncio.gather(*(agent() for _ in range(load.at_once)))
+        await _next_word(pipe, seconds)
+        for door in doors:
+            if door.session and not keep:
+                await control.close(door.session)
+
+
+async def _open(control: GatewayControl, proxy: Proxy, number: int) -> Door:
+    if not proxy.control_url:
+        return Door(proxy.url)
+    handle = await control.open(run="b", group_id=f"g{number // 8}", rollout_id=f"r{number}", sampling=WIDE)
+    return Door(proxy.url + handle.path, handle.key, handle.session_id)
+
+
+async def _next_word(pipe: Connection, said: Seconds | None) -> None:
+    """Say something, and go on when told to."""
+    pipe.send(said)
+    await asyncio.to_thread(pipe.recv)
 
 
 def _agents(pipe: Connection) -> None:
     while (asked := pipe.recv()) is not None:
-        pipe.send(asyncio.run(_load(*asked)))
+        asyncio.run(_load(pipe, *asked))
+        pipe.send("done")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What became of a load: seconds of calls, CPU seconds of the proxy, seconds in all."""
+
+    seconds: Seconds
+    cpu_s: float
+    wall_s: float
 
 
 class Agents:
@@ -142,10 +202,16 @@ class Agents:
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
 
-    def run(self, proxy: Proxy, load: Load, *, keep: bool = False) -> list[float]:
+    def run(self, proxy: Proxy, load: Load, *, keep: bool = False) -> Ran:
         self._pipe.send((proxy, load, keep))
-        seconds: list[float] = self._pipe.recv()
-        return seconds
+        self._pipe.recv()
+        used, began = cpu_s(proxy.pid), time.perf_counter()
+        self._pipe.send("go")
+        seconds = self._pipe.recv()
+        ran = Ran(seconds, cpu_s(proxy.pid) - used, time.perf_counter() - began)
+        self._pipe.send("go")
+        self._pipe.recv()
+        return ran
 
 
 @contextmanager
@@ -162,32 +228,33 @@ def _process(work: Callable[[Connection], None]) -> Iterator[Connection]:
         process.join()
 
 
-def _measure(agents: Agents, proxy: Proxy, load: Load, direct: list[float]) -> dict[str, float]:
-    agents.run(proxy, replace(load, at_once=min(load.at_once, 4), sessions=min(load.at_once, 4)))
-    began, wall = cpu_s(proxy.pid), time.perf_counter()
-    seconds = agents.run(proxy, load)
-    used, wall, calls = cpu_s(proxy.pid) - began, time.perf_counter() - wall, len(seconds)
+def _measure(agents: Agents, proxy: Proxy, load: Load, direct: Seconds) -> dict[str, float]:
+    agents.run(proxy, replace(load, at_once=4, sessions=4, rate=0))
+    ran = agents.run(proxy, load)
+    seconds, calls = ran.seconds, len(ran.seconds)
     return {
         "calls": calls,
-        "cpu_ms_a_call": round(used / calls * 1e3, 3),
-        "calls_a_core_second": round(calls / used, 1) if used else 0.0,
-        "p50_ms": round(_at(seconds, 0.5) * 1e3, 2),
-        "p99_ms": round(_at(seconds, 0.99) * 1e3, 2),
-        "added_p50_ms": round((_at(seconds, 0.5) - _at(direct, 0.5)) * 1e3, 2),
-        "added_p99_ms": round((_at(seconds, 0.99) - _at(direct, 0.99)) * 1e3, 2),
+        "cpu_ms_a_call": round(ran.cpu_s / calls * 1e3, 3),
+        "calls_a_core_second": round(calls / ran.cpu_s, 1) if ran.cpu_s else 0.0,
+        "calls_a_second": round(calls / ran.wall_s, 1),
+        "p50_ms": _ms(seconds.later, 0.5),
+        "p99_ms": _ms(seconds.later, 0.99),
+        "added_p50_ms": round(_ms(seconds.later, 0.5) - _ms(direct.later, 0.5), 2),
+        "added_p99_ms": round(_ms(seconds.later, 0.99) - _ms(direct.later, 0.99), 2),
+        "added_first_p50_ms": round(_ms(seconds.first, 0.5) - _ms(direct.first, 0.5), 2),
         "load_average": round(os.getloadavg()[0], 1),
     }
 
 
-def _at(ordered: list[float], share: float) -> float:
-    return ordered[int(len(ordered) * share)]
+def _ms(seconds: list[float], share: float) -> float:
+    return round(sorted(seconds)[int(len(seconds) * share)] * 1e3, 2)
 
 
 def _memory(agents: Agents, engine_url: str, contexts: list[int], sessions: int) -> None:
     """Resident memory that a live session of the gateway adds, after some turns."""
     for context in contexts:
         with running("kat-stream", engine_url, ENVS) as proxy:
-            load = Load(4, 4, 5, context, NEW, False)
+            load = Load(4, 4, 5, context, NEW, False, 0)
             agents.run(proxy, load, keep=True)
             before = resident_bytes(proxy.pid)
             agents.run(proxy, replace(load, sessions=sessions), keep=True)
@@ -197,12 +264,13 @@ def _memory(agents: Agents, engine_url: str, contexts: list[int], sessions: int)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calls", type=int, default=800, help="of each case (fewer with long contexts)")
+    parser.add_argument("--calls", type=int, default=400, help="of each case, or more")
     parser.add_argument("--turns", type=int, default=10, help="of each session")
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 32, 256], help="sessions")
     parser.add_argument("--contexts", type=int, nargs="+", default=[2_000, 20_000, 100_000], help="tokens at the start")
+    parser.add_argument("--rate", type=float, default=0, help="calls a second, by agents that work in between")
     parser.add_argument("--streams", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--proxies", nargs="+", default=["kat-stream"], choices=["kat-stream", *PACKAGES])
+    parser.add_argument("--proxies", nargs="+", default=["kat-stream"], choices=["kat-stream", "bare", *PACKAGES])
     parser.add_argument("--envs", type=Path, default=ENVS, help="where the rivals are installed")
     parser.add_argument("--memory", type=int, metavar="SESSIONS", help="measure the memory of so many instead")
     args = parser.parse_args()
@@ -212,15 +280,17 @@ def main() -> None:
         if args.memory:
             _memory(agents, url, args.contexts, args.memory)
             return
-        direct: dict[Load, list[float]] = {}
+        direct: dict[Load, Seconds] = {}
         for name in ("direct", *args.proxies):
             with running(name, url if name == "kat-stream" else chat_url, args.envs) as proxy:
                 for at_once, tokens, stream in product(args.at_once, args.contexts, args.streams):
-                    sessions = max(at_once, args.calls * 2_000 // max(tokens, 2_000) // args.turns, 2)
-                    load = Load(at_once, sessions, args.turns, tokens, NEW, bool(stream))
+                    sessions = max(at_once, args.calls // args.turns)
+                    load = Load(at_once, sessions, args.turns, tokens, NEW, bool(stream), args.rate)
                     if name == "direct":
-                        direct[load] = agents.run(proxy, load)
-                    found = _measure(agents, proxy, load, direct[load]) if name != "direct" else {}
+                        direct[load] = agents.run(proxy, load).seconds
+                        found = {"p50_ms": _ms(direct[load].later, 0.5), "p99_ms": _ms(direct[load].later, 0.99)}
+                    else:
+                        found = _measure(agents, proxy, load, direct[load])
                     print(json.dumps({"proxy": name, **asdict(load), **found}), flush=True)
 
 

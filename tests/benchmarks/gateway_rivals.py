@@ -16,14 +16,18 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import aiohttp
+from aiohttp import web
+
 START_S = 240.0
-PACKAGES = {"litellm": ["litellm[proxy]"], "sglang-router": ["sglang-router"]}
+PACKAGES = {"litellm": "litellm[proxy]==1.100.0", "smg": "smg==1.13.0"}
+"""smg is the router that was sglang-router."""
 _LITELLM = """model_list:
   - model_name: m
     litellm_params: {{model: openai/m, api_base: "{engine}/v1", api_key: none}}
@@ -45,8 +49,8 @@ def running(name: str, engine_url: str, envs: Path) -> Iterator[Proxy]:
     """The proxy of that name until the block ends; `direct` is none."""
     if name == "direct":
         yield Proxy(engine_url)
-    elif name == "kat-stream":
-        with _ours(engine_url) as proxy:
+    elif name in ("kat-stream", "bare"):
+        with _own_process(_serve if name == "kat-stream" else _pass_on, engine_url) as proxy:
             yield proxy
     else:
         with _theirs(name, engine_url, envs) as proxy:
@@ -72,10 +76,10 @@ def _children(pid: int) -> list[int]:
 
 
 @contextmanager
-def _ours(engine_url: str) -> Iterator[Proxy]:
+def _own_process(serve: Callable[[Connection, str], None], engine_url: str) -> Iterator[Proxy]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, engine_url))
+    process = context.Process(target=serve, args=(theirs, engine_url))
     process.start()
     data_url, control_url = ours.recv()
     try:
@@ -91,11 +95,12 @@ def _serve(pipe: Connection, engine_url: str) -> None:
     from kat_stream.gateway.app import start_gateway
     from kat_stream.log.memory import MemoryLog
     from kat_stream.routing import Router
+    from producers.gateway import settle
     from tests.contract.gateway_kit import tokenizer
     from topics import topic_named
 
     async def serve() -> None:
-        log = MemoryLog()
+        log = MemoryLog(retain_bytes=8 << 20)  # what a session costs the gateway, not what the log keeps
         await log.start()
         await log.apply_topics([topic_named("turns")])
         async with Router([engine_url]) as router:
@@ -103,10 +108,32 @@ def _serve(pipe: Connection, engine_url: str) -> None:
             server = await start_gateway(
                 tokenizer=tokenizer(), log=log, router=router, config=section, model_name="policy"
             )
+            settle()
             pipe.send((server.data_url, server.control_url))
             await asyncio.to_thread(pipe.recv)
             await server.close()
         await log.close()
+
+    asyncio.run(serve())
+
+
+def _pass_on(pipe: Connection, engine_url: str) -> None:
+    """Reads each request and sends it on, with the gateway's HTTP library and nothing else."""
+
+    async def serve() -> None:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+
+            async def handle(request: web.BaseRequest) -> web.StreamResponse:
+                body = await request.content.read()
+                async with http.post(engine_url + request.path, data=body) as answer:
+                    return web.Response(body=await answer.read(), content_type=answer.content_type)
+
+            runner = web.ServerRunner(web.Server(handle, access_log=None))
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            pipe.send((f"http://127.0.0.1:{runner.addresses[0][1]}", ""))
+            await asyncio.to_thread(pipe.recv)
+            await runner.cleanup()
 
     asyncio.run(serve())
 
@@ -123,6 +150,7 @@ def _theirs(name: str, engine_url: str, envs: Path) -> Iterator[Proxy]:
         command = ["litellm", "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
     else:
         command = ["smg", "launch", "--host", "127.0.0.1", "--port", str(port), "--worker-urls", engine_url]
+        command += ["--log-level", "warn"]
     variables = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "PATH": f"{env / 'bin'}:{os.environ['PATH']}"}
     with (env / f"{port}.log").open("wb") as out:
         process = subprocess.Popen(
@@ -142,7 +170,7 @@ def _environment(name: str, envs: Path) -> Path:
     if not env.exists():
         uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
         subprocess.run([uv, "venv", "-q", "--python", sys.executable, env], check=True)
-        subprocess.run([uv, "pip", "install", "-q", "--python", env / "bin" / "python", *PACKAGES[name]], check=True)
+        subprocess.run([uv, "pip", "install", "-q", "--python", env / "bin" / "python", PACKAGES[name]], check=True)
     return env
 
 

@@ -27,10 +27,11 @@ from kat_stream.engines.scripted import ScriptedEngine, ScriptedPolicy, start_sc
 from kat_stream.gateway.app import GatewayControl, GatewayServer, SessionHandle, start_gateway
 from kat_stream.gateway.limits import Limits
 from kat_stream.gateway.recording import Publisher
+from kat_stream.log import Message
 from kat_stream.log.memory import MemoryLog
 from kat_stream.routing import Router
 from topics import Sampling, Turn, topic_named
-from topics.record import Record, floats, ints
+from topics.record import floats, ints
 
 CHATML = (
     "{%- if tools %}<|im_start|>system\n# Tools\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n"
@@ -116,10 +117,10 @@ class Gate:
         self.open = anyio.Event()
         self.waiting = 0
 
-    async def publish(self, *records: Record, deadline_s: float = 30.0) -> None:
+    async def append(self, *messages: Message, deadline_s: float = 30.0) -> None:
         self.waiting += 1
         await self.open.wait()
-        await self.inner.publish(*records, deadline_s=deadline_s)
+        await self.inner.append(*messages, deadline_s=deadline_s)
 
 
 @dataclass

@@ -11,8 +11,10 @@ import pytest
 from kat_stream.errors import LogUnavailable
 from kat_stream.gateway.app import SessionHandle
 from kat_stream.gateway.limits import Limits
+from kat_stream.gateway.recording import Publisher
+from kat_stream.log import Message
+from kat_stream.log.kafka_producer import _digest
 from tests.contract.gateway_kit import World, by_bytes, going_on, paths, saying, until, user, world
-from topics.record import Record
 
 pytestmark = pytest.mark.anyio
 
@@ -22,8 +24,22 @@ QUICK = Limits(disconnect_grace_s=0.05, publish_s=0.3, keepalive_s=0.05)
 class Away:
     """A log that never acknowledges."""
 
-    async def publish(self, *records: Record, deadline_s: float = 30.0) -> None:
+    async def append(self, *messages: Message, deadline_s: float = 30.0) -> None:
         raise LogUnavailable("no broker")
+
+
+class Unheard:
+    """A log of which the first acknowledgements are lost."""
+
+    def __init__(self, inner: Publisher) -> None:
+        self.inner = inner
+        self.attempts: list[tuple[Message, ...]] = []
+
+    async def append(self, *messages: Message, deadline_s: float = 30.0) -> None:
+        self.attempts.append(messages)
+        if len(self.attempts) < 3:
+            raise LogUnavailable("not acknowledged; it may still be written")
+        await self.inner.append(*messages, deadline_s=deadline_s)
 
 
 async def _post(w: World, handle: SessionHandle, *, stream: bool = False, retry: int = 0) -> bytes:
@@ -157,6 +173,22 @@ async def test_no_reply_without_a_record() -> None:
             await w.client(handle).chat.completions.create(model="m", messages=[user("go")])
         assert refused.value.status_code == 503 and "ls" not in str(refused.value.body)
         assert await w.control.close(handle.session_id) == []
+
+
+async def test_a_record_that_is_tried_again_is_the_same_message() -> None:
+    """A producer that has it on its way then adds no second copy."""
+    unheard: list[Unheard] = []
+
+    def wrap(log: Publisher) -> Publisher:
+        unheard.append(Unheard(log))
+        return unheard[0]
+
+    async with world(saying("ls"), wrap=wrap) as w:
+        handle = await w.session()
+        await _post(w, handle)
+        assert len(unheard[0].attempts) == 3
+        assert len({_digest(message) for (message,) in unheard[0].attempts}) == 1
+        assert len(await w.published()) == 1
 
 
 async def test_no_engine_is_a_503_in_time() -> None:

@@ -66,6 +66,7 @@ def test_calls_as_each_family_writes_them(name: str, text: str, content: str, ca
         ("qwen3-coder", CODER.format("1", "2")[:-12]),
         ("qwen3-coder", CODER.format("1", "2").replace("</parameter>", "")),
         ("glm", GLM.format("1", "2").replace("<arg_value>", "")),
+        ("glm", GLM.format("1", "2").replace("<arg_value>", "<arg_va>", 1)),
         ("llama3", 'so: {"name": "bash", "parameters": {}}'),
         ("llama3", '{"name": "bash", "parameters": []}'),
         ("llama3", '{"name": "bash", "parameters": {}} and more'),

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+from copy import copy
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kat_stream.engines.client import Generation, Span
 from kat_stream.errors import ConfigError, RequestRefused
 from kat_stream.gateway.calls import without_stop
 from kat_stream.gateway.dialects import ChatCompletions
+from kat_stream.gateway.ids import joined, unpack, written
 from kat_stream.gateway.messages import Message, ToolCall, chain
 from kat_stream.gateway.render import Renderer
 from kat_stream.gateway.sampling import Draft
 from kat_stream.gateway.stream_text import StreamText
+from kat_stream.gateway.template import Template
 from kat_stream.gateway.tools import NONE, PARSERS, get_parser, read_reply
-from tests.contract.gateway_kit import by_bytes, tokenizer
+from tests.contract.gateway_kit import CHATML, THINKING, by_bytes, tokenizer
 from topics import VersionSpan
+from topics.record import pack_ints
 
 HERMES = get_parser("hermes")
 CALL = '<tool_call>\n{"name": "bash", "arguments": {"command": "ls"}}\n</tool_call>'
@@ -162,6 +167,49 @@ def test_a_template_that_refuses_is_told_to_the_agent() -> None:
     strict = "{% for m in messages %}" + refuse + "{{ m.content }}{% endfor %}"
     with pytest.raises(RequestRefused, match="no tools"):
         Renderer(tokenizer(strict)).text([{"role": "tool", "content": "x"}], None)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+MESSAGES = st.builds(
+    Message,
+    role=st.sampled_from(["system", "user", "assistant", "tool"]),
+    content=st.text(max_size=9),
+    reasoning=st.text(max_size=5),
+    tool_calls=st.lists(
+        st.builds(ToolCall, st.just("i"), st.just("f"), st.dictionaries(st.text(max_size=5), VALUES).map(json.dumps)),
+        max_size=2,
+    ).map(tuple),
+)
+# Reads reasoning by both of its names, and what a message does not have.
+OTHER = THINKING.replace("{{ m.role }}", "{{ m.role }}{{ m.thinking }}{{ m.missing }}{{ bos_token }}{{ documents }}")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(MESSAGES, min_size=1, max_size=4), st.lists(st.dictionaries(st.text(max_size=5), VALUES), max_size=2))
+def test_the_template_writes_what_transformers_would(messages: list[Message], tools: list[dict[str, Any]]) -> None:
+    shown = [message.for_template() for message in messages]
+    for source in (CHATML, OTHER):
+        made = tokenizer(source)
+        wanted = made.apply_chat_template(shown, tools=tools or None, tokenize=False, add_generation_prompt=True)
+        template = Template(made)
+        assert template.direct and template.text(shown, tools, ask=True) == wanted
+
+
+def test_a_choice_of_templates_is_left_to_transformers() -> None:
+    made = copy(tokenizer())
+    made.chat_template = {"default": CHATML, "tool_use": THINKING}
+    template, thought = Template(made), [Message(role="assistant", reasoning="hm").for_template()]
+    assert not template.direct
+    assert "hm" not in template.text(thought, None, ask=True) and "hm" in template.text(thought, [{}], ask=True)
+
+
+@given(st.lists(st.integers(0, 2**31 - 1)), st.lists(st.integers(0, 2**31 - 1)))
+def test_ids_as_an_engine_reads_them(known: list[int], new: list[int]) -> None:
+    assert json.loads(b"[" + joined(written(known), written(unpack(pack_ints(new)))) + b"]") == known + new
 
 
 def test_a_stop_string_stays_in_the_ids_and_leaves_the_text() -> None:

@@ -45,7 +45,7 @@ class _StreamOptions(msgspec.Struct):
     include_usage: bool = False
 
 
-class _Asked(msgspec.Struct, omit_defaults=True):
+class _Asked(msgspec.Struct, omit_defaults=True, kw_only=True):
     """Fields that are recorded as asked for."""
 
     model: str = ""
@@ -63,7 +63,7 @@ class _Asked(msgspec.Struct, omit_defaults=True):
     response_format: Any = None
 
 
-class _Body(msgspec.Struct):
+class _Body(_Asked):
     messages: list[_Message]
     tools: list[dict[str, Any]] | None = None
     stream: bool | None = False
@@ -75,7 +75,6 @@ class _Body(msgspec.Struct):
 
 
 _body = msgspec.json.Decoder(_Body)
-_asked = msgspec.json.Decoder(_Asked)
 
 
 class ChatCompletions:
@@ -85,7 +84,8 @@ class ChatCompletions:
 
     def read(self, body: bytes, target: str) -> ModelCall:
         """A request body as a model call; RequestRefused (400) names the field."""
-        request, asked = decode(_body, body), decode(_asked, body)
+        request = decode(_body, body)
+        asked = _Asked(**{field: getattr(request, field) for field in _Asked.__struct_fields__})
         for field in ("system", "input", "contents"):
             if getattr(request, field) is not None:
                 raise RequestRefused(f"{field}: no field of chat completions; is this another API's request?", field)
@@ -179,7 +179,9 @@ class ChatStream:
 
 
 def _message(message: _Message, index: int) -> Message:
-    calls = tuple(ToolCall(call.id, call.function.name, _arguments(call.function)) for call in message.tool_calls or ())
+    calls: tuple[ToolCall, ...] = ()
+    if message.tool_calls:
+        calls = tuple(ToolCall(call.id, call.function.name, _arguments(call.function)) for call in message.tool_calls)
     return Message(
         role="system" if message.role == "developer" else message.role,
         content=_content(message, index),

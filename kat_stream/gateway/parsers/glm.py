@@ -7,7 +7,7 @@ import re
 from kat_stream.gateway.parsers.base import Calls, Parsed, ToolParser, Tools, by_schema
 
 _BLOCK = re.compile(r"<tool_call>\s*([^\s<]+)\s*(.*?)\s*</tool_call>", re.DOTALL)
-_ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+_ARGUMENT = re.compile(r"<arg_key>([^<]*)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 
 
 def parse(text: str, tools: Tools | None = None) -> Parsed:

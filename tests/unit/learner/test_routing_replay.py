@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -250,8 +251,8 @@ class Engine:
         self.parts = list(parts)
         """Tokens of each answer; negative: it is aborted after so many; 0: it breaks off."""
 
-    async def generate(self, ids: list[int], sampling: SamplingParams, *, routed_from: int, **_: Any) -> Generation:
-        count = self.parts.pop(0)
+    async def generate(self, asked: msgspec.Raw, sampling: SamplingParams, *, routed_from: int, **_: Any) -> Generation:
+        ids, count = msgspec.json.decode(asked), self.parts.pop(0)
         if not count:
             raise EngineUnavailable("broken off")
         rows = np.arange(routed_from, len(ids) + abs(count) - 1, dtype="<u2")
@@ -275,8 +276,8 @@ class Fleet:
 def test_a_turn_that_several_engines_sampled_has_one_row_a_token(parts: tuple[int, ...]) -> None:
     fleet: Any = Fleet(Engine(*parts))
     sampler = Sampler(
-        router=fleet, limits=Limits(), session="s", call_id="c", prompt=[1, 2, 3, 4], sampling=SamplingParams(),
-        budget=5, stream=False, grown=lambda: None, routed_from=2,
+        router=fleet, limits=Limits(), session="s", call_id="c", prompt=b"1,2,3,4", prompt_tokens=4,
+        sampling=SamplingParams(), budget=5, stream=False, grown=lambda: None, routed_from=2,
     )  # fmt: skip
     draft = asyncio.run(sampler.run())
     assert np.frombuffer(draft.routing(4 + 5 - 1 - 2), "<u2").tolist() == [2, 3, 4, 5, 6, 7]
