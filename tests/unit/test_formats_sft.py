@@ -86,7 +86,7 @@ def recorded(renderer: Renderer, messages: tuple[Message, ...], tools: list[dict
         prompt = list(ints(renderer.encode(renderer.text(shown[:at], tools))))
         whole = list(ints(renderer.encode(renderer.text(shown[: at + 1], tools, ask=False))))
         assert prompt[: len(path)] == path and whole[: len(prompt)] == prompt
-        stop = len(whole) - whole[::-1].index(renderer._tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        stop = len(whole) - whole[::-1].index(renderer._backend.token_to_id("<|im_end|>"))
         turns.append(said(message, len(turns), prompt[len(path) :], whole[len(prompt) : stop], len(path)))
         path = whole[:stop]
     return trajectory(ASKED, *turns)
