@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Self
@@ -60,15 +61,22 @@ class PackedGroup:
     @classmethod
     def of(cls, record: PackedBatch) -> Self:
         packed = {m.rollout_id: m.oldest_version for m in record.members if m.fate == "packed"}
-        numbers = [parse_version(version)[1] if version else UNKNOWN for version in packed.values()]
         return cls(
             rewards=array("d", [m.reward for m in record.members if m.fate not in ("failed", "cancelled")]),
             packed=array("Q", map(hashed, packed)),
-            versions=array("q", numbers),
+            versions=array("q", map(_number, packed.values())),
             left_out=len(record.members) - len(packed),
             tree_tokens=record.tree_tokens,
             flat_tokens=record.flat_tokens,
         )
+
+
+def _number(version: str) -> int:
+    """Of `lineage.number`; what is no version says nothing, and who watches a run goes on."""
+    with suppress(ValueError):
+        number = parse_version(version)[1]
+        return number if number < 1 << 63 else UNKNOWN
+    return UNKNOWN
 
 
 class MadeStep:
