@@ -252,7 +252,7 @@ def _rounds(url: str, rival: Rival | None, case: Case, repeats: int) -> dict[str
         found = {reader: result["a second"] for reader, result in results.items()}
         if rival is not None:
             found |= rival.measure(case)
-        print(json.dumps({"repeat": number, **results, **found}), file=sys.stderr, flush=True)
+        print(json.dumps({"repeat": number, **results, "a second": found}), file=sys.stderr, flush=True)
         if number:
             for way, rate in found.items():
                 rates.setdefault(way, []).append(rate)
