@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from kat_stream.env.grading import Grader
 from kat_stream.env.sandboxes.base import Sandbox, SandboxBackend
 from kat_stream.env.scaffolds import Limits, Scaffold, ScaffoldResult, SessionEndpoint, get_scaffold
 from kat_stream.env.trajectories import lay_out, sandbox_spec, take_patch
-from kat_stream.errors import ConfigError, DataError, DeadlineExceeded, GatewayError, SandboxDied, SandboxError
+from kat_stream.errors import ConfigError, DataError, DeadlineExceeded, KatError, SandboxDied, SandboxError
 from topics import Reward, RolloutRequest, Sampling, Trajectory, Turn
 from topics.trajectory import Outcome
 
@@ -230,14 +230,19 @@ class RolloutRunner:
                 state.turns = tuple(await self._gateway.close(session.session_id))
 
     async def _release(self, state: _State) -> None:
-        """Close what is still open. Its failure is logged only: the record of the rollout matters more."""
-        try:
-            async with asyncio.timeout(_RELEASE_TIMEOUT_S):
-                if state.sandbox is not None:
-                    await state.sandbox.destroy()
-                await self._close_session(state)
-        except (TimeoutError, GatewayError, OSError) as error:
-            _log.warning("rollout %s: release: %s: %s", state.request.rollout_id, type(error).__name__, error)
+        """Close what is still open, the session also if the sandbox does not end in time."""
+        if state.sandbox is not None:
+            await _or_logged(state, state.sandbox.destroy())
+        await _or_logged(state, self._close_session(state))
+
+
+async def _or_logged(state: _State, closing: Awaitable[None]) -> None:
+    """A failure to close is logged only: the record of the rollout matters more."""
+    try:
+        async with asyncio.timeout(_RELEASE_TIMEOUT_S):
+            await closing
+    except (TimeoutError, KatError, OSError) as error:
+        _log.warning("rollout %s: release: %s: %s", state.request.rollout_id, type(error).__name__, error)
 
 
 def _failed(error: Exception) -> _End:

@@ -55,6 +55,10 @@ class Lineage:
     turns: list[Turn] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set)
 
+    def holds(self, turn: Turn) -> bool:
+        """Whether the log was read up to this record; another gateway's claim may come right behind it."""
+        return turn.turn_id in self._seen
+
     def add(self, turn: Turn) -> None:
         """The next record of the session's partition, whatever session it is of; one that came twice counts once."""
         if turn.session_id != self.session_id or turn.turn_id in self._seen:
@@ -168,7 +172,7 @@ class Takeover:
                     ("turns",), start={place: ticket.start}, partitions=(place.partition,), poll_s=_POLL_S
                 ) as follower,
             ):
-                while lineage.claim != claim.turn_id:
+                while not lineage.holds(claim):
                     for delivered in await follower.poll(_POLL_S):
                         if delivered.key == key and isinstance(turn := delivered.record(), Turn):
                             lineage.add(turn)

@@ -10,8 +10,9 @@ import msgspec
 import pytest
 
 from kat_stream.env.datasets import dataset_of
+from kat_stream.env.sandboxes.bwrap_sandbox import BwrapSandbox
 from kat_stream.env.trajectories import PATCH_LIMIT
-from kat_stream.errors import GatewayError
+from kat_stream.errors import DeadlineExceeded, GatewayError
 from tests.contract.env_kit import (
     backend,
     finished,
@@ -166,6 +167,24 @@ async def test_an_agent_that_never_ends_runs_into_its_time(tmp_path: Path) -> No
         assert (late.outcome, late.error_class) == ("infra_error", "DeadlineExceeded")
         never = await roll(sandboxes, request(task, seconds=0.0), gateway)
         assert (never.outcome, never.error_class) == ("infra_error", "DeadlineExceeded")
+
+
+async def test_a_sandbox_that_does_not_end_in_time_costs_no_rollout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = BwrapSandbox._end
+
+    async def late(self: BwrapSandbox) -> None:
+        await end(self)
+        raise DeadlineExceeded(f"end of sandbox {self.id}", 30.0)
+
+    monkeypatch.setattr(BwrapSandbox, "_end", late)
+    harbor_task(tmp_path)
+    task = first_task(f"harbor:{tmp_path}")
+    async with backend() as sandboxes, world(saying(FIX, "submit")) as gateway:
+        trajectory = await roll(sandboxes, request(task), gateway)
+        assert (trajectory.outcome, len(trajectory.turns)) == ("submitted", 2)
+        assert await gateway.control.sessions() == []
 
 
 async def test_a_cancelled_rollout_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ INSIDE = "/run/kat-stream"
 
 _STOP_DEADLINE_S = 3.0
 _ROUND_S = 0.002
-_END_DEADLINE_S = 10.0
+_END_DEADLINE_S = 30.0
 
 
 @dataclass(frozen=True)
