@@ -314,7 +314,7 @@ async def test_two_gateways_that_claim_at_once_leave_one_owner_and_one_line() ->
         for turn in await them.turns():
             lineage.add(turn)
         counted = [turn for turn in lineage.turns if turn.finish_reason != "abort"]
-        # What was aborted before its first token has the prompt's path: the same prompt again hangs below it.
+        # A call that was aborted is in the tree too: the same prompt again shares most with it and hangs below it.
         assert {turn.parent for turn in counted[1:]} <= {turn.turn_id for turn in lineage.turns}
         assert len(await _close_at(them, 1, handle)) == len(lineage.turns)
 
