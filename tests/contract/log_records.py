@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import anyio
+from aiokafka.errors import KafkaError
 
 from kat_stream.log import Delivered, Emit, Hold, Log, Outcome, Position
 from topics import LedgerEntry, Reward, partition_of
@@ -78,3 +81,19 @@ class GroupJoin:
         del self.open[partition][record.group_id]
         self.emitted[partition].add(record.group_id)
         return Emit(entry(record.group_id, record.group_id), done=held[:-1])
+
+
+def forgive_cut_off_commits() -> None:
+    """Where a broker dies, aiokafka leaves the error of a commit that was cut off at its deadline to nobody."""
+    loop = asyncio.get_running_loop()
+    before = loop.get_exception_handler()
+
+    def handle(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if isinstance(context.get("exception"), KafkaError):
+            return
+        if before is None:
+            loop.default_exception_handler(context)
+        else:
+            before(loop, context)
+
+    loop.set_exception_handler(handle)

@@ -5,7 +5,6 @@ is lost. With it 1.10 commits and 12.5 closing: nothing waits for a broker that 
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from kat_stream.errors import LogUnavailable
 from kat_stream.log import Committed, TopicPartition, broker, kafka_member
 from kat_stream.log.kafka import KafkaLog
 from kat_stream.log.message import seal
-from tests.contract.log_records import everything, reward
+from tests.contract.log_records import everything, forgive_cut_off_commits, reward
 from tests.contract.test_log_kafka_members import nothing, owned
 from topics import partition_of, topic_named
 
@@ -63,8 +62,7 @@ async def test_5_5_too_few_copies_in_sync(
             assert unknown.value.retriable
         tasks.cancel_scope.cancel()
     assert max(ages) > 1.0
-    # aiokafka leaves the error of a commit that was cut off to nobody
-    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    forgive_cut_off_commits()
     with pytest.raises(LogUnavailable):
         await member.commit({place: Committed(1)})
     await anyio.to_thread.run_sync(broker.up, kafka_cluster_dir)

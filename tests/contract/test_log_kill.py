@@ -21,7 +21,7 @@ from kat_stream.errors import LogUnavailable
 from kat_stream.log import Delivered, Emit, Log, Outcome, broker, open_log, run_transform, run_work
 from kat_stream.log.tracker import Tracker
 from tests.contract.conftest import TOPICS
-from tests.contract.log_records import SIZE, GroupJoin, everything, reward
+from tests.contract.log_records import SIZE, GroupJoin, everything, forgive_cut_off_commits, reward
 from topics import LedgerEntry, Reward
 
 pytestmark = [pytest.mark.anyio, pytest.mark.kafka, pytest.mark.timeout(300)]
@@ -183,6 +183,7 @@ async def test_both_stages_live_through_kill_9_of_the_broker(tmp_path: Path, kaf
     groups = [f"g{number}" for number in range(COUNT // SIZE)]
     records = [reward(index * SIZE + i, group) for index, group in enumerate(groups) for i in range(SIZE)]
     worked: Counter[int] = Counter()
+    forgive_cut_off_commits()
 
     async def work(delivered: Delivered) -> Outcome:
         await anyio.sleep(0.01)

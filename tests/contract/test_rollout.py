@@ -114,7 +114,8 @@ async def test_a_hostile_command_never_becomes_our_failure(tmp_path: Path, case:
         trajectory = await roll(sandboxes, request(task), gateway)
         reward = await graded(sandboxes, trajectory)
     assert time.monotonic() - started < 60.0
-    assert trajectory.outcome in ("submitted", "sandbox_died", "time_limit"), trajectory.detail
+    # agent_error: its processes are still there and leave none for git, so that there is no patch to read.
+    assert trajectory.outcome in ("submitted", "sandbox_died", "time_limit", "agent_error"), trajectory.detail
     assert reward.status == "graded"
     assert reward.score == float(trajectory.outcome == "submitted")
 

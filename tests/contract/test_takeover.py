@@ -22,12 +22,15 @@ from kat_stream.errors import GatewayError
 from kat_stream.gateway.app import GatewayControl, GatewayServer, Moving, SessionHandle, start_gateway
 from kat_stream.gateway.limits import Limits
 from kat_stream.gateway.peers import Peers, Pulse
-from kat_stream.gateway.takeover import CLAIM, Lineage
+from kat_stream.gateway.takeover import CLAIM, READ_S, Lineage
 from kat_stream.gateway.tickets import Mint, Ticket, run_secret
+from kat_stream.log import Message
 from kat_stream.log.memory import MemoryLog
+from kat_stream.log.message import seal
 from kat_stream.routing import Router
 from tests.contract.gateway_kit import CHATML, by_bytes, paths, saying, tokenizer, until, user
 from topics import Sampling, Turn, topic_named
+from topics.record import decode
 
 pytestmark = pytest.mark.anyio
 SECRET = b"s" * 32
@@ -217,6 +220,28 @@ async def test_a_turn_that_a_replaced_gateway_still_writes_does_not_count() -> N
         await them.log.publish(late)
         counted = await _close_at(them, 2, handle)
         assert [turn.turn_id for turn in counted] == [turns[0].turn_id, turns[2].turn_id]
+
+
+async def test_a_claim_right_behind_ours_is_seen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with gateways(saying("one", "two")) as them:
+        handle = await them.open()
+        await them.say(0, handle, [user("go")])
+        append = them.log.append
+
+        async def raced(*messages: Message, deadline_s: float = 30.0) -> None:
+            """Another gateway's claim comes onto the log before anybody can read ours."""
+            claim = decode(Turn, messages[0].value)
+            assert claim.side == CLAIM
+            monkeypatch.undo()
+            other = msgspec.structs.replace(claim, turn_id="other")
+            await append(*messages, seal(other), deadline_s=deadline_s)
+
+        monkeypatch.setattr(them.log, "append", raced)
+        with anyio.fail_after(READ_S / 3):
+            status, body = await them.post(1, handle, {"messages": [user("go")]})
+        assert (status, body["error"]["code"]) == (503, "session_moved")
+        again = await them.say(1, handle, [user("go")])
+        assert again["content"] == "one"  # the retry of the call that was answered
 
 
 async def _close_at(them: Gateways, number: int, handle: SessionHandle) -> list[Turn]:
