@@ -92,9 +92,7 @@ class BlobStore:
 
     async def put(self, data: bytes) -> BlobRef:
         """Store the bytes; they are there when this returns. BlobUnavailable: they may be there."""
-        ref = await self._call("hashing", lambda: BlobRef.of(data))
-        await self._call(f"putting {ref}", partial(self._put, ref, data))
-        return ref
+        return await self._call(f"putting {len(data)} bytes", partial(self._put, data))
 
     async def get(self, ref: BlobRef) -> bytes:
         """The bytes. BlobError: other bytes, or none in a store that answers. BlobUnavailable: the store does not."""
@@ -123,11 +121,13 @@ class BlobStore:
     def _path(self, name: str) -> str:
         return f"{self._root}/{name[:2]}/{name}"
 
-    def _put(self, ref: BlobRef, data: bytes) -> None:
+    def _put(self, data: bytes) -> BlobRef:
+        ref = BlobRef.of(data)
         if not self._marked:
             self._write(f"{self._root}/{MARKER}", b"")
             self._marked = True
         self._write(self._path(ref.sha256), data)
+        return ref
 
     def _write(self, path: str, data: bytes) -> None:
         """Whole or not at all: an object store does that by itself, in a directory a rename does."""

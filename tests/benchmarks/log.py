@@ -1,10 +1,11 @@
 """Durable trajectories a second, against a queue in memory: `python -m tests.benchmarks.log`.
 
 One process publishes trajectories, another reads and decodes them, at the same time, on one real broker with acks=all:
-by `Log.follow`, and as a consumer group that commits (`run_work`). In the same run TransferQueue 0.1.11 puts and gets
-tensors of the same size, in memory, in its own environment (--rival; made with uv if it is not there, 5 GB), with the
-same samples a call and calls in flight. Repeats alternate; a ratio is of medians, against the better of TransferQueue
-with one storage unit and with two (its default).
+by `Log.follow`, as a consumer group that commits (`run_work`), and as such a group with values over --limit in a
+directory (claim-check: each is synced to the disk before its record is sent). In the same run TransferQueue 0.1.11 puts
+and gets tensors of the same size, in memory, in its own environment (--rival; made with uv if it is not there, 5 GB),
+with the same samples a call and calls in flight. Repeats alternate; a ratio is of medians, against the better of
+TransferQueue with one storage unit and with two (its default).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import batched
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,6 +34,7 @@ import anyio
 import msgspec
 import numpy as np
 
+from kat_stream.config import BlobsSection
 from kat_stream.log import Delivered, Emit, Log, broker, open_log, run_work
 from tests import observe_kit as fab
 from topics import Trajectory, Turn, topic_named
@@ -55,6 +57,16 @@ class Case:
     size: int
     batch: int
     at_once: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which log: a broker, topics of its own on it, and where its large values lie (empty: on the broker)."""
+
+    url: str
+    prefix: str
+    blobs: str = ""
+    limit: int = 0
 
 
 def _some(rng: random.Random, pool: bytes, numbers: int) -> bytes:
@@ -83,14 +95,14 @@ def trajectory_of(rng: random.Random, number: int, size: int) -> Trajectory:
     return msgspec.structs.replace(bare, turns=tuple(map(turn, range(turns))))
 
 
-async def _opened(url: str, prefix: str) -> Log:
-    log = open_log(url, prefix=prefix)
+async def _opened(place: Place) -> Log:
+    log = open_log(place.url, prefix=place.prefix, blobs=place.blobs, blob_limit_bytes=place.limit)
     await log.start()
     return log
 
 
-async def _write(url: str, prefix: str, pipe: Connection, case: Case) -> None:
-    log, rng = await _opened(url, prefix), random.Random(1)
+async def _write(place: Place, pipe: Connection, case: Case) -> None:
+    log, rng = await _opened(place), random.Random(1)
     await log.publish(trajectory_of(rng, 0, case.size))
     pool = [trajectory_of(rng, number, case.size) for number in range(min(case.count, 256))]
     calls = iter(list(batched((pool[n % len(pool)] for n in range(case.count)), case.batch)))
@@ -107,8 +119,8 @@ async def _write(url: str, prefix: str, pipe: Connection, case: Case) -> None:
     await log.close()
 
 
-async def _follow(url: str, prefix: str, pipe: Connection, case: Case) -> None:
-    log, left = await _opened(url, prefix), case.count
+async def _follow(place: Place, pipe: Connection, case: Case) -> None:
+    log, left = await _opened(place), case.count
     async with log.follow(["trajectories"], start="latest") as follower:
         pipe.send("ready")
         cpu = time.process_time()
@@ -121,9 +133,9 @@ async def _follow(url: str, prefix: str, pipe: Connection, case: Case) -> None:
     await log.close()
 
 
-async def _work(url: str, prefix: str, pipe: Connection, case: Case) -> None:
+async def _work(place: Place, pipe: Connection, case: Case) -> None:
     """As a stage does it; the first message, which the writer sent to warm up, says that the group stands."""
-    log, seen, stopping = await _opened(url, prefix), 0, anyio.Event()
+    log, seen, stopping = await _opened(place), 0, anyio.Event()
     ended = cpu = 0.0
 
     async def handle(delivered: Delivered) -> Emit:
@@ -140,28 +152,36 @@ async def _work(url: str, prefix: str, pipe: Connection, case: Case) -> None:
 
     async with asyncio.timeout(NEVER_S):
         await run_work(
-            log, ["trajectories"], group=prefix, member="m", handler=handle, stopping=stopping, max_in_flight=64
+            log, ["trajectories"], group=place.prefix, member="m", handler=handle, stopping=stopping, max_in_flight=64
         )
     pipe.send((ended, cpu))
     await log.close()
 
 
 READERS = {"follow": _follow, "group": _work}
+WAYS = (*READERS, "claims")
 
 
-def _child(role: str, url: str, prefix: str, pipe: Connection, case: Case) -> None:
-    asyncio.run({"write": _write, **READERS}[role](url, prefix, pipe, case))
+def _child(role: str, place: Place, pipe: Connection, case: Case) -> None:
+    asyncio.run({"write": _write, **READERS}[role](place, pipe, case))
 
 
-def ours(url: str, case: Case, reader: str) -> dict[str, float]:
+def ours(url: str, case: Case, way: str, limit: int) -> dict[str, float]:
     """One case in two fresh processes on topics of its own."""
-    prefix = f"bench{time.monotonic_ns()}."
-    asyncio.run(_make_topics(url, prefix))
+    place = Place(url, f"bench{time.monotonic_ns()}.")
+    if way != "claims":
+        return _measured(place, case, way)
+    with tempfile.TemporaryDirectory(prefix="kat-bench-") as store:
+        return _measured(replace(place, blobs=f"file:{store}", limit=limit), case, "group")
+
+
+def _measured(place: Place, case: Case, reader: str) -> dict[str, float]:
+    asyncio.run(_make_topics(place))
     context = multiprocessing.get_context("spawn")
     (to_writer, writer_end), (to_reader, reader_end) = context.Pipe(), context.Pipe()
     processes = []
     for role, end, other in (("write", writer_end, to_writer), (reader, reader_end, to_reader)):
-        processes.append(context.Process(target=_child, args=(role, url, prefix, end, case), daemon=True))
+        processes.append(context.Process(target=_child, args=(role, place, end, case), daemon=True))
         processes[-1].start()
         _recv(other)
     to_writer.send("go")
@@ -173,8 +193,8 @@ def ours(url: str, case: Case, reader: str) -> dict[str, float]:
     return {"a second": case.count / (ended - began), "write ms CPU": writing * ms, "read ms CPU": reading * ms}
 
 
-async def _make_topics(url: str, prefix: str) -> None:
-    log = await _opened(url, prefix)
+async def _make_topics(place: Place) -> None:
+    log = await _opened(place)
     await log.apply_topics([topic_named(name) for name in ("trajectories", *_tiers(), "dead.letters")])
     await log.close()
 
@@ -244,12 +264,12 @@ def a_broker() -> Iterator[str]:
             broker.down(state)
 
 
-def _rounds(url: str, rival: Rival | None, case: Case, repeats: int) -> dict[str, list[float]]:
+def _rounds(url: str, rival: Rival | None, case: Case, repeats: int, limit: int) -> dict[str, list[float]]:
     """Each way `repeats` times in turn, after one that warms up."""
     rates: dict[str, list[float]] = {}
     for number in range(repeats + 1):
-        results = {reader: ours(url, case, reader) for reader in READERS}
-        found = {reader: result["a second"] for reader, result in results.items()}
+        results = {way: ours(url, case, way, limit) for way in WAYS if way != "claims" or case.size > limit}
+        found = {way: result["a second"] for way, result in results.items()}
         if rival is not None:
             found |= rival.measure(case)
         print(json.dumps({"repeat": number, **results, "a second": found}), file=sys.stderr, flush=True)
@@ -261,11 +281,12 @@ def _rounds(url: str, rival: Rival | None, case: Case, repeats: int) -> dict[str
 
 def _row(case: Case, rates: dict[str, list[float]]) -> str:
     medians = {way: statistics.median(found) for way, found in rates.items()}
-    best = max((rate for way, rate in medians.items() if way not in READERS), default=0.0)
+    best = max((rate for way, rate in medians.items() if way not in WAYS), default=0.0)
     cells = [f"{case.size // 1000:>4} KB x {case.batch:>2} a call, {case.at_once:>2} calls"]
-    for reader in READERS:
-        ratio = f" ({medians[reader] / best:4.2f})" if best else ""
-        cells.append(f"{reader} {medians[reader]:6.0f}/s{ratio}")
+    for way in WAYS:
+        if way in medians:
+            ratio = f" ({medians[way] / best:4.2f})" if best else ""
+            cells.append(f"{way} {medians[way]:6.0f}/s{ratio}")
     return "  ".join([*cells, f"TransferQueue {best:6.0f}/s" if best else ""])
 
 
@@ -276,6 +297,9 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=8, help="calls in flight")
     parser.add_argument("--megabytes", type=int, default=100, help="of each case")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--limit", type=int, default=BlobsSection().limit_bytes, help="bytes over which a value is left in the store"
+    )
     parser.add_argument("--rival", type=Path, default=Path("/tmp/tq/env"), help="TransferQueue's environment")
     parser.add_argument("--alone", action="store_true", help="without TransferQueue")
     args = parser.parse_args()
@@ -288,7 +312,7 @@ def main() -> None:
             for batch in args.batches:
                 count = args.megabytes * 1_000_000 // size // batch * batch
                 case = Case(count, size, batch, args.at_once)
-                print(_row(case, _rounds(url, rival, case, args.repeats)), flush=True)
+                print(_row(case, _rounds(url, rival, case, args.repeats, args.limit)), flush=True)
         if rival is not None:
             rival.close()
 

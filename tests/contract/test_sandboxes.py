@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import shutil
 import socket
 import tarfile
@@ -179,16 +180,19 @@ def test_a_missing_program_and_a_signal_are_exit_codes(kind: str) -> None:
 
 
 def test_a_timeout_kills_the_whole_tree_and_nothing_else(kind: str) -> None:
+    # `local` sees every process of the machine, also those of this test in another process.
+    kept, ended = f"sleep 987.{os.getpid()}", f"sleep 986.{os.getpid()}"
+
     async def scenario(sandbox: Sandbox) -> None:
-        await sandbox.exec("sleep 987 >/dev/null 2>&1 &", timeout_s=10)
+        await sandbox.exec(f"{kept} >/dev/null 2>&1 &", timeout_s=10)
         began = time.monotonic()
-        hang = "setsid sh -c 'sleep 986 & sleep 986' & (sleep 986 & sleep 986) & echo begun; wait"
+        hang = f"setsid sh -c '{ended} & {ended}' & ({ended} & {ended}) & echo begun; wait"
         result = await sandbox.exec(hang, timeout_s=0.5)
         assert (result.timed_out, result.exit_code, result.stdout) == (True, 124, b"begun\n")
         assert time.monotonic() - began < 5
         listing = "grep -azl . /proc/[0-9]*/cmdline >/dev/null; cat /proc/[0-9]*/cmdline | tr '\\0' ' '"
         alive = (await sandbox.exec(listing, timeout_s=10)).stdout
-        assert b"sleep 987" in alive and b"sleep 986" not in alive
+        assert kept.encode() in alive and ended.encode() not in alive
 
     play(kind, scenario)
 
