@@ -45,7 +45,9 @@ if [ ! -e "$stamp" ]; then
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     say "installing $(grep -c '==' "$requirements") pinned packages into .venv"
     .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r ops/requirements/uv.txt
-    .venv/bin/uv pip install -q --python .venv/bin/python --require-hashes -r "$requirements"
+    # Byte code now: where Python may not write it (PYTHONDONTWRITEBYTECODE, as in many images), each of a run's
+    # processes would compile torch and transformers again, 6 s of CPU at every start.
+    .venv/bin/uv pip install -q --compile-bytecode --python .venv/bin/python --require-hashes -r "$requirements"
     .venv/bin/uv pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
     rm -f .venv/.kat-"$what"-*
     touch "$stamp"
