@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+"""Before torch is loaded: its threads that wait for each other leave the cores to the suite's other processes."""
 
 SHARED = ("struck", "kafka_cluster_dir")
 """Session fixtures that cost so much that only one process may make them."""

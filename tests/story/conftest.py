@@ -37,7 +37,7 @@ SMALL = {
 }
 ENDLESS = 1_000_000
 """Steps of a run that a test stops itself, when it has seen what it wanted: no machine is too fast for it."""
-STEPS, EVERY, BOUND = 7, 3, 2
+STEPS, EVERY, BOUND = 5, 2, 2
 """Of the run that was struck: its steps, those between two checkpoints, and its bound of staleness."""
 
 
