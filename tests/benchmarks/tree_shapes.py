@@ -43,20 +43,24 @@ def star(por: float, node: int, sampled: int = 64) -> Shape:
     return [first, *([0, prompt, branch - sampled, sampled] for _ in range(paths - 1))]
 
 
-def grown(shape: Shape, rng: np.random.Generator, shrink: float = 1.0) -> list[TurnTokens]:
-    """Turns of this shape with random ids that merge exactly where the shape says; lengths divided by `shrink`."""
+def grown(shape: Shape, rng: np.random.Generator, shrink: float = 1.0, number: int = 0) -> list[TurnTokens]:
+    """Turns of this shape with random ids that merge exactly where the shape says; lengths divided by `shrink`.
+
+    Shapes of another `number` share no first token with this one.
+    """
+    first, after = number * len(shape), (number + 1) * len(shape)
     paths: list[np.ndarray[Any, Any]] = []
     turns = []
-    for number, (parent, prefix, new, sampled) in enumerate(shape):
+    for turn, (parent, prefix, new, sampled) in enumerate(shape):
         shared = paths[parent][: round(prefix / shrink)] if parent >= 0 else np.empty(0, np.int32)
         count = max(round(sampled / shrink), 1)
         size = max(round((prefix + new) / shrink) - len(shared), 0 if len(shared) else 1) + count
-        fresh = rng.integers(len(shape), VOCABULARY, size)
-        fresh[0] = number
+        fresh = rng.integers(after, VOCABULARY, size)
+        fresh[0] = first + turn
         path = np.concatenate([shared, fresh]).astype(np.int32)
         paths.append(path)
         logprobs = np.full(count, -7.6, np.float32)
-        turns.append(TurnTokens(str(number), path[:-count], path[-count:], logprobs))
+        turns.append(TurnTokens(str(turn), path[:-count], path[-count:], logprobs))
     return turns
 
 

@@ -227,7 +227,7 @@ def stars(bench: Bench, args: argparse.Namespace, costs: np.ndarray) -> None:
         shape = star(por, args.node)
         flat = len(shape) * longest(shape)
         rng = np.random.default_rng(0)
-        groups = [grown(shape, rng) for _ in range(-(-args.flat // flat))]
+        groups = [grown(shape, rng, number=number) for number in range(-(-args.flat // flat))]
         bench.compare(f"POR {por}", groups, _budget(longest(shape), args), costs)
 
 

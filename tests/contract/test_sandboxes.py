@@ -179,9 +179,13 @@ def test_a_missing_program_and_a_signal_are_exit_codes(kind: str) -> None:
     play(kind, scenario)
 
 
+def own(command: str) -> str:
+    """A sleep of this process: `local` sees all of the machine, also those of this test run by another user."""
+    return f"{command}.{os.getpid()}"
+
+
 def test_a_timeout_kills_the_whole_tree_and_nothing_else(kind: str) -> None:
-    # `local` sees every process of the machine, also those of this test in another process.
-    kept, ended = f"sleep 987.{os.getpid()}", f"sleep 986.{os.getpid()}"
+    kept, ended = own("sleep 987"), own("sleep 986")
 
     async def scenario(sandbox: Sandbox) -> None:
         await sandbox.exec(f"{kept} >/dev/null 2>&1 &", timeout_s=10)
@@ -215,12 +219,14 @@ def test_a_daemon_lives_on_and_does_not_disturb_later_output(kind: str) -> None:
 
 
 def test_a_cancelled_command_is_stopped_and_the_sandbox_usable(kind: str) -> None:
+    long = own("sleep 985")
+
     async def scenario(sandbox: Sandbox) -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
-                await sandbox.exec("touch begun; sleep 985; touch ended", timeout_s=60)
+                await sandbox.exec(f"touch begun; {long}; touch ended", timeout_s=60)
         result = await sandbox.exec("ls; cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '", timeout_s=10)
-        assert result.stdout.startswith(b"begun\n") and b"sleep 985" not in result.stdout
+        assert result.stdout.startswith(b"begun\n") and long.encode() not in result.stdout
 
     play(kind, scenario)
 
