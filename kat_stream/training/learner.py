@@ -29,6 +29,7 @@ from kat_stream.rl.objective import Objective
 from kat_stream.rl.settings import DistillationConfig, PenaltyConfig, RatioConfig
 from kat_stream.training.attention import NAME, Backend
 from kat_stream.training.backward import Backward, sampled_values
+from kat_stream.training.heap import keep_freed
 from kat_stream.training.metrics import StepMetrics, Tally, add
 from kat_stream.training.publication import Publication, atomic_directory, copy_companions, weights_checksum
 from kat_stream.training.replay import RoutingReplay
@@ -71,6 +72,8 @@ class TorchLearner:
     """A causal model of `transformers` and its AdamW. A bad directory raises OSError or ValueError of transformers."""
 
     def __init__(self, model_dir: Path, config: LearnerConfig) -> None:
+        if config.device == "cpu":
+            keep_freed()
         self.model_dir = model_dir
         self.config = config
         self.step_count = 0

@@ -25,13 +25,14 @@ def observation(output: bytes, exit_code: int, limit_bytes: int = 400) -> str:
 
     Bytes that are not UTF-8 become U+FFFD; an output without a final newline gets one.
     """
-    text = _cut(output, limit_bytes)
+    text = cut(output, limit_bytes)
     if text and not text.endswith("\n"):
         text += "\n"
     return f"{text}[exit {exit_code}]"
 
 
-def _cut(output: bytes, limit_bytes: int) -> str:
+def cut(output: bytes, limit_bytes: int) -> str:
+    """As text, without its middle if it has more than `limit_bytes`."""
     if len(output) <= limit_bytes:
         return output.decode("utf-8", errors="replace")
     head = output[: limit_bytes // 2]
