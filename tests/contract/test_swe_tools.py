@@ -95,6 +95,12 @@ async def test_what_cannot_be_edited_is_told_and_changes_nothing(case: str) -> N
         assert (await sandbox.exec("sha256sum * | diff - /tmp/before", timeout_s=20)).exit_code == 0
 
 
+async def test_an_old_str_that_is_everywhere_in_a_large_file_is_refused_at_once() -> None:
+    async with editor(a="e\n" * 500_000) as (tool, _):
+        with pytest.raises(Refused, match=r"lines \[1, 2, 3, 4, 5, 6, 7, 8, 9, 10\]"):
+            await tool.run(edit("str_replace", old_str="e", new_str="x"))
+
+
 async def test_a_sandbox_that_is_gone_is_no_refusal() -> None:
     async with editor(a="one\n") as (tool, sandbox):
         await sandbox.destroy()

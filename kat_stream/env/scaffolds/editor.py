@@ -6,6 +6,8 @@ is told, or not at all and the reason is told; the file keeps its mode, and a sy
 
 from __future__ import annotations
 
+import re
+from itertools import islice
 from typing import Literal
 
 import msgspec
@@ -18,6 +20,8 @@ FILE_LIMIT = 4 << 20
 """Bytes of a file that can be edited."""
 AROUND = 4
 """Lines shown on both sides of an edit."""
+PLACES = 10
+"""Of an old_str that is found too often, those that are told: a policy may ask for every `e` of a large file."""
 _NO_DIRECTORY = 46
 _LIST = f'[ -d "$1" ] || exit {_NO_DIRECTORY}; cd -- "$1" && find . -maxdepth 2 -not -path "*/.*" | sort'
 _WRITE = 'mkdir -p -- "$(dirname -- "$1")" && cat > "$1"'
@@ -136,13 +140,13 @@ def _replaced(text: str, edit: Edit) -> tuple[str, int]:
     """The text with old_str, found once, replaced; and the line on which it began."""
     if not edit.old_str:
         raise Refused("str_replace needs old_str")
-    parts = text.split(edit.old_str)
-    starts = [text[: len(edit.old_str.join(parts[: n + 1]))].count("\n") + 1 for n in range(len(parts) - 1)]
+    found = islice(re.finditer(re.escape(edit.old_str), text), PLACES)
+    starts = [text.count("\n", 0, match.start()) + 1 for match in found]
     if not starts:
         raise Refused(f"old_str does not appear in {edit.path} as it is given; nothing was replaced")
     if len(starts) > 1:
         raise Refused(f"old_str appears in {edit.path} on lines {starts}; nothing was replaced: give more around it")
-    return (edit.new_str or "").join(parts), starts[0]
+    return text.replace(edit.old_str, edit.new_str or ""), starts[0]
 
 
 def _inserted(text: str, edit: Edit) -> tuple[str, int]:
