@@ -1,7 +1,7 @@
 """Model calls of the agents that run in the worker: chat completions at the gateway, over one connection pool.
 
-Owns the wire. Invariant: a full context is told apart from every other refusal; what is no completion is a
-GatewayError.
+Owns the wire. Invariant: what is returned is a whole reply; a policy that ran out of tokens, before the call or in it,
+is told apart from every failure of ours, which is a GatewayError.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Message(msgspec.Struct, frozen=True):
     tool_calls: tuple[ToolCall, ...] | None = None
 
 
-class Choice(msgspec.Struct, frozen=True):
+class _Choice(msgspec.Struct, frozen=True):
     message: Message
     finish_reason: str | None = None
 
 
 class _Completion(msgspec.Struct, frozen=True):
-    choices: list[Choice]
+    choices: list[_Choice]
 
 
 class _Fault(msgspec.Struct, frozen=True):
@@ -54,8 +54,8 @@ class _FaultBody(msgspec.Struct, frozen=True):
     error: _Fault
 
 
-class ContextFull(Exception):
-    """The conversation no longer fits into the policy's context."""
+class OutOfTokens(Exception):
+    """The conversation no longer fits into the policy's context, or its last reply was cut; which one, in words."""
 
 
 class ChatClient:
@@ -66,8 +66,8 @@ class ChatClient:
 
     async def ask(
         self, session: SessionEndpoint, messages: Sequence[Any], limits: Limits, tools: Sequence[Any] = ()
-    ) -> Choice:
-        """One model call. ContextFull; GatewayError if the gateway is away or answers something that is no completion.
+    ) -> Message:
+        """One model call. OutOfTokens; GatewayError if the gateway is away or answers something that is no completion.
 
         `messages` and `tools` are JSON objects of the chat-completions API.
         """
@@ -78,9 +78,12 @@ class ChatClient:
         timeout = aiohttp.ClientTimeout(total=limits.seconds)
         try:
             async with self._client().post(url, data=body, headers=headers, timeout=timeout) as reply:
-                return _choice(reply.status, await reply.read())
+                choice = _choice(reply.status, await reply.read())
         except (aiohttp.ClientError, TimeoutError) as error:
             raise GatewayError(f"chat completions: {type(error).__name__}: {error}") from error
+        if choice.finish_reason == "length":
+            raise OutOfTokens(f"a reply was longer than {limits.max_new_tokens} tokens")
+        return choice.message
 
     async def close(self) -> None:
         if self._http is not None:
@@ -94,7 +97,7 @@ class ChatClient:
         return self._http
 
 
-def _choice(status: int, content: bytes) -> Choice:
+def _choice(status: int, content: bytes) -> _Choice:
     if status != 200:
         raise _fault(status, content)
     try:
@@ -109,5 +112,5 @@ def _fault(status: int, content: bytes) -> Exception:
     except msgspec.DecodeError:
         return GatewayError(f"chat completions: HTTP {status}: {content[:200]!r}")
     if fault.code == "context_length_exceeded":
-        return ContextFull(fault.message)
+        return OutOfTokens("the context is full")
     return GatewayError(f"chat completions: HTTP {status}: {fault.message}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kat_stream.env.sandboxes.base import Sandbox
 from kat_stream.env.scaffolds.base import Limits, Needs, ScaffoldResult, SessionEndpoint
-from kat_stream.env.scaffolds.chat import ChatClient, ContextFull
+from kat_stream.env.scaffolds.chat import ChatClient, OutOfTokens
 from kat_stream.env.scaffolds.commands import observe
 from kat_stream.env.scaffolds.shell_prompt import FINISH_COMMAND, first_messages
 from topics import Task
@@ -27,12 +27,10 @@ class ShellScaffold:
         messages: list[dict[str, str]] = first_messages(task.instruction)
         for _ in range(limits.max_turns):
             try:
-                choice = await self._chat.ask(session, messages, limits)
-            except ContextFull:
-                return ScaffoldResult("token_limit", "the context is full")
-            if choice.finish_reason == "length":
-                return ScaffoldResult("token_limit", f"a reply was longer than {limits.max_new_tokens} tokens")
-            content = choice.message.content or ""
+                reply = await self._chat.ask(session, messages, limits)
+            except OutOfTokens as end:
+                return ScaffoldResult("token_limit", str(end))
+            content = reply.content or ""
             if content.strip() == FINISH_COMMAND:
                 return ScaffoldResult("submitted")
             seen = await observe(sandbox, content.strip(), limits)

@@ -13,7 +13,7 @@ import msgspec
 from kat_stream.env.sandboxes.base import Sandbox
 from kat_stream.env.scaffolds import swe_wording as wording
 from kat_stream.env.scaffolds.base import Limits, Needs, ScaffoldResult, SessionEndpoint
-from kat_stream.env.scaffolds.chat import ChatClient, ContextFull, Function, Message
+from kat_stream.env.scaffolds.chat import ChatClient, Function, Message, OutOfTokens
 from kat_stream.env.scaffolds.commands import observe, seen_bytes
 from kat_stream.env.scaffolds.editor import Edit, Editor, Refused
 from kat_stream.env.scaffolds.shell_prompt import cut
@@ -34,15 +34,13 @@ class SweToolsScaffold:
         tools = _Tools(sandbox, limits)
         for _ in range(limits.max_turns):
             try:
-                choice = await self._chat.ask(session, messages, limits, wording.TOOLS)
-            except ContextFull:
-                return ScaffoldResult("token_limit", "the context is full")
-            if choice.finish_reason == "length":
-                return ScaffoldResult("token_limit", f"a reply was longer than {limits.max_new_tokens} tokens")
-            messages.append(_echoed(choice.message))
-            if not choice.message.tool_calls:
+                reply = await self._chat.ask(session, messages, limits, wording.TOOLS)
+            except OutOfTokens as end:
+                return ScaffoldResult("token_limit", str(end))
+            messages.append(_echoed(reply))
+            if not reply.tool_calls:
                 messages.append({"role": "user", "content": wording.NO_CALL})
-            for call in choice.message.tool_calls or ():
+            for call in reply.tool_calls or ():
                 if call.function.name == wording.SUBMIT:
                     return ScaffoldResult("submitted")
                 seen = await tools.run(call.function)
@@ -75,7 +73,8 @@ class _Tools:
                 case wording.EDITOR:
                     seen = await self._editor.run(msgspec.json.decode(asked.arguments, type=Edit))
                     return cut(seen.encode(), seen_bytes(self._limits))
-            raise Refused(f"there is no tool {asked.name!r}")
+                case _:
+                    return f"Error: there is no tool {asked.name!r}"
         except msgspec.DecodeError as error:
             return f"Error: arguments of {asked.name}: {error}"
         except Refused as error:
