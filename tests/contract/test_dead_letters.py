@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import anyio
 import pytest
@@ -53,7 +53,9 @@ def url(kafka_bootstrap: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """A broker of its own: the command line knows no other prefix than the default one, which other tests use too."""
     with own_broker(tmp_path_factory.mktemp("letters")) as bootstrap:
         assert bootstrap != kafka_bootstrap
-        yield f"kafka:{bootstrap}"
+        url = f"kafka:{bootstrap}"
+        anyio.run(with_log, url, nothing)
+        yield url
 
 
 @pytest.fixture
@@ -61,14 +63,18 @@ def stage() -> str:
     return f"s{uuid.uuid4().hex[:6]}"
 
 
-async def with_log(url: str, work: Callable[[Log], object]) -> None:
+async def with_log(url: str, work: Callable[[Log], Awaitable[None]]) -> None:
     log = open_log(url)
     await log.start()
     try:
         await log.apply_topics(ALL)
-        await work(log)  # type: ignore[misc]
+        await work(log)
     finally:
         await log.close()
+
+
+async def nothing(_log: Log) -> None:
+    """For a log that only has to have its topics."""
 
 
 def put_back_lines(said: str) -> list[str]:

@@ -11,7 +11,7 @@ from kat_stream.training.heap import keep_freed
 if sys.argv[1] == "kept":
     assert keep_freed()
 torch.set_num_threads(1)
-narrow = torch.ones(8000, 128, requires_grad=True)
+narrow = torch.ones(2000, 128, requires_grad=True)
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     x = narrow
@@ -20,7 +20,7 @@ def faults():
     x.sum().backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 def measure():
-    print(sum([faults() for _ in range(20)][10:]))
+    print(sum([faults() for _ in range(120)][60:]))
 measure()
 thread = threading.Thread(target=measure)
 thread.start()
@@ -29,7 +29,10 @@ thread.join()
 
 
 def faults(how: str) -> list[int]:
-    """Page faults of steps that have the heap of those before: in the main thread, and in another."""
+    """Page faults of steps that have the heap of those before: in the main thread, and in another.
+
+    Of late steps: how a kept heap is cut up differs between processes, and it grows a little until it fits.
+    """
     command = [sys.executable, "-c", STEPS, how]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     return [int(line) for line in done.stdout.split()]
