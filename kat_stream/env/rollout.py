@@ -20,6 +20,7 @@ from kat_stream.env.sandboxes.base import Sandbox, SandboxBackend
 from kat_stream.env.scaffolds import Limits, Scaffold, ScaffoldResult, SessionEndpoint, get_scaffold
 from kat_stream.env.trajectories import lay_out, sandbox_spec, take_patch
 from kat_stream.errors import ConfigError, DataError, DeadlineExceeded, KatError, SandboxDied, SandboxError
+from kat_stream.whole import whole
 from topics import Reward, RolloutRequest, Sampling, Trajectory, Turn
 from topics.trajectory import Outcome
 
@@ -117,7 +118,7 @@ class RolloutRunner:
         try:
             end = await _unless(cancelled, self._guarded(state))
         finally:
-            await asyncio.shield(self._release(state))
+            await whole(self._release(state))
         return _record(request, attempt, state, end or _End("cancelled"), started), state.reward
 
     async def close(self) -> None:
@@ -281,15 +282,21 @@ def _record(request: RolloutRequest, attempt: int, state: _State | None, end: _E
 
 
 async def _unless[T](cancelled: asyncio.Event | None, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`; None if the event came first, with `work` cancelled and ended."""
-    if cancelled is None:
-        return await work
-    task, event = asyncio.ensure_future(work), asyncio.ensure_future(cancelled.wait())
+    """The result of `work`; None if the event came first, with `work` cancelled and ended.
+
+    In a task of its own, which is cancelled once: a scope of anyio would cancel its cleaning up, too.
+    """
+    task = asyncio.ensure_future(work)
+    event = asyncio.ensure_future((cancelled or asyncio.Event()).wait())
     try:
         await asyncio.wait({task, event}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         event.cancel()
-        if not task.done():
-            task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await whole(_stopped(task))
     return None if task.cancelled() else task.result()
+
+
+async def _stopped(task: asyncio.Future[Any]) -> None:
+    if not task.done():
+        task.cancel()
+    await asyncio.wait([task])

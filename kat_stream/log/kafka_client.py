@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Awaitable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,23 +144,6 @@ def _resource(error: BaseException, prefix: str) -> str:
 
 def _text(error: BaseException) -> str:
     return f"{type(error).__name__} {error}".strip()
-
-
-async def whole[T](work: Coroutine[Any, Any, T]) -> T:
-    """Run `work` to its end even if the caller is cancelled, then pass the cancellation on.
-
-    `work` must bound itself. A poll or a commit that is cut in half leaves aiokafka or the transaction undefined
-    (research/kafka_real.md 2.4, 3.10).
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        with anyio.CancelScope(shield=True):
-            await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()
-        raise
 
 
 async def refused_at_the_door(broker: Broker) -> None:

@@ -23,8 +23,9 @@ from kat_stream.errors import FencedError, LogError
 from kat_stream.log.base import Committed, Delivered, OnRevoked, Position, TopicPartition
 from kat_stream.log.fair import FairBuffer
 from kat_stream.log.kafka_assignor import Claim, assignor
-from kat_stream.log.kafka_client import Broker, stopped, whole
+from kat_stream.log.kafka_client import Broker, stopped
 from kat_stream.log.kafka_generation import NOBODY, Holder
+from kat_stream.whole import whole
 
 FETCH_BYTES = 1 << 20
 """A partition's share of what is fetched ahead; a larger message comes whole."""

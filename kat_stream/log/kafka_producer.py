@@ -21,11 +21,12 @@ from aiokafka.structs import OffsetAndMetadata
 
 from kat_stream.errors import DataError, LogError, LogUnavailable
 from kat_stream.log.base import Committed, Message, TopicPartition
-from kat_stream.log.kafka_client import CONNECT_S, Broker, stopped, whole
+from kat_stream.log.kafka_client import CONNECT_S, Broker, stopped
 from kat_stream.log.kafka_generation import NOBODY, bind
 from kat_stream.log.kafka_member import KafkaMember
 from kat_stream.log.kafka_unacknowledged import unacknowledged
 from kat_stream.log.message import OVERHEAD, largest
+from kat_stream.whole import whole
 from topics.catalogue import CATALOGUE
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import anyio
 import msgspec
 import pytest
 
@@ -202,6 +204,32 @@ async def test_a_cancelled_rollout_ends_at_once_and_leaves_nothing(tmp_path: Pat
         assert (trajectory.outcome, trajectory.attempt) == ("cancelled", 2)
         assert len(trajectory.turns) == 1
         assert await gateway.control.sessions() == []
+
+
+async def test_a_rollout_that_its_worker_cuts_off_leaves_nothing(tmp_path: Path) -> None:
+    """As a worker does whose time to drain is over: by a scope of anyio, which cancels all that is awaited."""
+    harbor_task(tmp_path)
+    task = first_task(f"harbor:{tmp_path}")
+    async with backend() as sandboxes, world(saying("touch begun; sleep 100")) as gateway:
+        runner = runner_of(sandboxes, gateway)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(runner.run, request(task))
+            await until(lambda: bool(gateway.engines[0].requests))
+            sandbox = next(iter(sandboxes._alive))
+            await until(lambda: "sleep" in _commands(sandbox))
+            tasks.cancel_scope.cancel()
+        assert not sandboxes._alive and not sandbox._parts.group.directories[0].exists()
+        assert await gateway.control.sessions() == []
+        await runner.close()
+
+
+def _commands(sandbox: BwrapSandbox) -> set[str]:
+    """Names of what runs inside now."""
+    names = set()
+    for pid in sandbox._members():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            names.add(Path(f"/proc/{pid}/comm").read_text().strip())
+    return names
 
 
 async def test_our_failures_are_typed(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+import anyio
 import pytest
 
 from kat_stream.env.sandboxes import Mount, Sandbox, SandboxBackend, SandboxSpec, available, get_sandbox
@@ -218,13 +219,26 @@ def test_a_daemon_lives_on_and_does_not_disturb_later_output(kind: str) -> None:
     play(kind, scenario)
 
 
-def test_a_cancelled_command_is_stopped_and_the_sandbox_usable(kind: str) -> None:
+async def cancelled_once(work: Awaitable[object]) -> None:
+    async with asyncio.timeout(0.3):
+        await work
+
+
+async def cancelled_again_and_again(work: Awaitable[object]) -> None:
+    """A scope of anyio cancels whatever is awaited until it is left, so also what cleans up."""
+    with anyio.fail_after(0.3):
+        await work
+
+
+@pytest.mark.parametrize("cancelled", [cancelled_once, cancelled_again_and_again])
+def test_a_cancelled_command_is_stopped_and_the_sandbox_usable(
+    kind: str, cancelled: Callable[[Awaitable[object]], Awaitable[None]]
+) -> None:
     long = own("sleep 985")
 
     async def scenario(sandbox: Sandbox) -> None:
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.3):
-                await sandbox.exec(f"touch begun; {long}; touch ended", timeout_s=60)
+            await cancelled(sandbox.exec(f"touch begun; {long}; touch ended", timeout_s=60))
         result = await sandbox.exec("ls; cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '", timeout_s=10)
         assert result.stdout.startswith(b"begun\n") and long.encode() not in result.stdout
 

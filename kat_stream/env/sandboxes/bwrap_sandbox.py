@@ -35,6 +35,7 @@ from kat_stream.env.sandboxes.netns import listen_as_root, listen_as_user
 from kat_stream.env.sandboxes.processes import descendants, ended, first_of, kill_all
 from kat_stream.env.sandboxes.shell import Exchange, ShellServer
 from kat_stream.errors import DeadlineExceeded, SandboxError
+from kat_stream.whole import whole
 
 INSIDE = "/run/kat-stream"
 """Where a sandbox sees its own directory of pipes."""
@@ -151,7 +152,7 @@ class BwrapSandbox(FileTransfer):
         finally:
             # Also when the caller is cancelled: the next command must find the shell idle.
             if not answer.done():
-                await self._stop(answer, before)
+                await whole(self._stop(answer, before))
             output = collect()
         code = TIMED_OUT if timed_out else answer.result()
         seconds = time.monotonic() - began
@@ -175,9 +176,9 @@ class BwrapSandbox(FileTransfer):
     async def _kill_newer(self, spared: set[int]) -> bool:
         """Whether there was anything to kill; frozen meanwhile, where that is possible, so that nothing is missed."""
         group = self._parts.group
-        if group is not None and self._members() - spared:
-            await group.freeze()
         try:
+            if group is not None and self._members() - spared:
+                await group.freeze()
             newer = self._members() - spared
             kill_all(newer)
         finally:
@@ -202,9 +203,9 @@ class BwrapSandbox(FileTransfer):
         for listener in self._listeners:
             listener.close()
         gone = await ended(parts.process, _END_DEADLINE_S)
-        if gone and parts.group is not None:
+        if parts.group is not None:
             self.peak_memory_bytes = parts.group.peak_memory_bytes()
-            gone = await parts.group.empty_and_remove()
+            gone = await parts.group.empty_and_remove() and gone
         shutil.rmtree(parts.directory, ignore_errors=True)
         assert parts.process.stdin is not None and parts.process.stdout is not None
         parts.process.stdin.close()

@@ -36,6 +36,7 @@ from kat_stream.env.sandboxes.owners import is_orphan, new_name
 from kat_stream.env.sandboxes.processes import descendants, ended, first_of, kill_all, marked
 from kat_stream.env.sandboxes.shell import script_of
 from kat_stream.errors import ConfigError, DeadlineExceeded, SandboxDied, SandboxError, SandboxUnavailable
+from kat_stream.whole import whole
 
 _log = logging.getLogger(__name__)
 
@@ -215,7 +216,7 @@ class LocalSandbox(FileTransfer):
             # Also when the caller is cancelled.
             end.cancel()
             if process.poll() is None:
-                await self._stop(process, mark)
+                await whole(self._stop(process, mark))
             stdout, stderr = out.finish(), b"" if err is None else err.finish()
         self._check_alive()
         code = TIMED_OUT if timed_out else _exit_code(process)
