@@ -101,7 +101,7 @@ async def test_a_black_box_knows_its_session_and_nothing_else(tmp_path: Path, pr
         write(probe.parent, {probe.name: TOML.replace("CONTROL", gateway.server.control_url)})
         trajectory = await roll(sandboxes, request(task_for(tmp_path, "probe")), gateway)
         reward = await graded(sandboxes, trajectory)
-    assert (trajectory.outcome, trajectory.detail) == ("submitted", "")
+    assert (trajectory.outcome, trajectory.detail) == ("submitted", ""), trajectory.log
     assert trajectory.log == "wrong key: 401\ncontrol: URLError\nFalse /app\n"
     assert [turn.content for turn in trajectory.turns] == ["echo fixed > state.txt"]
     assert reward.score == 1.0
