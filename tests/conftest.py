@@ -1,7 +1,7 @@
 """Which tests go together where several processes run the suite (`make test`): one file, or one costly shared run.
 
-xdist 3.8 passes over these marks with pytest 9.2 (it writes the group to an attribute that is not read any more), so today
-each test is dealt apart: a fixture of a module or of the session is made by every process that needs it.
+xdist 3.8 passes over these marks with pytest 9.2 (it writes the group to an attribute that is not read any more): today
+each test is dealt apart, and what a module or a session shares is made by every process that needs it.
 """
 
 from __future__ import annotations
