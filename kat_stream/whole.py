@@ -1,7 +1,9 @@
 """Work that a cancellation must not cut in half.
 
 asyncio cancels a task once for each reason; a scope of anyio cancels whatever is awaited, also in a `finally`, again
-and again until the scope is left. Invariant: `whole` returns or raises only after its work has ended.
+and again until the scope is left. A poll or a commit that is cut in half leaves aiokafka or the transaction undefined
+(research/kafka_real.md 2.4, 3.10), a command that is cut in half its sandbox frozen. Invariant: `whole` returns or
+raises only after its work has ended.
 """
 
 from __future__ import annotations

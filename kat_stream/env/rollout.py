@@ -297,6 +297,5 @@ async def _unless[T](cancelled: asyncio.Event | None, work: Coroutine[Any, Any, 
 
 
 async def _stopped(task: asyncio.Future[Any]) -> None:
-    if not task.done():
-        task.cancel()
+    task.cancel()
     await asyncio.wait([task])
