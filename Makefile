@@ -14,7 +14,7 @@ demo: setup ## set everything up and train the small policy: make demo [SEED=1] 
 
 test: setup-test ## set everything up and run all tests: make test [WORKERS=2]
 	$(MAKE) --no-print-directory check
-	.venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: ## style, types, import direction
 	.venv/bin/ruff check .

@@ -108,6 +108,11 @@ def registered(run_dir: Path, member: str, metrics_url: str) -> Iterator[None]:
         write_targets(run_dir)
 
 
+def seems_live(run_dir: Path) -> bool:
+    """Whether a service says that it works for the run; of one that was killed the word stays."""
+    return any((run_dir / "services").glob("*.json"))
+
+
 def write_targets(run_dir: Path) -> None:
     """Prometheus `file_sd_configs` targets of the live services.
 

@@ -1,24 +1,34 @@
-"""Which tests go together where several processes run the suite (`make test`): one file, or one costly shared run.
+"""Which tests go together where several processes run the suite (`make test`): those of a file, or of a fixture.
 
-xdist 3.8 passes over these marks with pytest 9.2 (it writes the group to an attribute that is not read any more): today
-each test is dealt apart, and what a module or a session shares is made by every process that needs it.
+Not by marks: xdist 3.8 with pytest 9.2 passes over `xdist_group`, and deals a file's tests to all processes.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import PurePath
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 """Before torch is loaded: its threads that wait for each other leave the cores to the suite's other processes."""
 
-SHARED = ("struck", "kafka_cluster_dir")
-"""Session fixtures that cost so much that only one process may make them."""
+SHARED = {
+    "struck": ("test_processes.py", "test_time_travel.py"),
+    "kafka_cluster_dir": ("test_broker.py", "test_kafka_outage.py", "test_topics_kafka.py"),
+}
+"""Session fixtures that cost so much that only one process may make them, and the files that ask for them."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        names = getattr(item, "fixturenames", ())
-        group = next((name for name in SHARED if name in names), str(item.path))
-        item.add_marker(pytest.mark.xdist_group(group))
+class Together(LoadFileScheduling):
+    """A file is run by one process, and so are the files that share a fixture."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return next((fixture for fixture, files in SHARED.items() if PurePath(file).name in files), file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
+    return Together(config, log)

@@ -8,6 +8,7 @@ that went wrong.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from kat_stream.observe.ledger import Ledger
 from kat_stream.observe.state import RunState
 from kat_stream.runs import blobs_url, load_run
 from topics import CATALOGUE, Record, topic_named
+
+logger = logging.getLogger(__name__)
 
 ALL_TOPICS = tuple(topic.name for topic in CATALOGUE)
 LOG_ID = "kafka"
@@ -155,26 +158,26 @@ class Unreadable:
 
 @asynccontextmanager
 async def open_source(
-    run_dir: Path | None, url: str = "", security: SecuritySection | None = None
+    run_dir: Path | None, url: str = "", security: SecuritySection | None = None, *, archive_will_do: bool = True
 ) -> AsyncIterator[Source]:
     """The log at `url`, else the run's own log while it answers, else the run's archive.
 
-    Without `run_dir` every run on the log at `url` is read. `LogUnavailable` if that log is away; `DataError` if a run
-    has neither a log that answers nor an archive.
+    Without `run_dir` every run on the log at `url` is read. `LogUnavailable` if that log is away, or any if the archive
+    will not do; `DataError` if a run has neither a log that answers nor an archive.
     """
     config = load_run(run_dir) if run_dir else None
     run = config.run.name if config else ""
     if config and not url and config.log.url.startswith("kafka:"):
         url, security = config.log.url, config.log.security
     blobs = blobs_url(config, run_dir) if config and run_dir else ""
-    log = await _answering(url, security, blobs, needed=run_dir is None or not (run_dir / "archive").is_dir())
+    archived = run_dir is not None and (run_dir / "archive").is_dir()
+    log = await _answering(url, security, blobs, needed=not (archived and archive_will_do))
     if log is None:
         assert run_dir is not None
         yield _archive(run_dir, run)
         return
     try:
-        archive = run_dir / "archive" if run_dir and (run_dir / "archive").is_dir() else None
-        yield LogSource(log, url, run, archive)
+        yield LogSource(log, url, run, run_dir / "archive" if run_dir and archived else None)
     finally:
         await log.close()
 
@@ -253,10 +256,11 @@ async def _answering(url: str, security: SecuritySection | None, blobs: str, *, 
     log = open_log(url, security=security, blobs=blobs)
     try:
         await log.start()
-    except LogUnavailable:
+    except LogUnavailable as error:
         await log.close()
         if needed:
             raise
+        logger.warning("%s: reading the archive alone, which may lack what came last", error)
         return None
     return log
 

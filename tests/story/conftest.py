@@ -68,6 +68,22 @@ def wait_for(what: str, ready: Callable[[], bool], deadline_s: float = 120.0) ->
     return time.monotonic() - began
 
 
+def wait_for_word(word: str, process: subprocess.Popen[bytes], out: Path, deadline_s: float = 400.0) -> None:
+    """Until a command that was started with `out` has said `word`; fails at once if it ended without."""
+
+    def said() -> bool:
+        ended = process.poll()  # before the look at what it said: it may say the word and end
+        if word in out.read_text():
+            return True
+        assert ended is None, f"ended with {ended} without {word!r}: {out.read_text()[-4000:]}"
+        return False
+
+    try:
+        wait_for(repr(word), said, deadline_s)
+    finally:
+        print(out.read_text()[-4000:])
+
+
 def end(process: subprocess.Popen[bytes]) -> None:
     """No process outlives its test."""
     if process.poll() is None:
@@ -119,7 +135,7 @@ def struck(kafka_bootstrap: str, tmp_path_factory: pytest.TempPathFactory) -> It
         third = start("serve", "rollout", "--run", run_dir, "--member", "rollout-3", out=directory / "third.txt")
         wait_for("the third worker", lambda: "rollout-3" in live(run_dir), 400)
         wait_for("partitions for it", lambda: _owned(kafka_bootstrap, "struck.rollout", "rollout-3") > 0, 400)
-        wait_for("work", lambda: f"step 1/{STEPS}" in out.read_text(), 400)
+        wait_for_word(f"step 1/{STEPS}", process, out)
         os.kill(live(run_dir)["rollout-1"]["pid"], signal.SIGKILL)
         third.send_signal(signal.SIGTERM)
         shown = kat("tail", "trajectories", "--run", run_dir, "-n", "3")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kat_stream.observe.sources import archived_ledger, archived_records
-from tests.story.conftest import DEMO, end, kat, settings, start, wait_for
+from tests.story.conftest import DEMO, end, kat, settings, start, wait_for, wait_for_word
 from topics import TrainStep, Turn
 
 pytestmark = pytest.mark.timeout(1200)
@@ -25,7 +25,7 @@ def test_a_full_disk_is_waited_for(tmp_path: Path) -> None:
     try:
         wait_for("the first weights", lambda: any((disk / "full" / "weights").glob("*.0")), 300)
         (disk / "filler").write_bytes(b"x" * (free(disk) - (64 << 10)))
-        wait_for("a complaint", lambda: "cannot be written" in out.read_text(), 300)
+        wait_for_word("cannot be written", process, out)
         (disk / "filler").unlink()
         assert process.wait(600) == 0, out.read_text()
         summary = archived_ledger(disk / "full").summary()
@@ -46,7 +46,7 @@ def test_an_engine_that_dies_in_mid_turn_costs_no_rollout(tmp_path: Path) -> Non
     engine_out = tmp_path / "engine.txt"
     engine = serve_engine(engine_out, port=0)
     try:
-        wait_for("the engine", lambda: "http://" in engine_out.read_text(), 300)
+        wait_for_word("http://", engine, engine_out)
         url = re.findall(r"http://[\d.:]+\d", engine_out.read_text())[0]
         out = tmp_path / "out.txt"
         run = start("run", DEMO, *settings(tmp_path, run__name="shot", engine__urls=f"['{url}']"), out=out)

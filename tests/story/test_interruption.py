@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kat_stream.observe.sources import archived_ledger, archived_records
-from tests.story.conftest import DEMO, ENDLESS, end, kat, settings, start, wait_for
+from tests.story.conftest import DEMO, ENDLESS, end, kat, settings, start, wait_for_word
 from topics import PolicyVersion, TrainStep, Trajectory
 
 pytestmark = pytest.mark.timeout(900)
@@ -21,7 +21,7 @@ def test_stop_and_resume(tmp_path: Path) -> None:
     out = tmp_path / "out.txt"
     process = start("run", DEMO, *settings(tmp_path, run__name="cut", run__steps=str(ENDLESS)), out=out)
     try:
-        wait_for("the first step", lambda: f"step 1/{ENDLESS}" in out.read_text(), 200)
+        wait_for_word(f"step 1/{ENDLESS}", process, out)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
         asked = time.monotonic()
         assert process.wait(30) == 130

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import socket
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import anyio
 import pytest
+from anyio.from_thread import start_blocking_portal
 
 from kat_stream.log import open_log
 from kat_stream.observe.lineages import surviving
 from kat_stream.rl.staleness import age, forks_of
-from tests.story.conftest import BOUND, STEPS, kat, steps_of
+from tests.story.conftest import BOUND, STEPS, end, kat, start, steps_of, wait_for_word
 from topics import CATALOGUE, PackedBatch, PolicyVersion, Record, TrainStep, Trajectory
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(1500)]
@@ -88,6 +94,7 @@ def test_the_archive_remakes_the_same_step(struck: Path, remade: str) -> None:
         config.write_text(before)
     assert archived.returncode == 0, archived.stdout + archived.stderr
     assert "archive" in archived.stdout
+    assert "reading the archive alone" in archived.stderr
     assert archived.stdout.splitlines()[1:] == remade.splitlines()[1:]
 
 
@@ -109,6 +116,50 @@ def test_a_shadow_trains_on_the_same_batches_and_touches_nothing(kafka_bootstrap
     refused = kat("shadow", struck, "--name", "same", "--seed", "7")
     assert refused.returncode == 2
     assert "choose another --name" in refused.stderr
+
+
+def test_a_shadow_of_a_living_run_waits_for_a_log_that_is_away(
+    kafka_bootstrap: str, struck: Path, tmp_path: Path
+) -> None:
+    living, out = struck / "services" / "sampler.json", tmp_path / "out.txt"
+    with socket.socket() as away:
+        away.bind(("127.0.0.1", 0))
+        url = f"kafka:127.0.0.1:{away.getsockname()[1]}"
+        living.write_text("{}")
+        shadow = start("shadow", struck, "--name", "patient", "--log", url, out=out)
+        try:
+            wait_for_word("trying again", shadow, out)
+            assert "step 1:" not in out.read_text()
+            away.listen()
+            host, _, port = kafka_bootstrap.rpartition(":")
+            with forwarding(away, (host, int(port))):
+                assert shadow.wait(300) == 0, out.read_text()
+        finally:
+            end(shadow)
+            living.unlink()
+    assert f"step {STEPS}:" in out.read_text()
+
+
+@contextmanager
+def forwarding(listening: socket.socket, to: tuple[str, int]) -> Iterator[None]:
+    """A way to a broker: what connects there is carried on."""
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(*to)
+        await asyncio.gather(carry(reader, back), carry(there, writer))
+
+    with start_blocking_portal() as portal:
+        server = portal.call(partial(asyncio.start_server, accept, sock=listening))
+        try:
+            yield
+        finally:
+            portal.call(server.close)
 
 
 def folder(run_dir: Path, name: str) -> Path:
