@@ -10,10 +10,15 @@ from pathlib import PurePath
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 """Before torch is loaded: its threads that wait for each other leave the cores to the suite's other processes."""
+
+# A timing is no assertion: the machine may be busy.
+settings.register_profile("suite", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 SHARED = {
     "struck": ("test_processes.py", "test_time_travel.py"),

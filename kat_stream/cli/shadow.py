@@ -125,6 +125,7 @@ async def _through(shadow: Shadow, source: Source, stopping: anyio.Event) -> tup
     from kat_stream.observe.sources import read_records
     from kat_stream.replay.history import History
 
+    print(f"shadow of {source.run}, from {source.where}", flush=True)
     why = await shadow.follow(source, stopping)
     history = History()
     async for record, _ in read_records(source, ("train.steps",)):

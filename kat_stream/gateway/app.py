@@ -84,7 +84,7 @@ async def start_gateway(
     """
     limits = limits or Limits()
     sessions = Sessions(limits)
-    calls = CallService(Renderer(tokenizer), log, router, config.tools, limits)
+    calls = CallService(Renderer(tokenizer, aside=True), log, router, config.tools, limits)
     control, door = ControlListener(sessions, calls, limits), Door(limits)
     data = DataListener(sessions, calls, model_name, limits, door)
     takeover = None

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import msgspec
 
 from kat_stream.engines.client import SamplingParams
 from kat_stream.errors import ContextOverflow, DeadlineExceeded, EngineError, KatError, RequestRefused
+from kat_stream.gateway.encoding import NotEncoded
 from kat_stream.gateway.limits import Limits
 from kat_stream.gateway.messages import ModelCall, Reply
 from kat_stream.gateway.metrics import CALL_SECONDS, COALESCED, IN_FLIGHT
@@ -96,8 +97,24 @@ class CallService:
         self._publisher, self._router = publisher, router
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def begin(self, session: Session, asked: ModelCall, digest: bytes, *, retry: bool) -> Call:
+    async def begin(self, session: Session, asked: ModelCall, digest: bytes, *, retry: bool) -> Call:
         """The call that answers this request: an earlier one if this is its retry, else a new one. RequestRefused."""
+        return await self._with_ids(lambda: self._begin(session, asked, digest, retry=retry))
+
+    async def count(self, session: Session, asked: ModelCall) -> int:
+        """Tokens of the prompt that this call would have, were it made. RequestRefused."""
+        return (await self._with_ids(lambda: session.conversation.prompt(self.renderer, asked))).tokens
+
+    async def _with_ids[T](self, work: Callable[[], T]) -> T:
+        """What `work` gives, begun anew after each wait for ids: the session may have changed meanwhile."""
+        while True:
+            try:
+                return work()
+            except NotEncoded as long:
+                text = long.text
+            await self.renderer.make_ready(text)
+
+    def _begin(self, session: Session, asked: ModelCall, digest: bytes, *, retry: bool) -> Call:
         if session.closed:
             raise ended(session)
         if (known := _retried(session, digest, retry)) is not None:
@@ -174,10 +191,6 @@ class CallService:
     async def close(self) -> None:
         """Cancel all that runs."""
         await _cancel(set(self._tasks))
-
-    def count(self, session: Session, asked: ModelCall) -> int:
-        """Tokens of the prompt that this call would have, were it made. RequestRefused."""
-        return session.conversation.prompt(self.renderer, asked).tokens
 
     def parser_for(self, asked: ModelCall) -> ToolParser:
         return self.parser if asked.tools_allowed else NONE

@@ -81,7 +81,7 @@ class DataListener:
         try:
             asked, digest = await self._asked(request, session, found.dialect, path)
             if found.action == "count":
-                return _json(found.dialect.counted(self._calls.count(session, asked)))
+                return _json(found.dialect.counted(await self._calls.count(session, asked)))
             return await self._call(request, session, found.dialect, asked, digest)
         finally:
             session.requests -= 1
@@ -125,7 +125,7 @@ class DataListener:
     async def _call(
         self, request: web.BaseRequest, session: Session, dialect: Dialect, asked: ModelCall, digest: bytes
     ) -> web.StreamResponse:
-        call = self._calls.begin(session, asked, digest, retry=_is_retry(request))
+        call = await self._calls.begin(session, asked, digest, retry=_is_retry(request))
         async with call:
             if asked.stream:
                 return await self._stream(request, dialect, call, asked)

@@ -92,7 +92,7 @@ class Conversation:
     """The newest prompt of each thread."""
 
     def prompt(self, renderer: Renderer, call: ModelCall) -> Prompt:
-        """The prompt of a call. RequestRefused if the template cannot render it."""
+        """The prompt of a call; changes nothing. RequestRefused if the template cannot render it; `NotEncoded`."""
         thread = thread_of(call)
         said, heard = self._hear(call, thread)
         tools, full, fork = call.tools_digest(), "", ""
@@ -110,7 +110,7 @@ class Conversation:
             parent, prefix_len = self.tree.mount(ids, prefer=said.node)
             wire = joined(heard.wire or written(unpack(said.node.path())), written(unpack(onward.ids)))
         else:
-            ids = renderer.encode_prompt(full)
+            ids = renderer.encode(full)
             parent, prefix_len = self.tree.mount(ids)
             wire = written(unpack(ids))
             fork = self._cause(call, thread, heard.digests[-1], full) if said is None else _rewritten(said, tools, full)

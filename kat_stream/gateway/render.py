@@ -1,6 +1,6 @@
 """Messages to prompt ids: the chat template, with the ids that were sampled spliced in.
 
-Owns every use of the tokenizer in the gateway. Invariant (promise 6): a sampled reply is never encoded again. What
+Invariant (promise 6): a sampled reply is never encoded again. What
 follows it in the next prompt is encoded on its own and put behind the sampled ids, and only if the template is seen to
 append: its text for the earlier messages begins its text for all of them, and the reply still stands there. In a long
 conversation that is seen on a shortened one (kat_stream.gateway.locality).
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from kat_stream.errors import ConfigError, RequestRefused
+from kat_stream.gateway.encoding import Encoder
+from kat_stream.gateway.ids import unpack
 from kat_stream.gateway.locality import STUB, is_local, may_go_on, shorten
 from kat_stream.gateway.messages import Message
 from kat_stream.gateway.parsers.reasoning import CLOSING, opened_by
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 _MARK = "KatStreamMark"
 """Stands for a reply when the template is asked what it puts behind one."""
-_CACHED_PROMPTS = 512
 Tools = list[dict[str, Any]]
 
 
@@ -66,10 +66,14 @@ class Said:
 
 
 class Renderer:
-    """A tokenizer and its chat template. ConfigError if the template does not show what assistants say."""
+    """A tokenizer and its chat template. ConfigError if the template does not show what assistants say.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    `aside`: whoever asks for the ids of a long text that is new gets `NotEncoded`, see `kat_stream.gateway.encoding`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, aside: bool = False) -> None:
         self._backend = tokenizer.backend_tokenizer
+        self._encoder = Encoder(tokenizer, aside=aside)
         self._template = Template(tokenizer)
         self.template = self._template.source
         self.thinks = CLOSING in self.template
@@ -77,12 +81,10 @@ class Renderer:
         self.shape = Shape()
         self.closing = self._probe()
         self.shape = self._probe_shape()
-        self._closing_ids = tuple(self._encode(self.closing))
+        self._closing_ids = tuple(unpack(self.encode(self.closing)))
         self.stop_ids = self._stop_ids(tokenizer.eos_token_id)
         self.local = is_local(self._behind)
         """What follows a reply can be seen on a shortened history."""
-        # The first prompt of a task is the same for its whole group.
-        self.encode_prompt = lru_cache(_CACHED_PROMPTS)(self.encode)
 
     def text(self, messages: Sequence[dict[str, Any]], tools: Tools | None, *, ask: bool = True) -> str:
         """The template's text; `ask` ends it where the assistant is to speak. RequestRefused if there is none."""
@@ -92,8 +94,12 @@ class Renderer:
             raise RequestRefused(f"the policy's chat template refuses these messages: {error}", "messages") from error
 
     def encode(self, text: str) -> bytes:
-        """int32[n]: ids of a text in which special tokens are recognised; none is added."""
-        return pack_ints(self._encode(text))
+        """int32[n]: ids of a text in which special tokens are recognised; none is added. `NotEncoded`: see `aside`."""
+        return self._encoder.ids(text)
+
+    async def make_ready(self, text: str) -> None:
+        """Make the ids of a text that was `NotEncoded`."""
+        await self._encoder.make_ready(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
@@ -139,11 +145,8 @@ class Renderer:
         return None if split is None else self._onward(said, *split)
 
     def _onward(self, said: Said, kept: str, tail: str) -> Onward | None:
-        ids = self._encode(tail)
-        known = len(said.ended)
-        if tuple(ids[:known]) != said.ended:
-            return None
-        return Onward(kept + tail, pack_ints(ids[known:]))
+        ids, ended = self.encode(tail), pack_ints(list(said.ended))
+        return Onward(kept + tail, ids[len(ended) :]) if ids.startswith(ended) else None
 
     def _behind(
         self,
@@ -205,11 +208,6 @@ class Renderer:
         except RequestRefused:
             return None
         return len(upto) - len(self.closing) if full.startswith(upto) and upto.endswith(self.closing) else None
-
-    def _encode(self, text: str) -> list[int]:
-        # The batch's way is the one that does not keep where in the text each token stands: half the work.
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
-        return list(encoding.ids)
 
     def _probe(self) -> str:
         """What the template puts behind an assistant's message, whatever follows."""

@@ -294,7 +294,7 @@ ACTIONS = st.lists(st.sampled_from(["put", "publish", "age", "survey", "sweep"])
 
 
 @given(actions=ACTIONS, seed=st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_interleaving_of_puts_publishes_and_sweeps_loses_a_referenced_blob(
     tmp_path_factory: pytest.TempPathFactory, actions: list[str], seed: int
 ) -> None:

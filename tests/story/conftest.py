@@ -56,7 +56,14 @@ def kat(*arguments: str | Path, deadline_s: float = 240) -> subprocess.Completed
 def start(*arguments: str | Path, out: Path) -> subprocess.Popen[bytes]:
     """A command in the background, in a session of its own."""
     command = [sys.executable, "-m", "kat_stream.cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=out.open("wb"), stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stdout=out.open("wb"),
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+        start_new_session=True,
+    )
 
 
 def wait_for(what: str, ready: Callable[[], bool], deadline_s: float = 120.0) -> float:
@@ -69,7 +76,10 @@ def wait_for(what: str, ready: Callable[[], bool], deadline_s: float = 120.0) ->
 
 
 def wait_for_word(word: str, process: subprocess.Popen[bytes], out: Path, deadline_s: float = 400.0) -> None:
-    """Until a command that was started with `out` has said `word`; fails at once if it ended without."""
+    """Until a command that was started with `out` has said `word`; fails at once if it ended without.
+
+    If it takes too long, what was said is printed, and what each of its threads does.
+    """
 
     def said() -> bool:
         ended = process.poll()  # before the look at what it said: it may say the word and end
@@ -80,8 +90,12 @@ def wait_for_word(word: str, process: subprocess.Popen[bytes], out: Path, deadli
 
     try:
         wait_for(repr(word), said, deadline_s)
-    finally:
-        print(out.read_text()[-4000:])
+    except AssertionError:
+        if process.poll() is None:
+            process.send_signal(signal.SIGABRT)
+            process.wait(30)
+        print(out.read_text()[-8000:])
+        raise
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -103,7 +103,7 @@ WHOLE: list[Record] = [r for one in MEMBERS for r in (kit.trajectory(one), kit.r
 
 
 @given(st.lists(jumps, min_size=4, max_size=4), st.lists(st.floats(0, LEAST_S / 3 - TURN_S), min_size=3, max_size=3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_no_group_is_given_up_while_its_members_may_still_come(wrong_s: list[float], pauses_s: list[float]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stage = Stage(patch)
@@ -115,7 +115,7 @@ def test_no_group_is_given_up_while_its_members_may_still_come(wrong_s: list[flo
 
 
 @given(st.lists(jumps, min_size=3, max_size=3))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_a_group_that_lacks_a_member_is_given_up_once_however_clocks_jump(wrong_s: list[float]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stage = Stage(patch)

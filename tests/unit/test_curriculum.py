@@ -36,7 +36,7 @@ SCHEDULE = Schedule(
 
 
 @given(staleness=st.integers(0, 4), per_step=st.integers(1, 5), steps=st.integers(1, 8), seed=st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_staleness_is_bounded_and_the_run_ends(staleness: int, per_step: int, steps: int, seed: int) -> None:
     coin = random.Random(seed)
     schedule = replace(SCHEDULE, staleness=staleness, groups_per_step=per_step, steps=steps)

@@ -26,7 +26,7 @@ def fill(cache: RadixCache, sequences: list[list[int]]) -> tuple[dict[tuple[int,
 
 
 @given(SEQUENCES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_match_finds_exactly_what_was_inserted(sequences: list[list[int]]) -> None:
     cache = RadixCache()
     model, returned = fill(cache, sequences)
@@ -40,7 +40,7 @@ def test_match_finds_exactly_what_was_inserted(sequences: list[list[int]]) -> No
 
 
 @given(SEQUENCES, st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_eviction_spares_locked_prefixes_and_gives_every_other_slot_back_once(
     sequences: list[list[int]], data: st.DataObject
 ) -> None:

@@ -103,7 +103,7 @@ ACTIONS = st.lists(
 
 
 @given(actions=ACTIONS)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_history_keeps_logprobs_exact_and_books_balanced(
     actions: list[tuple], runner: ModelRunner, directories: dict[str, Path]
 ) -> None:

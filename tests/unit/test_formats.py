@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kat_stream.env import plugins
@@ -113,7 +113,6 @@ def learned_in_trees(rows: Sequence[Row]) -> Learned:
     return found
 
 
-@settings(deadline=None)
 @given(rollouts(), st.sampled_from(["completed", "thread", "branch"]), st.integers(4, 30), st.integers(1, 4))
 def test_every_sampled_token_is_learned_exactly_once(made: Rollout, order: str, tokens: int, depth: int) -> None:
     for rules in (Rules(), Rules(order, tokens, depth)):  # type: ignore[arg-type]
@@ -125,7 +124,6 @@ def test_every_sampled_token_is_learned_exactly_once(made: Rollout, order: str, 
         assert learned_in(list(format_named("longest-branch").rows(rollout, DEMO))) <= expected
 
 
-@settings(deadline=None)
 @given(rollouts())
 def test_lines_are_as_few_as_exact_prefixes_permit_and_the_longest_branch_is_the_longest(rollout: Rollout) -> None:
     lines = list(format_named("linear").rows(rollout, DEMO))
@@ -135,7 +133,6 @@ def test_lines_are_as_few_as_exact_prefixes_permit_and_the_longest_branch_is_the
     assert [len(row["input_ids"]) for row in longest] == ([max(sizes)] if sizes else [])
 
 
-@settings(deadline=None)
 @given(rollouts(), st.integers(4, 20), st.integers(1, 3))
 def test_rules_leave_turns_out_whole(made: Rollout, tokens: int, depth: int) -> None:
     rollout = apply_rules(made, Rules("branch", tokens, depth), DEMO.decode)

@@ -188,7 +188,7 @@ MESSAGES = st.builds(
 OTHER = THINKING.replace("{{ m.role }}", "{{ m.role }}{{ m.thinking }}{{ m.missing }}{{ bos_token }}{{ documents }}")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(MESSAGES, min_size=1, max_size=4), st.lists(st.dictionaries(st.text(max_size=5), VALUES), max_size=2))
 def test_the_template_writes_what_transformers_would(messages: list[Message], tools: list[dict[str, Any]]) -> None:
     shown = [message.for_template() for message in messages]

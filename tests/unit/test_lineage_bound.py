@@ -163,7 +163,7 @@ class World:
 
 
 @given(words=st.lists(st.sampled_from(WORDS), min_size=100, max_size=250), bound=st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_nothing_twice_nothing_skipped_and_the_bound_holds(words: list[str], bound: int) -> None:
     world = World(bound)
     world.live()

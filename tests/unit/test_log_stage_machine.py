@@ -308,4 +308,4 @@ class Stages(RuleBasedStateMachine):
 
 
 TestStages = Stages.TestCase
-TestStages.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
+TestStages.settings = settings(max_examples=15, stateful_step_count=15)

@@ -64,7 +64,7 @@ async def feed(made: PackerHandler, stream: list[Delivered]) -> tuple[list[Packe
 
 
 @given(seed=st.integers(0, 2**32), crash=st.integers(0, 40))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_each_group_once_in_any_order_with_repeats_and_a_restart(seed: int, crash: int) -> None:
     chance = random.Random(seed)
     records = [record for group in GROUPS for record in messages_of(group)]

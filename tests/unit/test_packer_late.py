@@ -154,7 +154,7 @@ lives = st.builds(
 
 
 @given(st.lists(lives, max_size=4), st.permutations(range(len(MESSAGES))))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 def test_each_group_is_closed_once(earlier: list[Life], order: list[int]) -> None:
     async def scenario() -> Counter[str]:
         log = MemoryLog()

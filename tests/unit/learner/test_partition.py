@@ -85,7 +85,7 @@ def learner(model_dir: Path, float64_norms: Build) -> Callable[..., TorchLearner
     return make
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**6), st.integers(1, 20), st.integers(1, 60))
 def test_parts_cover_the_row_once_and_open_parts_are_a_path(grow: Build, seed: int, count: int, budget: int) -> None:
     row = concat(build_forest(grow(np.random.default_rng(seed), count)).trees)

@@ -39,7 +39,7 @@ def ancestors(layout: TreeLayout, token: int) -> set[int]:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(Ids, Ids), min_size=1, max_size=12))
 def test_every_layout_keeps_the_invariant_and_spells_its_turns(pairs: list[tuple[list[int], list[int]]]) -> None:
     turns = [make(k, prompt, sampled) for k, (prompt, sampled) in enumerate(pairs)]
@@ -61,7 +61,7 @@ def test_every_layout_keeps_the_invariant_and_spells_its_turns(pairs: list[tuple
     assert sorted(seen) == list(range(len(pairs)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(Ids, Ids), min_size=1, max_size=12), st.integers(1, 30))
 def test_packing_keeps_every_turn_and_the_budget(pairs: list[tuple[list[int], list[int]]], budget: int) -> None:
     turns = [make(k, prompt, sampled) for k, (prompt, sampled) in enumerate(pairs)]

@@ -38,7 +38,7 @@ def draw_run(data: st.DataObject) -> FabricatedRun:
     return run
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_interleaving_and_repetition_gives_the_same_closed_account(data: st.DataObject) -> None:
     run = draw_run(data)

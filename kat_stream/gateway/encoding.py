@@ -1,0 +1,76 @@
+"""Texts to token ids; those of a long text are made beside the event loop.
+
+Owns the tokenizer's encoder in the gateway. Invariant: what `ids` gives is what the tokenizer gives for the text. A new
+prompt of 100,000 tokens takes it a tenth of a second, in which no other agent would be served; the encoder lets go of
+the interpreter meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from topics.record import pack_ints
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+LONG_CHARS = 8192
+"""Some 2 ms of a core; to ask a thread costs a tenth of that."""
+KNOWN_CHARS = 1024
+"""Texts from here on are remembered: the first prompt of a task is the same for its whole group."""
+MEMORY_BYTES = 64 << 20
+"""Of texts and their ids."""
+
+
+class NotEncoded(Exception):
+    """A long text has no ids yet: `await encoder.make_ready(error.text)`, then start again."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"a text of {len(text)} characters")
+        self.text = text
+
+
+class Encoder:
+    """Special tokens are recognised, none is added. `aside`: `ids` refuses long texts that were not made ready."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, aside: bool = False) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._aside = aside
+        self._known: OrderedDict[str, bytes] = OrderedDict()
+        """The newest last."""
+        self._bytes = 0
+        self._one = asyncio.Lock()
+        """More threads at once would take the event loop's core."""
+
+    def ids(self, text: str) -> bytes:
+        """int32[n]; `NotEncoded` as the class says."""
+        if len(text) < KNOWN_CHARS:
+            return self._encode(text)
+        ids = self._known.get(text)
+        if ids is not None:
+            self._known.move_to_end(text)
+            return ids
+        if self._aside and len(text) >= LONG_CHARS:
+            raise NotEncoded(text)
+        return self._remembered(text, self._encode(text))
+
+    async def make_ready(self, text: str) -> None:
+        """Afterwards `ids` knows the text for a while."""
+        async with self._one:
+            if text not in self._known:  # the prompt of a group comes many times at once
+                self._remembered(text, await asyncio.to_thread(self._encode, text))
+
+    def _remembered(self, text: str, ids: bytes) -> bytes:
+        self._known[text] = ids
+        self._bytes += len(text) + len(ids)
+        while self._bytes > MEMORY_BYTES and len(self._known) > 1:
+            old, its = self._known.popitem(last=False)
+            self._bytes -= len(old) + len(its)
+        return ids
+
+    def _encode(self, text: str) -> bytes:
+        # The batch's way is the one that does not keep where in the text each token stands: half the work.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return pack_ints(list(encoding.ids))
