@@ -11,7 +11,7 @@ The header `blobs` names what the value itself refers to, so that a sweep need n
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import anyio
@@ -133,59 +133,45 @@ class _Claims:
 
     async def leave(self, messages: Sequence[Message]) -> list[Message]:
         """The messages with large values left in the store. BlobUnavailable: nothing may be written then."""
-        return await _each(self._leave, messages)
+        large = [message.value for message in messages if len(message.value) > self._limit]
+        if not large:
+            return list(messages)
+        refs = iter(await self._store.put_all(large))
+        return [_left(m, next(refs)) if len(m.value) > self._limit else m for m in messages]
 
     async def fetch(self, messages: Sequence[Delivered]) -> list[Delivered]:
         """The messages with their values. BlobUnavailable: the store is away, all is to be asked for again."""
-        return await _each(self._fetch, messages)
-
-    async def _leave(self, message: Message) -> Message:
-        if len(message.value) <= self._limit:
-            return message
-        headers = {**message.headers, BLOB: str(await self._store.put(message.value)).encode()}
-        if inner := references(message.value):
-            headers[BLOBS] = " ".join(sorted(map(str, inner))).encode()
-        return replace(message, value=b"", headers=headers)
-
-    async def _fetch(self, delivered: Delivered) -> Delivered:
-        if BLOB not in delivered.headers:
-            return delivered
-        try:
-            value = await self._store.get(_claimed(delivered))
-        except BlobError as error:
-            found = (delivered.position, delivered.key, delivered.value, delivered.headers, delivered.timestamp_ms)
-            return Unresolved(*found, why=str(error))
-        headers = {name: text for name, text in delivered.headers.items() if name not in (BLOB, BLOBS)}
-        return replace(delivered, value=value, headers=headers)
+        found = {at: _claimed(message) for at, message in enumerate(messages) if BLOB in message.headers}
+        refs = {at: ref for at, ref in found.items() if isinstance(ref, BlobRef)}
+        wrong = {at: error for at, error in found.items() if isinstance(error, BlobError)}
+        values = wrong | dict(zip(refs, await self._store.get_all(list(refs.values())), strict=True))
+        return [_fetched(m, values[at]) if at in values else m for at, m in enumerate(messages)]
 
 
-def _claimed(delivered: Delivered) -> BlobRef:
+def _left(message: Message, ref: BlobRef) -> Message:
+    """The message without its value, which is in the store."""
+    headers = {**message.headers, BLOB: str(ref).encode()}
+    if inner := references(message.value):
+        headers[BLOBS] = " ".join(sorted(map(str, inner))).encode()
+    return replace(message, value=b"", headers=headers)
+
+
+def _fetched(delivered: Delivered, value: bytes | BlobError) -> Delivered:
+    if isinstance(value, BlobError):
+        found = (delivered.position, delivered.key, delivered.value, delivered.headers, delivered.timestamp_ms)
+        return Unresolved(*found, why=str(value))
+    headers = {name: text for name, text in delivered.headers.items() if name not in (BLOB, BLOBS)}
+    return replace(delivered, value=value, headers=headers)
+
+
+def _claimed(delivered: Delivered) -> BlobRef | BlobError:
     """BlobError for a header that is no reference, or one to more than the topic takes."""
-    ref = BlobRef.parse(delivered.headers[BLOB])
+    try:
+        ref = BlobRef.parse(delivered.headers[BLOB])
+    except BlobError as error:
+        return error
     most = largest(topic_named(delivered.position.topic))
-    if ref.size > most:
-        raise BlobError(f"{ref} has {ref.size} bytes, the topic takes {most}")
-    return ref
-
-
-async def _each[A, B](step: Callable[[A], Awaitable[B]], items: Sequence[A]) -> list[B]:
-    """All at once, results in order; the first error is raised as itself, after the others were told to stop."""
-    results: dict[int, B] = {}
-    failures: list[BlobUnavailable] = []
-
-    async def one(at: int, item: A) -> None:
-        try:
-            results[at] = await step(item)
-        except BlobUnavailable as error:
-            failures.append(error)
-            tasks.cancel_scope.cancel()
-
-    async with anyio.create_task_group() as tasks:
-        for at, item in enumerate(items):
-            tasks.start_soon(one, at, item)
-    if failures:
-        raise failures[0]
-    return [results[at] for at in range(len(items))]
+    return ref if ref.size <= most else BlobError(f"{ref} has {ref.size} bytes, the topic takes {most}")
 
 
 class _Queue:

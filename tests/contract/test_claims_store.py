@@ -57,6 +57,20 @@ async def test_what_was_put_is_got_under_the_hash_of_its_bytes(place: tuple[Blob
     assert lies_at(root, ref).read_bytes() == data
 
 
+async def test_many_values_come_back_in_their_order_and_a_missing_one_stands_in_its_place(
+    place: tuple[BlobStore, Path],
+) -> None:
+    store, root = place
+    values = [os.urandom(1 + number) for number in range(19)]
+    refs = await store.put_all(values)
+    assert refs == [BlobRef.of(value) for value in values]
+    lies_at(root, refs[7]).unlink()
+    found = await store.get_all(refs)
+    assert isinstance(found[7], BlobError) and str(refs[7]) in str(found[7])
+    assert [*found[:7], *found[8:]] == [*values[:7], *values[8:]]
+    assert await store.put_all([]) == await store.get_all([]) == []
+
+
 async def test_wrong_bytes_a_wrong_size_and_a_missing_blob_are_typed(place: tuple[BlobStore, Path]) -> None:
     store, root = place
     ref = await store.put(b"good bytes")
