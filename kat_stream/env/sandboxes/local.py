@@ -92,7 +92,7 @@ class LocalBackend:
         except OSError as error:
             shutil.rmtree(root, ignore_errors=True)
             raise SandboxUnavailable(f"cannot make {root}: {error}") from error
-        sandbox = LocalSandbox(name, spec, owner, root)
+        sandbox = LocalSandbox(name, spec, owner, root, self._alive.discard)
         self._alive.add(sandbox)
         return sandbox
 
@@ -104,8 +104,7 @@ class LocalBackend:
         return len(orphans)
 
     async def close(self) -> None:
-        while self._alive:
-            await self._alive.pop().destroy()
+        await asyncio.gather(*(sandbox.destroy() for sandbox in tuple(self._alive)))
 
 
 @dataclass(frozen=True)
@@ -121,14 +120,17 @@ class _Request:
 class LocalSandbox(FileTransfer):
     """See base.Sandbox; `root` is a private directory that stands for the root of the file system."""
 
-    def __init__(self, name: str, spec: SandboxSpec, owner: str, root: Path) -> None:
-        self.id, self.spec, self.owner, self.root = name, spec, owner, str(root)
+    def __init__(
+        self, name: str, spec: SandboxSpec, owner: str, root: Path, gone: Callable[[LocalSandbox], None]
+    ) -> None:
+        self.id, self.spec, self.owner, self.root, self._gone = name, spec, owner, str(root), gone
         self._died_of = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._listeners: dict[int, socket.socket] = {}
         self._pipes: list[OutputPipe] = []
         self._turn = asyncio.Lock()
         self._names = itertools.count()
+        self._ending: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(spec.wall_s, self._kill, f"its wall time of {spec.wall_s:g} s is over")
 
@@ -163,6 +165,12 @@ class LocalSandbox(FileTransfer):
         return f"http://127.0.0.1:{self._listeners[port].getsockname()[1]}"
 
     async def destroy(self) -> None:
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+        # A caller that is cancelled must not leave half a sandbox behind.
+        await asyncio.shield(self._ending)
+
+    async def _end(self) -> None:
         self._timer.cancel()
         self._kill("it was destroyed")
         for pipe in self._pipes:
@@ -171,9 +179,10 @@ class LocalSandbox(FileTransfer):
             listener.close()
         # A command that runs now comes to its end before its directory goes.
         async with self._turn:
-            gone = await _kill_until_gone(lambda: marked(f"{_SANDBOX}={self.id}"))
+            all_ended = await _kill_until_gone(lambda: marked(f"{_SANDBOX}={self.id}"))
             shutil.rmtree(self.root, ignore_errors=True)
-        if not gone:
+        self._gone(self)
+        if not all_ended:
             raise DeadlineExceeded(f"end of sandbox {self.id}", _STOP_DEADLINE_S)
 
     async def __aenter__(self) -> Self:
