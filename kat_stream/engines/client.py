@@ -40,6 +40,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     sampling_seed: int | None = None
+    stream_interval: int | None = None
+    """A stream's first piece comes with the first token, then one every so many tokens, and the last at the end."""
 
 
 class Span(msgspec.Struct, frozen=True):

@@ -31,6 +31,7 @@ class _Sampling(msgspec.Struct):
     max_new_tokens: int = 128
     temperature: float = 1.0
     stop_token_ids: list[int] = []
+    stream_interval: int = 1
 
 
 class _Body(msgspec.Struct):
@@ -141,6 +142,8 @@ class ScriptedEngine:
         await response.prepare(request)
         while running.finish is None:
             await self._step(running)
+            if running.finish is None and (len(running.done) - 1) % running.body.sampling_params.stream_interval:
+                continue
             await response.write(b"data: " + msgspec.json.encode(running.answer()) + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         return response

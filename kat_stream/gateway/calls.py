@@ -142,6 +142,7 @@ class CallService:
             top_p=forced.top_p,
             stop=call.asked.stop,
             stop_token_ids=tuple(self.renderer.stop_ids),
+            stream_interval=self.limits.stream_tokens if call.asked.stream else None,
         )
         return Sampler(
             router=self._router,

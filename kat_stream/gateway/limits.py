@@ -28,6 +28,9 @@ class Limits:
     """To send a whole request body."""
     write_s: float = 60.0
     """To take a piece of a stream."""
+    stream_tokens: int = 64
+    """Between two pieces of a streamed reply. An engine repeats in each all that it sampled: to read one for each token
+    costs the square of a reply's length."""
     keepalive_s: float = 1.0
     """Between two signs of life in a silent stream."""
     call_s: float = 600.0

@@ -167,7 +167,7 @@ class Sampler:
         first = self.routed_from + self.draft.routed_rows
         sampling = self.sampling
         if start:
-            sampling = _with_budget(sampling, self.budget - start)
+            sampling = msgspec.structs.replace(sampling, max_new_tokens=self.budget - start)
         if not self.stream:
             return await engine.generate(ids, sampling, rid=rid, routed_from=first, deadline_s=left)
         async for part in engine.generate_stream(ids, sampling, rid=rid, routed_from=first, deadline_s=left):
@@ -177,13 +177,3 @@ class Sampler:
             self.draft.logprobs += part.logprobs
             self.grown()
         raise EngineUnavailable(f"{engine.base_url}: the stream ended before its answer")
-
-
-def _with_budget(sampling: SamplingParams, tokens: int) -> SamplingParams:
-    return SamplingParams(
-        max_new_tokens=tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        stop=sampling.stop,
-        stop_token_ids=sampling.stop_token_ids,
-    )

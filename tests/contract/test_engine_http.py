@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -205,6 +206,21 @@ def test_a_stream_is_cumulative_and_ends_like_the_whole_answer(directories: tupl
         assert [token for piece in pieces for token in piece.output_ids] == final.output_ids
         assert [value for piece in pieces for value in piece.logprobs] == final.logprobs
         assert final.output_ids == (await world.ask(ids, 24, temperature=0.0)).output_ids
+
+    run(directories, story)
+
+
+def test_a_stream_comes_in_pieces_of_the_size_that_was_asked_for(directories: tuple[Path, Path]) -> None:
+    async def story(world: World) -> None:
+        params = SamplingParams(max_new_tokens=24, temperature=0.0, ignore_eos=True, stream_interval=5)
+        ids = prompt(15)
+        pieces = [p async for p in world.client.generate_stream(ids, params, rid=uuid4().hex, deadline_s=SECONDS)]
+        final = pieces[-1].final
+        assert final is not None and len(final.output_ids) == 24
+        ends = list(accumulate(len(piece.output_ids) for piece in pieces))
+        assert 1 < len(ends) <= 6 and ends[-1] == 24
+        assert {end % 5 for end in ends[:-1]} == {1}
+        assert [token for piece in pieces for token in piece.output_ids] == final.output_ids
 
     run(directories, story)
 

@@ -17,7 +17,7 @@ TOOLS = [{"type": "function", "function": {"name": "bash", "parameters": {"type"
 
 
 async def test_a_stream_says_what_a_whole_reply_says() -> None:
-    async with world(saying("ls -la grüße 😀", "ca"), token_s=0.001) as w:
+    async with world(saying("ls -la grüße 😀", "ca"), token_s=0.001, limits=Limits(stream_tokens=1)) as w:
         handle = await w.session()
         client = w.client(handle)
         stream = await client.chat.completions.create(
@@ -34,6 +34,20 @@ async def test_a_stream_says_what_a_whole_reply_says() -> None:
         turns = await w.control.close(handle.session_id)
         assert (turns[1].parent, turns[1].fork) == (turns[0].turn_id, "")
         assert paths(turns)[turns[0].turn_id][1] == by_bytes("ls -la grüße 😀")
+
+
+async def test_a_long_reply_is_read_in_few_pieces() -> None:
+    """Each piece holds all before it: one for each token would cost the square of the reply's length."""
+    said = "and so it goes on " * 10
+    async with world(saying(said, said), token_s=0.0005) as w:
+        client = w.client(await w.session())
+        stream = await client.chat.completions.create(model="m", messages=[user("go")], stream=True)
+        deltas = [chunk.choices[0].delta.content async for chunk in stream if chunk.choices[0].delta.content]
+        await client.chat.completions.create(model="m", messages=[user("whole")])
+        streamed, whole = w.engines[0].requests
+        each = Limits().stream_tokens
+        assert "".join(deltas) == said and 2 < len(deltas) <= 2 + len(by_bytes(said)) / each
+        assert (streamed.sampling_params.stream_interval, whole.sampling_params.stream_interval) == (each, 1)
 
 
 async def test_tool_calls_are_held_back_and_come_whole() -> None:

@@ -35,6 +35,7 @@ class SamplingBody(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     sampling_seed: int | None = None
+    stream_interval: int | None = None
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
     n: int = 1
@@ -51,8 +52,14 @@ class SamplingBody(msgspec.Struct, frozen=True, kw_only=True):
             raise EngineRejected(f"top_k must be -1 (off) or at least 1, got {self.top_k}")
         if self.max_new_tokens is not None and self.max_new_tokens < 0:
             raise EngineRejected(f"max_new_tokens must be at least 0, got {self.max_new_tokens}")
+        if self.stream_interval is not None and self.stream_interval < 1:
+            raise EngineRejected(f"stream_interval must be at least 1, got {self.stream_interval}")
         if self.n != 1:
             raise EngineRejected(f"n must be 1, got {self.n}: send one request a sample")
+
+    def streams(self, count: int) -> bool:
+        """Whether a piece of a stream comes with the output token of this number, from 1 on."""
+        return (count - 1) % (self.stream_interval or 1) == 0
 
     def stops(self) -> tuple[str, ...]:
         """Stop strings as a tuple."""

@@ -55,7 +55,7 @@ class Update:
 
 @dataclass(slots=True)
 class Scheduler:
-    """`progress(request, finished)` is called after each new token of a streaming request and at each end."""
+    """`progress(request, finished)` is called as a streaming request asks for it and at each end."""
 
     runner: ModelRunner
     max_running: int
@@ -300,7 +300,7 @@ class Scheduler:
             request.first_token = now
         if (reason := self._stop_reason(request, token)) is not None:
             self._finish(request, reason)
-        elif request.body.stream:
+        elif request.body.stream and request.params.streams(len(request.output)):
             self.progress(request, False)
 
     def _stop_reason(self, request: Request, token: int) -> dict[str, object] | None:
