@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kat_stream.archive.columns import table_of
@@ -134,6 +135,8 @@ class ArchiveWriter:
                     return merged
                 self._merge(files)
                 merged += len(files)
+                # Arrow keeps what it took, and what merges take grows for hours with their files.
+                pa.default_memory_pool().release_unused()
         return merged
 
     def _merge(self, files: Sequence[Part]) -> None:
@@ -233,10 +236,25 @@ def _rows_of(files: Sequence[Part], schema: pa.Schema) -> Iterator[pa.Table]:
     numbers = sorted({number for part in files for number in part.spans})
     at_once = max(1, len(numbers) * MERGE_BYTES // max(1, sum(_size(part.path) for part in files)))
     for first in range(0, len(numbers), at_once):
-        chosen = [("partition", "in", numbers[first : first + at_once])]
-        tables = [pq.read_table(part.path, partitioning=None, filters=chosen) for part in files]
+        chosen = numbers[first : first + at_once]
+        tables = [rows for part in files for rows in _of_partitions(part.path, chosen)]
         rows = pa.concat_tables([schema.empty_table(), *tables], promote_options="default")
         yield rows.sort_by([("partition", "ascending"), ("offset", "ascending")])
+
+
+def _of_partitions(path: Path, chosen: Sequence[int]) -> Iterator[pa.Table]:
+    """Their rows in a file, a row group at a time: Arrow's own scanner reads many ahead, each of them whole."""
+    with pq.ParquetFile(path) as file:
+        for number in range(file.num_row_groups):
+            known = _statistics(file.metadata.row_group(number), "partition")
+            if known is None or any(known.min <= partition <= known.max for partition in chosen):
+                rows = file.read_row_group(number, use_threads=False)
+                yield rows.filter(pc.is_in(rows["partition"], pa.array(chosen, rows["partition"].type)))
+
+
+def _statistics(group: pq.RowGroupMetaData, column: str) -> pq.Statistics | None:
+    columns = (group.column(number) for number in range(group.num_columns))
+    return next(found.statistics for found in columns if found.path_in_schema == column)
 
 
 def _size(path: Path) -> int:
