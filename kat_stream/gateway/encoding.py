@@ -20,7 +20,7 @@ LONG_CHARS = 8192
 """Some 2 ms of a core; to ask a thread costs a tenth of that."""
 KNOWN_CHARS = 1024
 """Texts from here on are remembered: the first prompt of a task is the same for its whole group."""
-MEMORY_BYTES = 64 << 20
+MEMORY_BYTES = 32 << 20
 """Of texts and their ids."""
 
 
