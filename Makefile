@@ -23,7 +23,7 @@ check: ## style, types, import direction
 	.venv/bin/lint-imports
 
 bench: setup-test ## every benchmark; prints its tables
-	@for name in engine learner sandboxes gateway ledger ack packer takeover mcla; do \
+	@for name in engine learner sandboxes gateway gateway_replies ledger ack packer takeover mcla; do \
 		echo "== python -m tests.benchmarks.$$name"; .venv/bin/python -m tests.benchmarks.$$name || exit 1; done
 
 chaos: setup-test ## strike a running system N times and account for every rollout: make chaos [N=100] [SEED=7]

@@ -21,7 +21,7 @@ from pathlib import Path
 import anyio
 
 from kat_stream import telemetry
-from kat_stream.curriculum import group_of
+from kat_stream.curriculum import Groups, group_of, number_of
 from kat_stream.errors import DataError, DeadlineExceeded, StepCancelled, StorageError
 from kat_stream.log.base import Delivered, Follower, Position, Writer
 from kat_stream.log.handling import dead_letter
@@ -70,6 +70,8 @@ class Trainer:
         self.announced_step = -1
         self.positions: dict[str, int] = {}
         self.manifest: tuple[str, ...] = ()
+        self.groups = Groups()
+        """All that entered a step."""
         self.saved_step = -1
         self.arrived: deque[Delivered] = deque()
         self.met: set[str] = set()
@@ -129,6 +131,7 @@ class Trainer:
             self.checkpoint = format_version(*self.parent)
             self.positions = dict(checkpoint.positions)
             self.manifest = checkpoint.manifest
+            self.groups = checkpoint.groups or Groups(checkpoint.step * ctx.config.sampler.groups_per_step)
             self.saved_step = checkpoint.step
             log.info("resumed at step %d of lineage %s", *reversed(self.parent))
 
@@ -240,6 +243,7 @@ class Trainer:
         for position, _ in arrivals:
             self.positions[str(position.partition)] = position.offset + 1
         self.manifest = step.trained
+        self.groups = self.groups.added(map(number_of, step.groups))
         seconds = time.monotonic() - began
         self.newest_s = time_of_step(time.time(), self.newest_s)
         telemetry.STEPS.inc()
@@ -309,6 +313,8 @@ class Trainer:
             checksum=publication.checksum,
             parent_lineage=self.parent[0],
             parent_number=self.parent[1],
+            groups_below=self.groups.below,
+            groups_beyond=self.groups.beyond,
         )
         await self.writer.commit([seal(record) for record in (*records, version)], {})
         self.announced_step = version.number
@@ -343,6 +349,7 @@ class Trainer:
             lineage=self.lineage,
             positions=dict(self.positions),
             manifest=self.manifest,
+            groups=self.groups,
         )
         self.store.save(checkpoint, keep=ctx.config.trainer.keep_checkpoints)
         self.saved_step = self.learner.step_count

@@ -8,13 +8,40 @@ Every id is a function of (run, index): asking twice yields the same ids, so a r
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from kat_stream.mix import members
 from topics import RolloutRequest, Sampling, Task
+
+
+class Groups(msgspec.Struct, frozen=True):
+    """A set of training groups by number: all below one, and some beyond it."""
+
+    below: int = 0
+    beyond: tuple[int, ...] = ()
+
+    def added(self, numbers: Iterable[int]) -> Groups:
+        """With these too; negative ones are no groups."""
+        beyond = {number for number in (*self.beyond, *numbers) if number >= self.below}
+        below = self.below
+        while below in beyond:
+            beyond.remove(below)
+            below += 1
+        return Groups(below, tuple(sorted(beyond)))
+
+    def free(self, number: int) -> int:
+        """The first number from this one on that is not among them."""
+        number = max(number, self.below)
+        while number in self.beyond:
+            number += 1
+        return number
+
+    def union(self, below: int) -> int:
+        """How many there are together with all numbers below this one."""
+        return max(below, self.below) + sum(number >= below for number in self.beyond)
 
 
 @dataclass(slots=True)
@@ -24,11 +51,21 @@ class Progress:
     version: int = -1
     """Number of the newest policy version; -1 before the first."""
     train_groups: int = 0
-    """Training groups asked for."""
+    """After the last training group that was asked for on this log."""
+    trained: Groups = Groups()
+    """In the newest version's steps. On a new log that resumes at a checkpoint these were asked for on another."""
     eval_asked: dict[int, set[str]] = field(default_factory=dict)
     """Round -> rollout ids asked for."""
     eval_settled: set[str] = field(default_factory=set)
     """Evaluation rollouts that were graded or have failed."""
+
+    def next_group(self) -> int:
+        """The number of the group to ask for next: a trained one is never asked for again."""
+        return self.trained.free(self.train_groups)
+
+    def admitted(self) -> int:
+        """Training groups asked for, on this log or another."""
+        return self.trained.union(self.train_groups)
 
     def round_open(self, number: int) -> bool:
         return not self.eval_asked.get(number, set()) <= self.eval_settled
@@ -118,6 +155,12 @@ class Schedule:
             return [task] * size
         names = members(self.mix, size, random.Random(f"{self.seed}/{what}"))
         return [msgspec.structs.replace(task, scaffold=name) for name in names]
+
+
+def number_of(group_id: str) -> int:
+    """The number in a training group's id; -1 for an id that is not ours."""
+    number = group_id.rpartition("-t")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def group_of(rollout_id: str) -> str:

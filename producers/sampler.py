@@ -18,7 +18,7 @@ import msgspec
 
 from kat_stream import telemetry
 from kat_stream.config import Config
-from kat_stream.curriculum import Progress, Schedule
+from kat_stream.curriculum import Groups, Progress, Schedule, number_of
 from kat_stream.engines.client import EngineClient
 from kat_stream.env.datasets import open_dataset
 from kat_stream.errors import DataError, DecodeError, EngineError
@@ -64,6 +64,7 @@ def schedule_of(config: Config, run: str) -> Schedule:
 class Sampler:
     versions: Versions
     writer: Writer
+    groups_per_step: int
 
     def __init__(self) -> None:
         self.progress = Progress()
@@ -73,6 +74,7 @@ class Sampler:
     async def run(self, ctx: Context) -> None:
         config = ctx.config
         schedule = schedule_of(config, ctx.run)
+        self.groups_per_step = schedule.groups_per_step
         self.versions = Versions(ctx.run)
         train = await anyio.to_thread.run_sync(_tasks, ctx, config.data.train)
         held_out = await anyio.to_thread.run_sync(_tasks, ctx, config.data.held_out)
@@ -119,11 +121,14 @@ class Sampler:
             case PolicyVersion():
                 self.versions.take(record)
                 progress.version = record.number
+                known = record.groups_below >= 0
+                below = record.groups_below if known else record.number * self.groups_per_step
+                progress.trained = Groups(below, record.groups_beyond)
             case RolloutRequest(purpose="eval"):
                 progress.eval_asked.setdefault(record.round, set()).add(record.rollout_id)
             case RolloutRequest():
-                progress.train_groups = max(progress.train_groups, _index(record.group_id) + 1)
-                telemetry.ADMITTED.set(progress.train_groups)
+                progress.train_groups = max(progress.train_groups, number_of(record.group_id) + 1)
+                telemetry.ADMITTED.set(progress.admitted())
             case Reward(purpose="eval"):
                 progress.eval_settled.add(record.rollout_id)
             case LedgerEntry(state="failed" | "cancelled"):
@@ -141,15 +146,10 @@ class Sampler:
             return True
         if any(schedule.blocks_training(number, progress) for number in progress.eval_asked):
             return False
-        index = self._next_group(schedule)
-        if index >= schedule.admissible_groups(progress.version):
+        if progress.admitted() >= schedule.admissible_groups(progress.version):
             return False
-        await self._publish(schedule.group(index, train, self._deadline(ctx)))
+        await self._publish(schedule.group(progress.next_group(), train, self._deadline(ctx)))
         return True
-
-    def _next_group(self, schedule: Schedule) -> int:
-        """After the last one asked for; on a new log that resumes at a checkpoint, after those already trained."""
-        return max(self.progress.train_groups, self.progress.version * schedule.groups_per_step)
 
     async def _publish(self, requests: list[RolloutRequest]) -> None:
         """A whole group, or a whole evaluation, in one transaction: half a group would never be packed.
@@ -202,9 +202,3 @@ def _tasks(ctx: Context, spec: str) -> list[Task]:
     if not tasks:
         raise DataError(f"{spec}: no tasks")
     return tasks
-
-
-def _index(group_id: str) -> int:
-    """The number in a group's id; -1 for an id that is not ours."""
-    number = group_id.rpartition("-t")[2]
-    return int(number) if number.isdecimal() else -1

@@ -1,9 +1,9 @@
 """Messages to prompt ids: the chat template, with the ids that were sampled spliced in.
 
-Invariant (promise 6): a sampled reply is never encoded again. What
-follows it in the next prompt is encoded on its own and put behind the sampled ids, and only if the template is seen to
-append: its text for the earlier messages begins its text for all of them, and the reply still stands there. In a long
-conversation that is seen on a shortened one (kat_stream.gateway.locality).
+Invariant (promise 6): a sampled reply is never encoded again. What follows it in the next prompt is encoded on its own
+and put behind the sampled ids, and only if the template is seen to append: its text for the earlier messages begins its
+text for all of them, and the reply still stands there. In a long conversation that is seen on a shortened one
+(kat_stream.gateway.locality).
 """
 
 from __future__ import annotations

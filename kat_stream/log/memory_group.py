@@ -7,7 +7,7 @@ member polls anything. As on Kafka the protocol is eager: all partitions are rev
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import anyio
@@ -15,7 +15,6 @@ import anyio
 from kat_stream.errors import FencedError, LogError
 from kat_stream.log.assignment import assign
 from kat_stream.log.base import Committed, Delivered, Message, OnRevoked, TopicPartition
-from kat_stream.whole import whole
 
 if TYPE_CHECKING:
     from kat_stream.log.memory import MemoryLog
@@ -37,10 +36,10 @@ class MemoryGroup:
     async def add(self, member: MemoryMember) -> None:
         if any(other.topics != member.topics for other in self.members):
             raise LogError(f"group {self.name}: all members read the same topics")
-        await whole(self._change(add=member))
+        await _whole(self._change(add=member))
 
     async def remove(self, member: MemoryMember) -> None:
-        await whole(self._change(remove=member))
+        await _whole(self._change(remove=member))
 
     async def _change(self, add: MemoryMember | None = None, remove: MemoryMember | None = None) -> None:
         async with self._lock:
@@ -66,6 +65,11 @@ class MemoryGroup:
         if place in self.committed:
             return self.committed[place].offset
         return 0 if any(place.topic in member.topics for member in self.members) else otherwise
+
+
+async def _whole(change: Coroutine[None, None, None]) -> None:
+    """Run a membership change to its end even if the caller is cancelled."""
+    await asyncio.shield(asyncio.ensure_future(change))
 
 
 class MemoryMember:

@@ -28,6 +28,7 @@ import msgspec
 import torch
 
 from kat_stream import telemetry
+from kat_stream.curriculum import Groups
 from kat_stream.errors import CheckpointError, FencedError, StorageError
 from kat_stream.training.publication import atomic_directory
 
@@ -47,6 +48,8 @@ class Checkpoint:
     """Partition (of whatever topics the caller reads) -> next offset: state and positions are one atom."""
     manifest: tuple[str, ...]
     """Rollout ids in the gradient of the last step."""
+    groups: Groups | None = None
+    """All training groups that entered a step so far; None: an earlier build did not say."""
 
     @property
     def step(self) -> int:
@@ -64,6 +67,7 @@ class _Card(msgspec.Struct, kw_only=True):
     lineage: str
     positions: dict[str, int]
     manifest: tuple[str, ...]
+    groups: Groups | None = None
     sha256: str
 
 
@@ -162,7 +166,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: state.pt: {error}") from error
-    return Checkpoint(state=state, lineage=card.lineage, positions=card.positions, manifest=card.manifest)
+    return Checkpoint(state, card.lineage, card.positions, card.manifest, card.groups)
 
 
 def _write(work: Path, checkpoint: Checkpoint) -> None:
@@ -174,6 +178,7 @@ def _write(work: Path, checkpoint: Checkpoint) -> None:
         lineage=checkpoint.lineage,
         positions=checkpoint.positions,
         manifest=checkpoint.manifest,
+        groups=checkpoint.groups,
         sha256=_sha256(work / "state.pt"),
     )
     (work / "state.json").write_bytes(msgspec.json.format(msgspec.json.encode(card)))

@@ -2,11 +2,12 @@
 
 import random
 from dataclasses import replace
+from itertools import count
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat_stream.curriculum import Progress, Schedule
+from kat_stream.curriculum import Groups, Progress, Schedule
 from topics import Environment, Sampling, Task, VerifierSpec
 
 TASKS = [
@@ -60,6 +61,44 @@ def test_staleness_is_bounded_and_the_run_ends(staleness: int, per_step: int, st
     assert schedule.finished(progress)
     assert progress.train_groups == steps * per_step
     assert {0, steps} <= set(progress.eval_asked)
+
+
+@given(staleness=st.integers(0, 4), per_step=st.integers(1, 5), steps=st.integers(1, 8), seed=st.integers(0, 2**32))
+@settings(max_examples=100)
+def test_no_group_is_trained_twice_whatever_is_interrupted(
+    staleness: int, per_step: int, steps: int, seed: int
+) -> None:
+    """Groups end in any order; at an interruption the log is lost, and the last checkpoint says what was trained."""
+    coin = random.Random(seed)
+    schedule = replace(SCHEDULE, staleness=staleness, groups_per_step=per_step, steps=steps)
+    progress, asked, trained = Progress(version=0), list[int](), list[int]()
+    saved = Progress(version=0), list[int]()
+    for _ in range(10_000):
+        if progress.version == steps:
+            break
+        if progress.admitted() < schedule.admissible_groups(progress.version):
+            asked.append(progress.next_group())
+            progress.train_groups = asked[-1] + 1
+        coin.shuffle(asked)
+        if len(asked) >= per_step and coin.random() < 0.3:
+            step, asked = asked[:per_step], asked[per_step:]
+            trained += step
+            progress.version, progress.trained = progress.version + 1, progress.trained.added(step)
+            if coin.random() < 0.5:
+                saved = replace(progress, train_groups=0), list(trained)
+        if coin.random() < 0.03:
+            progress, asked, trained = replace(saved[0]), [], list(saved[1])
+    assert sorted(trained) == list(range(steps * per_step))
+
+
+@given(st.lists(st.lists(st.integers(-1, 30), max_size=4), max_size=12), st.integers(0, 35))
+def test_groups_are_a_set_of_numbers(additions: list[list[int]], number: int) -> None:
+    groups, expected = Groups(), set[int]()
+    for numbers in additions:
+        groups, expected = groups.added(numbers), expected | {n for n in numbers if n >= 0}
+    assert {*range(groups.below), *groups.beyond} == expected and groups.below not in groups.beyond
+    assert groups.free(number) == next(n for n in count(number) if n not in expected)
+    assert groups.union(number) == len(expected | set(range(number)))
 
 
 def test_asking_twice_gives_the_same_requests() -> None:

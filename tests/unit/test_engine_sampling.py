@@ -79,6 +79,7 @@ def test_a_seed_decides_each_position_alone() -> None:
     [
         ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_p", 0.0),
         ("top_p", 1.1), ("top_k", 0), ("min_p", -0.1), ("min_p", 2.0), ("max_new_tokens", -1), ("n", 2),
+        ("stream_interval", 0),
     ],
 )  # fmt: skip
 def test_values_out_of_range_name_their_field(field: str, value: float) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from kat_stream.curriculum import Groups
 from kat_stream.errors import CheckpointError, FencedError
 from kat_stream.telemetry import DAMAGED_CHECKPOINTS
 from kat_stream.training.checkpoint import (
@@ -36,7 +37,13 @@ def batch(grow: Build, batch_of: Build) -> TrainBatch:
 
 
 def of(learner: TorchLearner, lineage: str = "a") -> Checkpoint:
-    return Checkpoint(state=learner.state_dict(), lineage=lineage, positions={"0": 7, "3": 12}, manifest=("r1", "r2"))
+    return Checkpoint(
+        state=learner.state_dict(),
+        lineage=lineage,
+        positions={"0": 7, "3": 12},
+        manifest=("r1", "r2"),
+        groups=Groups(3, (5,)),
+    )
 
 
 def save(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
@@ -57,7 +64,7 @@ def test_a_resumed_learner_goes_on_to_the_bit(model_dir: Path, batch: TrainBatch
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.lineage) == (2, "a")
     assert checkpoint.positions == {"0": 7, "3": 12}
-    assert checkpoint.manifest == ("r1", "r2")
+    assert (checkpoint.manifest, checkpoint.groups) == (("r1", "r2"), Groups(3, (5,)))
     resumed = TorchLearner(model_dir, CONFIG)
     resumed.load(checkpoint.state)
     again = [resumed.step(batch) for _ in range(2)]
