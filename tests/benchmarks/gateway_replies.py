@@ -3,7 +3,7 @@
 CPU of a gateway's process for a whole call, median of --calls: whole replies, streamed ones as the gateway reads them
 (`Limits.stream_tokens` between two pieces), and streamed ones with a piece for each token, which is what an engine
 sends that is not told otherwise. The scripted engine, in a process of its own, takes 0.1 ms or more for a token; the
-client is in the gateway's process, so its reading is in all figures.
+client is in the gateway's process, so its reading is in all figures, and so is what a gateway does anyway in that time.
 """
 
 from __future__ import annotations
