@@ -19,7 +19,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from kat_stream.env.sandboxes.base import (
     GATEWAY_PORT,
@@ -30,6 +29,7 @@ from kat_stream.env.sandboxes.base import (
     check_variables,
 )
 from kat_stream.env.sandboxes.cgroups import Cgroup
+from kat_stream.env.sandboxes.ending import Ending
 from kat_stream.env.sandboxes.files import FileTransfer
 from kat_stream.env.sandboxes.netns import listen_as_root, listen_as_user
 from kat_stream.env.sandboxes.processes import descendants, ended, first_of, kill_all
@@ -57,7 +57,7 @@ class Parts:
     forget: Callable[[BwrapSandbox], None]
 
 
-class BwrapSandbox(FileTransfer):
+class BwrapSandbox(FileTransfer, Ending):
     """See base.Sandbox."""
 
     root = ""
@@ -72,7 +72,6 @@ class BwrapSandbox(FileTransfer):
         self._listeners: list[socket.socket] = []
         self._turn = asyncio.Lock()
         self._names = itertools.count()
-        self._ending: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(spec.wall_s, self._kill, f"its wall time of {spec.wall_s:g} s is over")
 
@@ -110,18 +109,6 @@ class BwrapSandbox(FileTransfer):
 
     def base_url(self, port: int = GATEWAY_PORT) -> str:
         return f"http://127.0.0.1:{port}"
-
-    async def destroy(self) -> None:
-        if self._ending is None:
-            self._ending = asyncio.create_task(self._end())
-        # A caller that is cancelled must not leave half a sandbox behind.
-        await asyncio.shield(self._ending)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.destroy()
 
     async def _transfer(self, command: Sequence[str], *, timeout_s: float, stdin: bytes, limit: int) -> ExecResult:
         name = str(next(self._names))

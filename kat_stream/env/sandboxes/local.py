@@ -20,7 +20,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from kat_stream.env.sandboxes.base import (
     GATEWAY_PORT,
@@ -30,6 +29,7 @@ from kat_stream.env.sandboxes.base import (
     SandboxSpec,
     check_variables,
 )
+from kat_stream.env.sandboxes.ending import Ending
 from kat_stream.env.sandboxes.files import FileTransfer
 from kat_stream.env.sandboxes.output import OutputPipe
 from kat_stream.env.sandboxes.owners import is_orphan, new_name
@@ -117,7 +117,7 @@ class _Request:
     stop_when_full: bool = False
 
 
-class LocalSandbox(FileTransfer):
+class LocalSandbox(FileTransfer, Ending):
     """See base.Sandbox; `root` is a private directory that stands for the root of the file system."""
 
     def __init__(
@@ -130,7 +130,6 @@ class LocalSandbox(FileTransfer):
         self._pipes: list[OutputPipe] = []
         self._turn = asyncio.Lock()
         self._names = itertools.count()
-        self._ending: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(spec.wall_s, self._kill, f"its wall time of {spec.wall_s:g} s is over")
 
@@ -164,12 +163,6 @@ class LocalSandbox(FileTransfer):
             raise SandboxError(f"nobody listens on port {port} of the sandbox")
         return f"http://127.0.0.1:{self._listeners[port].getsockname()[1]}"
 
-    async def destroy(self) -> None:
-        if self._ending is None:
-            self._ending = asyncio.create_task(self._end())
-        # A caller that is cancelled must not leave half a sandbox behind.
-        await asyncio.shield(self._ending)
-
     async def _end(self) -> None:
         self._timer.cancel()
         self._kill("it was destroyed")
@@ -184,12 +177,6 @@ class LocalSandbox(FileTransfer):
         self._gone(self)
         if not all_ended:
             raise DeadlineExceeded(f"end of sandbox {self.id}", _STOP_DEADLINE_S)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.destroy()
 
     async def _transfer(self, command: Sequence[str], *, timeout_s: float, stdin: bytes, limit: int) -> ExecResult:
         async with self._in_turn(timeout_s):
