@@ -31,7 +31,7 @@ DEADLINE_S = 30.0
 AT_ONCE = 8
 """Worker threads of one process that use a store at the same time."""
 LOCAL_AT_ONCE = 2
-"""For the values of one call in a directory: a thread more costs more than the disk makes it wait."""
+"""For the values of one call in a directory: a thread takes several, as the way to one costs a part of a write."""
 MARKER = "kat-blobs"
 """Tells a store in which a blob is missing from a place where there is no store: not mounted, another bucket."""
 _REFERENCE = re.compile(rb"blob:([0-9a-f]{64}):([0-9]{1,12})(?![0-9])")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import anyio
 import anyio.lowlevel
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kat_stream.log import Delivered, Emit, MemoryLog, Outcome, run_transform, run_work
@@ -16,7 +16,7 @@ from topics import CATALOGUE, Reward
 
 COUNT = 12
 WAIT_S = 20.0
-slow = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+slow = settings(max_examples=40)
 orders = st.permutations(range(COUNT))
 crashes = st.lists(st.integers(1, COUNT), max_size=4)
 
@@ -166,7 +166,7 @@ async def transform_life(log: MemoryLog, handler: GroupJoin, batch: int) -> None
 steps = st.lists(st.sampled_from(["join", "leave", "publish"]), min_size=3, max_size=10)
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20)
 @given(steps)
 def test_members_come_and_go_in_any_order(plan: list[str]) -> None:
     """Work done is not repeated, groups are written once, whoever owns which partition when."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consumers.packer import CLOSED, PackerHandler
@@ -154,7 +154,7 @@ lives = st.builds(
 
 
 @given(st.lists(lives, max_size=4), st.permutations(range(len(MESSAGES))))
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 def test_each_group_is_closed_once(earlier: list[Life], order: list[int]) -> None:
     async def scenario() -> Counter[str]:
         log = MemoryLog()
