@@ -15,8 +15,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,8 @@ from kat_stream.env.sandboxes.base import (
     check_variables,
 )
 from kat_stream.env.sandboxes.cgroups import Cgroup
-from kat_stream.env.sandboxes.ending import Ending
 from kat_stream.env.sandboxes.files import FileTransfer
+from kat_stream.env.sandboxes.life import Life
 from kat_stream.env.sandboxes.netns import listen_as_root, listen_as_user
 from kat_stream.env.sandboxes.processes import descendants, ended, first_of, kill_all
 from kat_stream.env.sandboxes.shell import Exchange, ShellServer
@@ -57,12 +57,13 @@ class Parts:
     forget: Callable[[BwrapSandbox], None]
 
 
-class BwrapSandbox(FileTransfer, Ending):
+class BwrapSandbox(FileTransfer, Life):
     """See base.Sandbox."""
 
     root = ""
 
     def __init__(self, name: str, spec: SandboxSpec, owner: str, parts: Parts) -> None:
+        super().__init__()
         self.id, self.spec, self.owner = name, spec, owner
         self.peak_memory_bytes = 0
         """Of everything inside together, known once it was destroyed; 0 without cgroups."""
@@ -70,7 +71,6 @@ class BwrapSandbox(FileTransfer, Ending):
         self._child = 0
         self._child_handle = -1
         self._listeners: list[socket.socket] = []
-        self._turn = asyncio.Lock()
         self._names = itertools.count()
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(spec.wall_s, self._kill, f"its wall time of {spec.wall_s:g} s is over")
@@ -91,7 +91,7 @@ class BwrapSandbox(FileTransfer, Ending):
     ) -> ExecResult:
         check_variables(env or {})
         name = str(next(self._names))
-        async with self._in_turn(timeout_s):
+        async with self._alone(timeout_s):
             script = self._server.program(name, command, env or {})
             exchange = Exchange(name, script, stdin, merge_stderr, output_limit)
             return await self._run(exchange, timeout_s, asyncio.Event())
@@ -99,7 +99,7 @@ class BwrapSandbox(FileTransfer, Ending):
     async def listen(self, port: int = GATEWAY_PORT) -> socket.socket:
         if self.spec.network != "gateway":
             raise SandboxError("this sandbox was made without a network (network='none')")
-        self._server.check_alive()
+        self._check_alive()
         if self._parts.root:
             listener = listen_as_root(self._child, port)
         else:
@@ -112,22 +112,10 @@ class BwrapSandbox(FileTransfer, Ending):
 
     async def _transfer(self, command: Sequence[str], *, timeout_s: float, stdin: bytes, limit: int) -> ExecResult:
         name = str(next(self._names))
-        async with self._in_turn(timeout_s):
+        async with self._alone(timeout_s):
             full = asyncio.Event()
             script = self._server.program(name, command, {})
             return await self._run(Exchange(name, script, stdin, False, limit, full.set), timeout_s, full)
-
-    @asynccontextmanager
-    async def _in_turn(self, timeout_s: float) -> AsyncIterator[None]:
-        try:
-            await asyncio.wait_for(self._turn.acquire(), timeout_s)
-        except TimeoutError:
-            raise DeadlineExceeded(f"sandbox {self.id} is busy with another command", timeout_s) from None
-        try:
-            self._server.check_alive()
-            yield
-        finally:
-            self._turn.release()
 
     async def _run(self, exchange: Exchange, timeout_s: float, full: asyncio.Event) -> ExecResult:
         before = self._members()
@@ -144,6 +132,9 @@ class BwrapSandbox(FileTransfer, Ending):
         code = TIMED_OUT if timed_out else answer.result()
         seconds = time.monotonic() - began
         return ExecResult(code, output.stdout, output.stderr, timed_out, output.truncated, seconds)
+
+    def _check_alive(self) -> None:
+        self._server.check_alive()
 
     def _members(self) -> set[int]:
         """Host process ids of what runs inside now."""

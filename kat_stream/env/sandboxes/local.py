@@ -16,8 +16,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,8 @@ from kat_stream.env.sandboxes.base import (
     SandboxSpec,
     check_variables,
 )
-from kat_stream.env.sandboxes.ending import Ending
 from kat_stream.env.sandboxes.files import FileTransfer
+from kat_stream.env.sandboxes.life import Life
 from kat_stream.env.sandboxes.output import OutputPipe
 from kat_stream.env.sandboxes.owners import is_orphan, new_name
 from kat_stream.env.sandboxes.processes import descendants, ended, first_of, kill_all, marked
@@ -117,18 +117,18 @@ class _Request:
     stop_when_full: bool = False
 
 
-class LocalSandbox(FileTransfer, Ending):
+class LocalSandbox(FileTransfer, Life):
     """See base.Sandbox; `root` is a private directory that stands for the root of the file system."""
 
     def __init__(
         self, name: str, spec: SandboxSpec, owner: str, root: Path, gone: Callable[[LocalSandbox], None]
     ) -> None:
+        super().__init__()
         self.id, self.spec, self.owner, self.root, self._gone = name, spec, owner, str(root), gone
         self._died_of = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._listeners: dict[int, socket.socket] = {}
         self._pipes: list[OutputPipe] = []
-        self._turn = asyncio.Lock()
         self._names = itertools.count()
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(spec.wall_s, self._kill, f"its wall time of {spec.wall_s:g} s is over")
@@ -145,7 +145,7 @@ class LocalSandbox(FileTransfer, Ending):
     ) -> ExecResult:
         check_variables(env or {})
         script_of(command, env or {})
-        async with self._in_turn(timeout_s):
+        async with self._alone(timeout_s):
             return await self._run(_Request(command, stdin, env or {}, merge_stderr, output_limit), timeout_s)
 
     async def listen(self, port: int = GATEWAY_PORT) -> socket.socket:
@@ -171,7 +171,7 @@ class LocalSandbox(FileTransfer, Ending):
         for listener in self._listeners.values():
             listener.close()
         # A command that runs now comes to its end before its directory goes.
-        async with self._turn:
+        async with self._one:
             all_ended = await _kill_until_gone(lambda: marked(f"{_SANDBOX}={self.id}"))
             shutil.rmtree(self.root, ignore_errors=True)
         self._gone(self)
@@ -179,20 +179,8 @@ class LocalSandbox(FileTransfer, Ending):
             raise DeadlineExceeded(f"end of sandbox {self.id}", _STOP_DEADLINE_S)
 
     async def _transfer(self, command: Sequence[str], *, timeout_s: float, stdin: bytes, limit: int) -> ExecResult:
-        async with self._in_turn(timeout_s):
+        async with self._alone(timeout_s):
             return await self._run(_Request(command, stdin, {}, False, limit, stop_when_full=True), timeout_s)
-
-    @asynccontextmanager
-    async def _in_turn(self, timeout_s: float) -> AsyncIterator[None]:
-        try:
-            await asyncio.wait_for(self._turn.acquire(), timeout_s)
-        except TimeoutError:
-            raise DeadlineExceeded(f"sandbox {self.id} is busy with another command", timeout_s) from None
-        try:
-            self._check_alive()
-            yield
-        finally:
-            self._turn.release()
 
     def _check_alive(self) -> None:
         if self._died_of:
