@@ -7,11 +7,12 @@ research/routing_streaming.md C1 and C2.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from kat_stream.errors import DeadlineExceeded, EngineRejected, EngineUnavailabl
 
 CONTROL_SECONDS = 60.0
 UPDATE_SECONDS = 600.0
+REST_SECONDS = 0.25
+"""How long the end of a stream is waited for when its last answer is there."""
 # A cumulative chunk of a long stream is one line; it may be as long as the whole answer.
 LINE_BYTES = 64 * 1024 * 1024
 
@@ -240,7 +243,8 @@ class EngineClient:
             else:
                 raise EngineUnavailable("/generate: the stream ended before its answer")
             final = _generation(last, time.monotonic() - begin)
-            yield Increment(output_ids=fresh, logprobs=logprobs, final=final)
+            await _to_the_end(response)
+        yield Increment(output_ids=fresh, logprobs=logprobs, final=final)
 
     async def prefill(
         self, input_ids: list[int], start: int, *, rid: str, bypass_cache: bool = False, deadline_s: float
@@ -333,6 +337,14 @@ class EngineClient:
             raise DeadlineExceeded(f"{self.base_url}{path}", seconds) from error
         except (aiohttp.ClientError, OSError) as error:
             raise EngineUnavailable(f"{self.base_url}{path}: {error or type(error).__name__}") from error
+
+
+async def _to_the_end(response: aiohttp.ClientResponse) -> None:
+    """Read past a stream's last answer: its connection serves the next call then. One that does not end is closed."""
+    with suppress(TimeoutError, aiohttp.ClientError):
+        async with asyncio.timeout(REST_SECONDS):
+            async for _ in response.content:
+                pass
 
 
 def _body(

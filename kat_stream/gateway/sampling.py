@@ -170,10 +170,12 @@ class Sampler:
             sampling = msgspec.structs.replace(sampling, max_new_tokens=self.budget - start)
         if not self.stream:
             return await engine.generate(ids, sampling, rid=rid, routed_from=first, deadline_s=left)
+        final: Generation | None = None
         async for part in engine.generate_stream(ids, sampling, rid=rid, routed_from=first, deadline_s=left):
-            if part.final is not None:
-                return part.final
-            self.draft.ids += part.output_ids
-            self.draft.logprobs += part.logprobs
-            self.grown()
-        raise EngineUnavailable(f"{engine.base_url}: the stream ended before its answer")
+            final = part.final
+            if final is None:
+                self.draft.ids += part.output_ids
+                self.draft.logprobs += part.logprobs
+                self.grown()
+        assert final is not None  # every stream ends with it, or raises
+        return final

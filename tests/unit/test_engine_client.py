@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import aiohttp
 import pytest
@@ -130,3 +130,43 @@ def test_the_client_needs_no_torch() -> None:
 
     code = "import sys, kat_stream.engines.client; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def _streaming(connections: list[int], *, ends: bool) -> Talk:
+    """A talk that streams an answer to each request of its connection; the stream's end comes 20 ms later, or never."""
+    finish = b'{"output_ids":[7],"meta_info":{"finish_reason":{"type":"stop"},"output_token_logprobs":[[-0.5,7,null]]}}'
+    event = b"data: " + finish + b"\n\n"
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(event), event)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(0)
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                await reader.readexactly(int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0]))
+                writer.write(answer)
+                await writer.drain()
+                connections[-1] += 1
+                if ends:
+                    await asyncio.sleep(0.02)
+                    writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+
+    return talk
+
+
+async def _streamed(client: EngineClient) -> list[int]:
+    parts = [part async for part in client.generate_stream([1], SamplingParams(), rid="r", deadline_s=5.0)]
+    assert parts[-1].final is not None
+    return parts[-1].final.output_ids
+
+
+@pytest.mark.parametrize(("ends", "served"), [(True, [3]), (False, [1, 1, 1])])
+def test_a_streams_connection_serves_the_next_call_if_the_stream_ends(ends: bool, served: list[int]) -> None:
+    """Also when its end comes after its answer; without an end the answer is as good, and the connection is closed."""
+
+    async def run() -> None:
+        connections = list[int]()
+        async with listening(_streaming(connections, ends=ends)) as client:
+            assert [await _streamed(client) for _ in range(3)] == [[7]] * 3
+        assert connections == served
+
+    asyncio.run(run())
