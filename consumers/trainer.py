@@ -1,22 +1,22 @@
 """Trainer: gathers the groups of a step, makes the step, publishes the weights.
 
-In:      batches, from the positions in its own checkpoint; policy.versions (earlier lineages)
+In:      batches, from the positions in its own checkpoint; policy.versions (earlier lineages); rollout.requests and
+         rewards (whether the run goes on, where a group does not come)
 Out:     policy.versions, train.steps, ledger (trained, stale)
 Key:     run and lineage, run, rollout_id
 Commits: positions and manifest inside the checkpoint; a restart seeks there and opens a new lineage
-Fails:   a step whose groups do not come within trainer.step_timeout_s stops the service with what it waited for;
+Fails:   a step whose groups do not come, while nothing of the run is asked for or ends any more for longer than a group
+         can stay open (sampler.rollout_timeout_s and 15 minutes), stops the service with what it waited for;
          a trainer that another one has followed is fenced: it can neither publish nor save, and stops
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import anyio
 
@@ -28,8 +28,10 @@ from kat_stream.log.handling import dead_letter
 from kat_stream.log.message import seal
 from kat_stream.log.outcome import Reject
 from kat_stream.observe.lineages import time_of_step
+from kat_stream.observe.signs import Signs
 from kat_stream.observe.stage_lag import newest_step
 from kat_stream.policy import model_dir
+from kat_stream.rl.incomplete import GRACE_S
 from kat_stream.rl.staleness import age
 from kat_stream.rl.step import Step, assemble, batch_digest, check_group, without_rows
 from kat_stream.service import Context
@@ -37,6 +39,7 @@ from kat_stream.training.checkpoint import Checkpoint, CheckpointStore, latest_c
 from kat_stream.training.learner import TorchLearner
 from kat_stream.training.publication import Publication
 from kat_stream.training.settings import digest, make_learner
+from kat_stream.training.weights import prune, take_over
 from kat_stream.versions import Versions
 from topics import GroupMember, LedgerEntry, PackedBatch, PolicyVersion, Record, TrainStep, format_version
 from topics.ledger import State
@@ -134,6 +137,7 @@ class Trainer:
             self.groups = checkpoint.groups or Groups(checkpoint.step * ctx.config.sampler.groups_per_step)
             self.saved_step = checkpoint.step
             log.info("resumed at step %d of lineage %s", *reversed(self.parent))
+        take_over(ctx.run_dir / "weights", self.versions.head if self.versions.newest else "")
 
     def _on_branch(self, lineage: str, step: int) -> bool:
         """Not what a fenced trainer saved after this branch had left its lineage."""
@@ -145,18 +149,37 @@ class Trainer:
         """The next groups of one step, in the order of the log; None if the service must stop first."""
         wanted = ctx.config.sampler.groups_per_step
         groups: list[Arrival] = []
-        progress = time.monotonic()
         while len(groups) < wanted:
-            if ctx.stopping.is_set():
+            which = f"group {len(groups) + 1} of {wanted} for step {self.learner.step_count + 1}"
+            found = await self._await_group(ctx, follower, which)
+            if found is None:
                 return None
+            groups.append(found)
+        return groups
+
+    async def _await_group(self, ctx: Context, follower: Follower, which: str) -> Arrival | None:
+        """The next group; None if the service must stop first.
+
+        An evaluation or slow rollouts may hold it up for any time, and they show on the log. DeadlineExceeded if
+        nothing does for so long that the packer would have closed any group by now, be it as incomplete.
+        """
+        still_s = ctx.config.sampler.rollout_timeout_s + GRACE_S
+        signs = Signs(ctx.log, ctx.run)
+        began = looked = went_on = time.monotonic()
+        while not ctx.stopping.is_set():
             found = await self._next(ctx, follower)
             if found is not None:
-                groups.append(found)
-                progress = time.monotonic()
-            elif time.monotonic() - progress > ctx.config.trainer.step_timeout_s:
-                have = f"group {len(groups) + 1} of {wanted} for step {self.learner.step_count + 1}"
-                raise DeadlineExceeded(have, ctx.config.trainer.step_timeout_s)
-        return groups
+                return found
+            now = time.monotonic()
+            if now - looked <= ctx.config.trainer.step_timeout_s:
+                continue
+            looked = now
+            if await signs.since_last_look():
+                went_on = now
+            elif now - went_on > still_s:
+                raise DeadlineExceeded(f"{which}, or any sign that the run goes on", now - went_on)
+            log.warning("waiting for %s for %.0f s; the run went on %.0f s ago", which, now - began, now - went_on)
+        return None
 
     async def _next(self, ctx: Context, follower: Follower) -> Arrival | None:
         """One group of this run, or None if none came within a moment.
@@ -269,7 +292,8 @@ class Trainer:
             learner_sha256=digest(self.learner.config),
         )
         await self._publish(ctx, [made, *self._entries(made)])
-        if self.learner.step_count % ctx.config.trainer.checkpoint_every == 0:
+        made_all = self.learner.step_count == ctx.config.run.steps
+        if made_all or self.learner.step_count % ctx.config.trainer.checkpoint_every == 0:
             await self._save_if_possible(ctx)
 
     def _learn(self, step: Step, should_stop: Callable[[], bool]) -> dict[str, float]:
@@ -319,7 +343,7 @@ class Trainer:
         await self.writer.commit([seal(record) for record in (*records, version)], {})
         self.announced_step = version.number
         self.versions.take(version)
-        await anyio.to_thread.run_sync(_prune, ctx.run_dir / "weights", self.lineage, ctx.config.trainer.keep_weights)
+        await anyio.to_thread.run_sync(prune, ctx.run_dir / "weights", self.lineage, ctx.config.trainer.keep_weights)
 
     async def _write_weights(self, ctx: Context) -> Publication:
         """A full disk is waited for: the step is made, and somebody may make room."""
@@ -354,10 +378,3 @@ class Trainer:
         self.store.save(checkpoint, keep=ctx.config.trainer.keep_checkpoints)
         self.saved_step = self.learner.step_count
         self.checkpoint = self.version
-
-
-def _prune(weights: Path, lineage: str, keep: int) -> None:
-    """Keep the newest weights of this lineage; engines have long loaded what is older."""
-    own = [path for path in weights.iterdir() if path.name.startswith(f"{lineage}.")]
-    for path in sorted(own, key=lambda path: int(path.name.rpartition(".")[2]))[:-keep]:
-        shutil.rmtree(path)

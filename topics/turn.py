@@ -36,7 +36,7 @@ class Turn(Record, frozen=True, kw_only=True, tag="Turn/1"):
     sampled_ids: bytes
     """int32[T], exactly as the engine sampled them, the stop token included."""
     logprobs: bytes
-    """float32[T]: behaviour log-probabilities at temperature 1 from the engine."""
+    """float32[T]: behaviour log-probabilities from the engine, at the temperature of sampling (greedy: 1)."""
     spans: tuple[VersionSpan, ...]
     finish_reason: str
     """stop | length | abort"""

@@ -1,7 +1,8 @@
 """Advantages of the rollouts of one group, from their rewards.
 
-Invariant: advantages of a baseline's members sum to zero; members whose rewards are all equal teach nothing and give
-None (NaN in `grouped`). Rewards of different scaffolds have different scales, so each key has a baseline of its own.
+Invariant: advantages of a baseline's members sum to zero; members whose rewards are all equal, up to the rounding of
+sums, teach nothing and give None (NaN in `grouped`). Rewards of different scaffolds have different scales, so each key
+has a baseline of its own.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from kat_stream.errors import DataError
 
+ROUNDING = 1e-9
+"""Rewards no further apart, of the largest or of 1, are equal: 0.1 + 0.2 is 0.3."""
+
 
 def group_mean(rewards: ArrayLike) -> NDArray[np.float64] | None:
     """Reward minus the group's mean, float64[G] (Dr. GRPO, arXiv 2503.20783). None: all rewards are equal."""
     values = _finite(rewards)
-    if len(values) == 0 or (values == values[0]).all():
+    if len(values) == 0 or np.ptp(values) <= ROUNDING * max(1.0, float(np.abs(values).max())):
         return None
     return np.asarray(values - values.mean(), np.float64)
 

@@ -35,8 +35,9 @@ MASKS: dict[MaskName, Mask] = {
 
 
 def mismatch_scale(train: Tensor, rollout: Tensor, unit: Tensor, length: Tensor, config: RatioConfig) -> Tensor:
-    """M(k) of each token as the configuration says, k = exp(train - rollout); float[S], detached."""
+    """M(k) of each token as the configuration says, k = exp(train - rollout); float[S], finite, detached."""
     with torch.no_grad():
         k = torch.exp(train.double() - rollout.double())
         scale = MASKS[config.mask](k, unit, length, config.mask_low, config.mask_high)
-        return scale.to(train.dtype)
+        # inf would turn a unit that counts for nothing, weight or signal 0, into NaN.
+        return scale.clamp(max=torch.finfo(train.dtype).max).to(train.dtype)

@@ -6,6 +6,7 @@ multiplicity), never once for its tree node; weights are the units', divided eve
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kat_stream.errors import BatchError
@@ -21,7 +22,8 @@ def kl(inputs: LossInputs, estimator: Divergence) -> Tensor:
     """
     if inputs.reference_logp is None:
         raise BatchError("a KL penalty needs the reference's log-probs")
-    gap = inputs.logp - inputs.reference_logp
+    # A token without weight may be as odd as it likes: exp of its gap may overflow, and 0 * inf would poison the sum.
+    gap = torch.where(inputs.token_weight == 0, 0.0, inputs.logp - inputs.reference_logp)
     if estimator == "k1":
         fixed = gap.detach()
         value = fixed * (1 + inputs.logp - inputs.logp.detach())

@@ -84,6 +84,8 @@ def check_group(
     packed = [member for member in group.members if member.fate == "packed"]
     batch = from_arrays([arrays_of(row) for row in group.rows], [member.rollout_id for member in packed])
     for number, row in enumerate(batch.rows):
+        if not len(row.turns):
+            raise BatchError(f"row {number}: no turn lies in its {len(row)} tokens")
         if row.depth > max_positions:
             raise BatchError(f"row {number}: a path has {row.depth} tokens, the model has {max_positions} positions")
         if int(row.ids.max(initial=-1)) >= vocabulary:

@@ -3,11 +3,13 @@
     d_u = |T_u|^-p * sum over kept tokens of (logp - logp_old);  r_u = exp(d_u);  loss = -sum_u w_u * clipped(r_u, A_u)
 
 Invariant: a unit is clipped or whole, never partly; a clipped unit gives a constant and no gradient; masked tokens
-leave the sum but not |T_u|. Sums are taken before exp, so a unit must lie in one call.
+leave the sum but not |T_u|. Sums are taken before exp, so a unit must lie in one call; bounds are compared as
+logarithms, for over a long turn exp overflows.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +22,7 @@ from kat_stream.rl.settings import RatioConfig
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Bounds:
-    """Each [U]: where a ratio stops, and whether it does."""
+    """Each [U]: whether a ratio stops, and the logarithm of where."""
 
     over: Tensor
     under: Tensor
@@ -36,14 +38,13 @@ def turn_ratio(inputs: LossInputs, config: RatioConfig) -> LossOutput:
     delta = torch.where(kept, fixed + scale * (inputs.logp - fixed) - old, 0.0)
     total = torch.zeros_like(inputs.length).index_add(0, inputs.unit, delta)
     log_ratio = total * inputs.length.pow(-config.length_exponent)
-    ratio = log_ratio.detach().exp()
-    bounds = _bounds(ratio, inputs.advantage, inputs.length, config)
+    bounds = _bounds(log_ratio.detach(), inputs.advantage, inputs.length, config)
     clipped = bounds.over | bounds.under | bounds.dual
     # exp is taken only of units that have a gradient: another may overflow, and 0 * inf would poison the sum.
-    idle = clipped | (inputs.weight == 0)
+    idle = clipped | (inputs.weight == 0) | (inputs.advantage == 0)
     live = torch.where(idle, torch.zeros_like(log_ratio), log_ratio).exp()
-    objective = torch.where(clipped, bounds.limit, live) * inputs.advantage
-    return LossOutput(-(inputs.weight * objective).sum(), ratio, clipped, ~kept)
+    objective = torch.where(clipped, bounds.limit.exp(), live) * inputs.advantage
+    return LossOutput(-(inputs.weight * objective).sum(), log_ratio.detach().exp(), clipped, ~kept)
 
 
 def compared(inputs: LossInputs, config: RatioConfig) -> tuple[Tensor, Tensor]:
@@ -60,17 +61,17 @@ def compared(inputs: LossInputs, config: RatioConfig) -> tuple[Tensor, Tensor]:
     return prox, scale
 
 
-def _bounds(ratio: Tensor, advantage: Tensor, length: Tensor, config: RatioConfig) -> _Bounds:
+def _bounds(log_ratio: Tensor, advantage: Tensor, length: Tensor, config: RatioConfig) -> _Bounds:
     """A ratio exactly on a bound is not clipped."""
     power = length.sqrt() if config.clip_band == "sqrt_length" else torch.ones_like(length)
-    high, low = (1 + config.clip_high) ** power, (1 - config.clip_low) ** power
-    over = (advantage > 0) & (ratio > high)
-    under = (advantage < 0) & (ratio < low)
+    high, low = power * math.log1p(config.clip_high), power * math.log1p(-config.clip_low)
+    over = (advantage > 0) & (log_ratio > high)
+    under = (advantage < 0) & (log_ratio < low)
     dual = torch.zeros_like(over)
     limit = torch.where(over, high, low)
     if config.dual_clip is not None:
-        ceiling = config.dual_clip**power
-        dual = (advantage < 0) & (ratio > ceiling)
+        ceiling = power * math.log(config.dual_clip)
+        dual = (advantage < 0) & (log_ratio > ceiling)
         limit = torch.where(dual, ceiling, limit)
     return _Bounds(over, under, dual, limit)
 

@@ -95,6 +95,7 @@ def tree_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The function that `transformers` calls: [1, H, N, D] queries, [1, H_kv, N, D] keys -> ([1, N, H, D], None)."""
@@ -102,6 +103,8 @@ def tree_attention(
         raise ConfigError("tree attention got no tree_plan: this model passes no keyword arguments to its attention")
     if sliding_window is not None or softcap is not None:
         raise ConfigError("tree attention has no sliding window and no soft cap, which this model asks for")
+    if s_aux is not None:
+        raise ConfigError("tree attention has no attention sinks, which this model asks for")
     if tree_gateways is not None:
         key, value = tree_gateways.through(module, key, value)
     if isinstance(tree_plan, SlicePlan | FlexPlan | VarlenPlan):

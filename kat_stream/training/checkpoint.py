@@ -62,7 +62,7 @@ class _Card(msgspec.Struct, kw_only=True):
 
     format: str
     written_ns: int
-    """Unix time."""
+    """Unix time, but later than that of every other checkpoint there: a clock may be set back."""
     step: int
     lineage: str
     positions: dict[str, int]
@@ -171,9 +171,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _write(work: Path, checkpoint: Checkpoint) -> None:
     torch.save(checkpoint.state, work / "state.pt")
+    earlier = checkpoints(work.parent)
     card = _Card(
         format=FORMAT,
-        written_ns=time.time_ns(),
+        written_ns=max(time.time_ns(), _written_ns(earlier[0]) + 1 if earlier else 0),
         step=checkpoint.step,
         lineage=checkpoint.lineage,
         positions=checkpoint.positions,

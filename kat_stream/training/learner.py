@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,12 +31,13 @@ from kat_stream.training.attention import NAME, Backend
 from kat_stream.training.backward import Backward, sampled_values
 from kat_stream.training.heap import keep_freed
 from kat_stream.training.metrics import StepMetrics, Tally, add
+from kat_stream.training.probe import check_model
 from kat_stream.training.publication import Publication, atomic_directory, copy_companions, weights_checksum
 from kat_stream.training.replay import RoutingReplay
 from kat_stream.training.rows import make_micro_batch, plan_micro_batches
 from kat_stream.training.shares import Share, split
 from kat_stream.trees.batch import TrainBatch
-from kat_stream.trees.routes import check_routes
+from kat_stream.trees.routes import check_routes, without_routes
 
 transformers_logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -69,7 +70,10 @@ class LearnerConfig:
 
 
 class TorchLearner:
-    """A causal model of `transformers` and its AdamW. A bad directory raises OSError or ValueError of transformers."""
+    """A causal model of `transformers` and its AdamW.
+
+    A bad directory raises OSError or ValueError of transformers; a model that trees cannot be trained on `ConfigError`.
+    """
 
     def __init__(self, model_dir: Path, config: LearnerConfig) -> None:
         if config.device == "cpu":
@@ -101,7 +105,9 @@ class TorchLearner:
         )
         if self.config.dtype == "float64":  # the reference: grouped kernels of experts have no such type
             model.set_experts_implementation("eager")
-        return model.train(False).to(self.config.device)
+        model = model.train(False).to(self.config.device)
+        check_model(model)
+        return model
 
     @property
     def max_positions(self) -> int:
@@ -120,7 +126,7 @@ class TorchLearner:
         model's positions, an id outside its vocabulary or routed experts of another model; `StepCancelled` if
         `should_stop()` is true between micro-batches of the first update: after it the step is made to its end.
         """
-        self._check(batch)
+        batch = self._checked(batch)
         began = time.perf_counter()
         tally = Tally()
         shares = self._shares(batch)
@@ -177,7 +183,7 @@ class TorchLearner:
 
     def logprobs(self, batch: TrainBatch) -> NDArray[np.float64]:
         """float64[sum of turn lengths]: log-probs of all sampled tokens under the present weights, in nats."""
-        self._check(batch)
+        batch = self._checked(batch)
         parts = [
             sampled_values(
                 self.model, make_micro_batch(batch, [row], self.config.micro_batch_tokens), self.config.attention
@@ -239,6 +245,11 @@ class TorchLearner:
             self.write_weights(work)
             checksum = weights_checksum(work)
         return Publication(directory, checksum)
+
+    def _checked(self, batch: TrainBatch) -> TrainBatch:
+        """Without recorded routing where it is not replayed: groups may have it of different engines, or not at all."""
+        self._check(batch)
+        return batch if self._replay is not None else replace(batch, rows=without_routes(batch.rows))
 
     def _check(self, batch: TrainBatch) -> None:
         if not len(batch.advantage):

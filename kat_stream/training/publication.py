@@ -1,7 +1,7 @@
 """Weights as a Hugging Face directory that an engine can load: written aside, checked, renamed into place.
 
 Invariant: a directory under its final name is complete, and its checksum is a function of its weights alone.
-No torch here: weight sync verifies what it is about to load with the same function.
+No torch here: weight sync verifies what it has engines load with the same function, where only the core is installed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from kat_stream.errors import CheckpointError, StorageError
 
@@ -40,6 +38,21 @@ def weights_checksum(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def verify_weights(directory: Path, checksum: str) -> None:
+    """`CheckpointError` unless the weights in `directory` are those of `checksum`; nothing is claimed if that is empty.
+
+    One that cannot be read now may be on its way, or pruned: that is a `CheckpointError`, too.
+    """
+    if not checksum:
+        return
+    try:
+        found = weights_checksum(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error}") from error
+    if found != checksum:
+        raise CheckpointError(f"{directory}: its weights have the checksum {found}, published was {checksum}")
+
+
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
     """A temporary sibling that becomes `target`, contents synced first, when the block ends without an error.
@@ -47,6 +60,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     `CheckpointError` if `target` is there already: what was published is never overwritten. `StorageError` if the disk
     is full or cannot be written; torch and safetensors report that as errors of their own.
     """
+    from safetensors import SafetensorError  # only who writes weights has it
+
     if target.exists():
         raise CheckpointError(f"{target} exists already")
     try:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
+import socket
+import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +51,7 @@ class Ranks:
             child = context.Process(target=_live, args=arguments, name=f"rank-{rank}", daemon=True)
             child.start()
             theirs.close()
+            _limit(mine, self.wait_s)
             self._pipes.append(mine)
             self.children.append(child)
 
@@ -57,6 +60,8 @@ class Ranks:
         for pipe in self._pipes:
             try:
                 pipe.send((command, value))
+            except BlockingIOError as error:
+                raise ServiceDied(f"a rank of the learner took nothing for {self.wait_s:g} s") from error
             except OSError as error:
                 raise ServiceDied(f"a rank of the learner is gone: {error}") from error
 
@@ -91,6 +96,14 @@ class Ranks:
             child.kill()
         dist.destroy_process_group()
         self._folder.cleanup()
+
+
+def _limit(pipe: Connection, wait_s: float) -> None:
+    """Make a write that finds no room, or a read in the middle of a message, end in BlockingIOError after so long."""
+    limit = struct.pack("ll", int(wait_s), int(wait_s % 1 * 1e6))
+    with socket.socket(fileno=os.dup(pipe.fileno())) as end:  # options are the socket's, whoever sets them
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            end.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def _live(serve: Serve, threads: int, pipe: Connection, rank: int, ranks: int, rendezvous: Path, wait_s: float) -> None:

@@ -3,7 +3,7 @@
 Data is JSON lines of OpenAI messages: {"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}. Every
 assistant message is trained, in the context that the policy would have seen.
 Invariant: what is trained as an agent's turn is exactly what the chat template adds for it; a conversation whose
-template does not extend its own prefix is refused by line number.
+template does not extend its own prefix is refused by line number, as is all else that is wrong with a line.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def fine_tune(config: Config, report: Callable[[StepMetrics, int], None]) -> Pub
     """Train as the section [sft] says and write the result; `report` gets each step and the number of steps."""
     section = config.sft
     tokenizer = load_tokenizer(config.policy.model)
-    data = [turns_of_line(line, number, tokenizer) for number, line in _lines(Path(section.data))]
+    data = [turns_of_line(line, number, tokenizer) for number, line in lines_of(Path(section.data))]
     learner = TorchLearner(
         model_dir(config.policy.model),
         LearnerConfig(
@@ -55,21 +55,26 @@ def fine_tune(config: Config, report: Callable[[StepMetrics, int], None]) -> Pub
     return learner.publish(Path(section.out))
 
 
-def turns_of_line(line: str, number: int, tokenizer: PreTrainedTokenizerFast) -> list[TurnTokens]:
+def turns_of_line(line: bytes, number: int, tokenizer: PreTrainedTokenizerFast) -> list[TurnTokens]:
     """The trained turns of one conversation; `DataError` names the line."""
     try:
         conversation = msgspec.json.decode(line, type=Conversation)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DataError(f"line {number}: {error}") from error
     spoken = [i for i, message in enumerate(conversation.messages) if message.get("role") == "assistant"]
     if not spoken:
         raise DataError(f"line {number}: no assistant message to learn from")
+    if spoken[0] == 0:
+        raise DataError(f"line {number}: it begins with an assistant message, which answers nothing")
     return [_turn(conversation, at, number, tokenizer) for at in spoken]
 
 
 def _turn(conversation: Conversation, at: int, number: int, tokenizer: PreTrainedTokenizerFast) -> TurnTokens:
-    prompt = _render(conversation, at, tokenizer, asking=True)
-    whole = _render(conversation, at + 1, tokenizer, asking=False)
+    try:
+        prompt = _render(conversation, at, tokenizer, asking=True)
+        whole = _render(conversation, at + 1, tokenizer, asking=False)
+    except Exception as error:  # a chat template is a program of the model's author: it raises what it likes
+        raise DataError(f"line {number}: chat template: {type(error).__name__}: {error}") from error
     if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
         raise DataError(f"line {number}: the chat template does not extend the prompt by message {at + 1}")
     said = np.asarray(whole[len(prompt) :], np.int32)
@@ -85,9 +90,13 @@ def _render(conversation: Conversation, count: int, tokenizer: PreTrainedTokeniz
     return ids
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers from 1; `DataError` if the file cannot be read.
+
+    A newline alone ends a line: a string of JSON may hold what Unicode calls the end of one.
+    """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"sft.data: {path} cannot be read ({error.strerror})") from error
     yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())

@@ -60,8 +60,16 @@ def check_routes(rows: Sequence[TreeLayout], width: int, experts: int) -> None:
             continue
         if row.routes.shape[1] != width:
             raise BatchError(f"row {number}: routed experts are {row.routes.shape[1]} wide, the model's {width}")
-        if (row.routes[row.routes != MISSING] >= experts).any():
+        known = row.routes != MISSING
+        if (known.any(1) & ~known.all(1)).any():
+            raise BatchError(f"row {number}: a token is routed in some layers and not in others")
+        if (row.routes[known] >= experts).any():
             raise BatchError(f"row {number}: routed to an expert that is none of {experts}")
+
+
+def without_routes(rows: Sequence[TreeLayout]) -> tuple[TreeLayout, ...]:
+    """The rows for a learner that routes every token itself."""
+    return tuple(replace(row, routes=None) for row in rows)
 
 
 def _fill(routes: Routes, path: NDArray[np.int64], pieces: Pieces, low: int, high: int) -> None:

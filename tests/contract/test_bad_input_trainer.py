@@ -17,11 +17,12 @@ from kat_stream.policy import model_dir
 from kat_stream.rl.group import GroupRules, pack_group
 from kat_stream.service import Context
 from kat_stream.training.learner import LearnerConfig, TorchLearner
+from kat_stream.trees.wire import ROW_FIELDS
 from kat_stream.versions import Versions
 from tests.contract.conftest import STAGES, Connect
 from tests.contract.log_records import everything
 from tests.unit.records import RUN, request, reward, trajectory, turn
-from topics import LedgerEntry, PackedBatch, topic_named
+from topics import LedgerEntry, PackedBatch, PackedRow, topic_named
 from topics.record import pack_ints
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("connect", STAGES, indirect=True)]
@@ -47,6 +48,9 @@ def spoilt(good: PackedBatch, kind: str) -> Message:
             row = msgspec.structs.replace(row, turn_len=pack_ints([-1, 2]))
         case "foreign token":
             row = msgspec.structs.replace(row, ids=pack_ints([1 << 30] * (len(row.ids) // 4)))
+        case "row without a turn":
+            empty = PackedRow(**dict.fromkeys(ROW_FIELDS, b""))
+            return seal(msgspec.structs.replace(good, rows=(row, empty)))
         case "version":
             members = tuple(msgspec.structs.replace(member, oldest_version="?") for member in good.members)
             return seal(msgspec.structs.replace(good, members=members))
@@ -67,7 +71,9 @@ def trainer(ctx: Context) -> Trainer:
     return made
 
 
-@pytest.mark.parametrize("kind", ["garbage", "truncated", "negative length", "foreign token", "version"])
+@pytest.mark.parametrize(
+    "kind", ["garbage", "truncated", "negative length", "foreign token", "row without a turn", "version"]
+)
 async def test_a_spoilt_batch_counts_empty_and_its_rollouts_are_filtered(log: Log, tmp_path: Path, kind: str) -> None:
     good = batch()
     said = [

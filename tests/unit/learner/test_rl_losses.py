@@ -256,3 +256,38 @@ def test_the_token_surrogate_of_fused_kernels_has_the_same_gradient(p: float, le
     (surrogate,) = torch.autograd.grad(-(share * token).sum(), inputs.logp)
     assert torch.allclose(direct, surrogate, rtol=0, atol=1e-12)
     assert (direct != 0).any() and (direct == 0).any()
+
+
+@pytest.mark.parametrize("level", ["turn", "sequence", "token"])
+def test_a_unit_without_advantage_cannot_poison_the_sum(level: str) -> None:
+    """exp of its log-ratio overflows; its share of loss and gradient is 0, as it is for one that does not."""
+    inputs = case(6, level)
+    silent = int(inputs.advantage.argmin())
+    advantage = inputs.advantage.clone()
+    advantage[silent] = 0
+    far = torch.where(inputs.unit == silent, 800.0, 0.0)
+    config = RatioConfig(level=level, mask="none", dual_clip=None)  # type: ignore[arg-type]
+    found = []
+    for gap in (0 * far, far):
+        logp = (inputs.logp.detach() + gap).requires_grad_()
+        output = turn_ratio(replace(inputs, logp=logp, advantage=advantage), config)
+        found.append((output.loss.item(), *torch.autograd.grad(output.loss, logp)))
+    assert math.isfinite(found[1][0])
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_bound_that_overflows_still_clips(advantage: float) -> None:
+    """clip_band sqrt_length: over 7000 tokens the dual clip's ceiling is e^92, more than a float32 holds."""
+    tokens = 7000
+    logp = torch.full((tokens,), -0.95, requires_grad=True)
+    one = torch.ones(1)
+    inputs = LossInputs(
+        logp, torch.full((tokens,), -1.0), torch.zeros(tokens, dtype=torch.int64), tokens * one, advantage * one, one
+    )
+    output = turn_ratio(inputs, RatioConfig(clip_band="sqrt_length", **OPEN))
+    assert output.clipped.tolist() == [True]
+    torch.autograd.backward(output.loss)
+    assert logp.grad is not None
+    assert (logp.grad == 0).all()

@@ -22,9 +22,16 @@ def test_group_advantages() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ADVANTAGES))
-@pytest.mark.parametrize("rewards", [[], [1.0], [0.0, 0.0, 0.0], [0.1, 0.1]])
+@pytest.mark.parametrize("rewards", [[], [1.0], [0.0, 0.0, 0.0], [0.1, 0.1], [0.1 + 0.2, 0.3], [1e6, 1e6 + 1e-6]])
 def test_equal_rewards_teach_nothing(name: str, rewards: list[float]) -> None:
     assert ADVANTAGES[name](rewards) is None
+    assert np.isnan(grouped(rewards, ["a"] * len(rewards), ADVANTAGES[name])).all()
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+def test_a_small_difference_of_rewards_is_one(name: str) -> None:
+    found = ADVANTAGES[name]([0.3, 0.3 + 1e-6])
+    assert found is not None and found[0] < 0 < found[1]
 
 
 def test_a_reward_that_is_no_number_is_refused() -> None:

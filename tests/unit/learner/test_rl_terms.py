@@ -324,3 +324,26 @@ def test_a_student_of_two_experts_is_as_good_as_each_on_its_own_task() -> None:
     imitated = ((experts["a"].softmax(-1) + experts["b"].softmax(-1)) / 2)[[0, 1], good].tolist()
     for t in (0, 1):
         assert reached[t] >= 0.95 * best[t] > max(averaged[t], imitated[t])
+
+
+@pytest.mark.parametrize("name", sorted(MASKS))
+def test_a_mask_never_weighs_a_token_more_than_a_number_can(name: str) -> None:
+    """k may overflow inside a unit whose mean is in the band, or where the band has no upper end."""
+    train, rollout = torch.tensor([0.0, -100.0]), torch.tensor([-100.0, 0.0])
+    config = replace(FREE, mask=name, mask_low=0.0, mask_high=math.inf, denominator="train")  # type: ignore[arg-type]
+    unit, length = torch.zeros(2, dtype=torch.int64), torch.tensor([2.0])
+    scale = mismatch_scale(train, rollout, unit, length, config)
+    assert scale.isfinite().all()
+    assert scale[0] > 0
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_a_kl_of_tokens_without_weight_is_zero_whatever_they_are(estimator: str) -> None:
+    inputs = case(5, 0.1)
+    logp = (inputs.logp.detach() - 800).requires_grad_()
+    far = replace(inputs, logp=logp, weight=0 * inputs.weight, reference_logp=inputs.rollout_logp)
+    penalty = kl(far, estimator)  # type: ignore[arg-type]
+    torch.autograd.backward(penalty)
+    assert penalty.item() == 0
+    assert logp.grad is not None
+    assert (logp.grad == 0).all()

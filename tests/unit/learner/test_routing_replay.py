@@ -233,6 +233,10 @@ def test_what_does_not_fit_is_refused(moe_dir: Path, model_dir: Path, recorded: 
         learner.step(replace(batch, rows=(replace(row, routes=row.routes[:, :4]),)))
     with pytest.raises(BatchError, match="an expert that is none of 8"):
         learner.step(replace(batch, rows=(replace(row, routes=row.routes + np.uint16(EXPERTS)),)))
+    partly = row.routes.copy()
+    partly[0, -TOP_K:] = MISSING
+    with pytest.raises(BatchError, match="routed in some layers and not in others"):
+        learner.step(replace(batch, rows=(replace(row, routes=partly),)))
     with pytest.raises(BatchError, match="routed_experts has"):
         empty = dict.fromkeys(PackedRow.__struct_fields__, b"")
         arrays_of(PackedRow(**empty | {"ids": b"1234", "routed_experts": b"1"}))
@@ -240,6 +244,16 @@ def test_what_does_not_fit_is_refused(moe_dir: Path, model_dir: Path, recorded: 
         TorchLearner(model_dir, REPLAY)
     with pytest.raises(ConfigError, match="routing_replay needs engine.record_routing"):
         load(None, ["trainer.routing_replay=true"])
+
+
+def test_without_replay_it_does_not_matter_what_engines_recorded(moe_dir: Path, recorded: list[Turn]) -> None:
+    """Groups of two engines of other models in one step, routed in other widths."""
+    one = batch_of_turns(recorded)
+    rows = tuple(replace(row, routes=row.routes[:, :4]) for row in one.rows if row.routes is not None)
+    config = replace(REPLAY, routing_replay=False)
+    bare = replace(one, rows=tuple(replace(row, routes=None) for row in one.rows))
+    metrics = TorchLearner(moe_dir, config).step(merge([one, replace(one, rows=rows)]))
+    assert metrics.loss == TorchLearner(moe_dir, config).step(merge([bare, bare])).loss
 
 
 class Engine:

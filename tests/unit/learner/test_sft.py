@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from kat_stream.config import load
 from kat_stream.errors import DataError
 from kat_stream.policy import load_tokenizer
-from kat_stream.training.sft import fine_tune, turns_of_line
+from kat_stream.training.sft import fine_tune, lines_of, turns_of_line
 
 CHAT = [
     {"role": "system", "content": "Mend the repository."},
@@ -22,7 +22,7 @@ CHAT = [
 
 def test_turns_are_what_the_template_adds_for_each_reply() -> None:
     tokenizer = load_tokenizer("demo")
-    first, second = turns_of_line(json.dumps({"messages": CHAT}), 1, tokenizer)
+    first, second = turns_of_line(json.dumps({"messages": CHAT}).encode(), 1, tokenizer)
     assert tokenizer.decode(first.sampled_ids).startswith("mv sugar.py fennel.py")
     assert tokenizer.decode(second.sampled_ids).startswith("submit")
     path = [*first.prompt_ids, *first.sampled_ids]
@@ -47,10 +47,30 @@ def test_the_loss_falls_and_the_result_loads(tmp_path: Path) -> None:
     ("line", "reason"),
     [
         ("{", "line 7"),
+        ('{"messages": [{"role": "\udcff"}]}', "line 7: .*utf-8"),
         (json.dumps({"messages": "x"}), "line 7: Expected `array`"),
         (json.dumps({"messages": CHAT[:2]}), "line 7: no assistant message"),
+        (json.dumps({"messages": CHAT[2:]}), "line 7: it begins with an assistant message"),
     ],
 )
 def test_a_bad_line_is_named(line: str, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        turns_of_line(line, 7, load_tokenizer("demo"))
+        turns_of_line(line.encode(errors="surrogateescape"), 7, load_tokenizer("demo"))
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no tools here') }}", "{{ messages[0].content + 1 }}"])
+def test_a_conversation_that_the_template_refuses_is_named(template: str) -> None:
+    tokenizer = load_tokenizer("demo")
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=r"line 7: chat template: (TemplateError: no tools here|TypeError: )"):
+        turns_of_line(json.dumps({"messages": CHAT}).encode(), 7, tokenizer)
+
+
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    """Valid JSON may hold U+2028, U+0085 and the like inside a string."""
+    spoken = [{"role": "user", "content": "one\u2028two\u0085three"}, CHAT[2]]
+    data = tmp_path / "chats.jsonl"
+    line = json.dumps({"messages": spoken}, ensure_ascii=False)
+    data.write_bytes(f"{line}\r\n\n{line}".encode())
+    assert [number for number, _ in lines_of(data)] == [1, 3]
+    assert all(turns_of_line(text, number, load_tokenizer("demo")) for number, text in lines_of(data))

@@ -107,6 +107,17 @@ def test_only_the_newest_are_kept_by_time_not_by_step(model_dir: Path, tmp_path:
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
+def test_the_newest_is_the_newest_also_after_the_clock_was_set_back(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = TorchLearner(model_dir, CONFIG)
+    for step, lineage, clock_s in ((5, "a", 7200), (10, "a", 3600), (12, "b", 60)):
+        monkeypatch.setattr("kat_stream.training.checkpoint.time.time_ns", lambda now=clock_s: now * 10**9)
+        learner.step_count = step
+        save(tmp_path, of(learner, lineage), keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000012.b", "step-000010.a"]
+
+
 def test_what_a_dead_process_left_half_written_is_not_seen_and_is_removed(model_dir: Path, tmp_path: Path) -> None:
     half = tmp_path / ".step-000003.abc"
     half.mkdir(parents=True)

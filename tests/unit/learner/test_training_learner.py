@@ -11,10 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GptOssConfig,
+    Lfm2Config,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen3_5TextConfig,
+)
 
 from kat_stream.errors import BatchError, CheckpointError, ConfigError, StepCancelled
 from kat_stream.rl.settings import RatioConfig
+from kat_stream.training.attention import NAME
 from kat_stream.training.learner import LearnerConfig, TorchLearner
 from kat_stream.training.publication import weights_checksum
 from kat_stream.trees import TrainBatch, make_batch
@@ -199,15 +210,61 @@ def test_a_batch_that_does_not_fit_is_refused(model_dir: Path, turn: Build, batc
         learner.step(make_batch([], rollout=[], advantage=[], weight=[], rollout_ids=[], budget_tokens=9))
 
 
-def test_attention_that_is_no_tree_is_refused(tmp_path: Path, turn: Build) -> None:
+def test_attention_that_is_no_tree_is_refused(tmp_path: Path) -> None:
     """A sliding window cuts paths, which the tree mask cannot say."""
     config = MistralConfig(
         vocab_size=7, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, sliding_window=4, max_position_embeddings=32,
     )  # fmt: skip
     MistralForCausalLM(config).save_pretrained(tmp_path)
-    turns = [turn("t", [0], [1])]
-    batch = make_batch(turns, rollout=[0], advantage=[1.0], weight=[1.0], rollout_ids=["r"], budget_tokens=9)
     with pytest.raises(ConfigError, match="sliding window"):
-        TorchLearner(tmp_path, LearnerConfig()).step(batch)
+        TorchLearner(tmp_path, LearnerConfig())
     assert json.loads((tmp_path / "config.json").read_text())["sliding_window"] == 4
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 7, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 2, "max_position_embeddings": 64, "initializer_range": 0.4,
+}  # fmt: skip
+LINEAR = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")} | {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4, "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "factor": 8.0,
+}
+NOT_FOR_TREES = {
+    "layers of type linear_attention": lambda: Qwen3_5TextConfig(**SMALL, **LINEAR),
+    "layers of type conv": lambda: Lfm2Config(**SMALL, full_attn_idxs=[1], block_auto_adjust_ff_dim=False),
+    "RoPE of type longrope": lambda: Phi3Config(
+        **SMALL, pad_token_id=0, original_max_position_embeddings=8,
+        rope_parameters={**LONG, "original_max_position_embeddings": 8},
+    ),
+    "attention sinks": lambda: GptOssConfig(
+        **SMALL, head_dim=8, layer_types=["full_attention"] * 2, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "other logits than its path alone": lambda: BloomConfig(
+        vocab_size=7, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", NOT_FOR_TREES)
+def test_a_model_whose_paths_would_not_run_as_alone_is_refused_when_it_is_loaded(reason: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config: PreTrainedConfig = NOT_FOR_TREES[reason]()
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"cannot be trained on trees: .*{reason}|tree attention .*{reason}"):
+        TorchLearner(tmp_path, LearnerConfig())
+
+
+def test_looking_at_a_model_leaves_it_and_the_chance_as_they_were(model_dir: Path) -> None:
+    before = torch.get_rng_state()
+    learner = TorchLearner(model_dir, LearnerConfig())
+    assert torch.equal(before, torch.get_rng_state())
+    assert learner.model.config._attn_implementation == NAME
+    assert all(value.grad is None for value in learner.model.parameters())

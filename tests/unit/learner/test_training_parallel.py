@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kat_stream.training.ranks as ranks_module
 from kat_stream.errors import ServiceDied, StepCancelled
 from kat_stream.rl.settings import RatioConfig
 from kat_stream.training.dealing import deal
 from kat_stream.training.learner import LearnerConfig, TorchLearner
 from kat_stream.training.parallel import ParallelLearner, open_learner
+from kat_stream.training.ranks import Ranks
 from kat_stream.trees import TrainBatch
 
 Build = Callable[..., Any]
@@ -87,3 +92,21 @@ def test_a_rank_that_is_gone_ends_the_step(ranks: ParallelLearner, grow: Build, 
     with pytest.raises(ServiceDied, match="a rank of the learner is gone"):
         ranks.step(steps(grow, batch_of)[0])
     assert torch.distributed.is_initialized()
+
+
+def stand_still(pipe: Connection, rank: int, ranks: int, rendezvous: Path, wait_s: float) -> None:
+    """A rank that is stopped before it gets here."""
+
+
+def test_a_rank_that_stands_still_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than its pipe holds: `tell` finds no room, however long it tries."""
+    monkeypatch.setattr(ranks_module, "JOIN_S", 0.5)
+    others = Ranks(stand_still, 2, threads=1, step_s=0.5)
+    (child,) = others.children
+    os.kill(child.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ServiceDied, match=r"took nothing for 0\.5 s"):
+            others.tell("step", np.zeros(10_000_000, np.int8))
+    finally:
+        child.kill()
+        child.join()
