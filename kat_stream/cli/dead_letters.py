@@ -60,7 +60,8 @@ def _register_replay(group: Any) -> None:
         description="Puts the bytes of each letter back to its topic and partition, with its headers, attempts "
         "counted from 1 and a header `replayed`. Each is put back once: its mark on dead.letters is written in the "
         "same transaction, and a second replay, also one at the same time, finds it. Mend the cause first. Every "
-        "stage that reads the topic sees the message; those that had no trouble with it know it by its ids.",
+        "stage that reads the topic sees the message; those that had no trouble with it know it by its ids. A message "
+        "that was too large for a letter stays where it is.",
         examples=[
             "dead-letters replay --dry-run",
             "dead-letters replay --stage demo.verifier --error VerifierError --since 2h",
@@ -136,8 +137,8 @@ async def _replay(args: argparse.Namespace) -> None:
         chosen = wanted(args.stage, args.error, args.since)
         todo = dead_letters.pending if args.dry_run else dead_letters.replay
         async for letter in todo(log, chosen):
-            print(summary(letter))
-            count += 1
+            print(summary(letter) + (f"; stays: {letter.stays}" if letter.stays else ""))
+            count += not letter.stays
         print(f"{count} {'would be ' if args.dry_run else ''}put back")
     finally:
         await log.close()

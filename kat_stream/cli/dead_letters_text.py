@@ -52,10 +52,15 @@ def told(letter: Letter) -> str:
             f"reason    {record.error_type}: {record.message}",
             f"key       {record.key.decode(errors='replace')}",
             *(f"header    {name}: {value.decode(errors='replace')}" for name, value in record.headers),
-            f"bytes     {len(record.value)}: {record.value[:HEAD].hex(' ')}{' ...' if record.value[HEAD:] else ''}",
-            f"record    {_decoded(letter)}",
+            *([] if record.left_out else _contents(letter)),
         ]
     )
+
+
+def _contents(letter: Letter) -> list[str]:
+    value = letter.record.value
+    head = f"bytes     {len(value)}: {value[:HEAD].hex(' ')}{' ...' if value[HEAD:] else ''}"
+    return [head, f"record    {_decoded(letter)}"]
 
 
 def _decoded(letter: Letter) -> str:

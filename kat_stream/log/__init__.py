@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 PREFIX = "kat."
+LAST_PORT = 65_535
 
 
 def open_log(
@@ -66,6 +67,14 @@ def open_log(
     return ClaimCheckedLog(log, BlobStore(blobs), blob_limit_bytes)
 
 
+def _check_ports(url: str, addresses: str) -> None:
+    """An address may have none: aiokafka knows Kafka's own."""
+    for address in addresses.split(","):
+        _, colon, port = address.strip().rpartition(":")
+        if colon and not address.endswith("]") and not (port.isdecimal() and 0 < int(port) <= LAST_PORT):
+            raise ConfigError(f"log: {url!r}: {port!r} is no port")
+
+
 def _open(url: str, prefix: str, security: SecuritySection, static_member: bool) -> Log:
     scheme, _, rest = url.partition(":")
     if scheme == "memory" and not rest:
@@ -74,6 +83,7 @@ def _open(url: str, prefix: str, security: SecuritySection, static_member: bool)
         from kat_stream.log.kafka import KafkaLog
         from kat_stream.log.security import connection_options
 
+        _check_ports(url, rest)
         options = connection_options(security)
         return KafkaLog(rest, prefix=prefix, security=options, static_member=static_member)
     raise ConfigError(f"log: {url!r} is neither memory: nor kafka:host:port[,host:port]")

@@ -15,6 +15,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
@@ -175,11 +176,19 @@ class BlobStore:
             return
         temporary = f"{path}.{next(self._names)}.tmp"
         try:
-            _write_synced(temporary, data)
+            self._write_file(temporary, data)
+            os.replace(temporary, path)  # noqa: PTH105 - fsspec's paths are text
+        except OSError:  # a full disk stays full if every attempt leaves a file
+            with suppress(OSError):
+                os.unlink(temporary)  # noqa: PTH108 - fsspec's paths are text
+            raise
+
+    def _write_file(self, path: str, data: bytes) -> None:
+        try:
+            _write_synced(path, data)
         except FileNotFoundError:  # the first blob of its folder
             self._fs.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH120 - fsspec's paths are text
-            _write_synced(temporary, data)
-        os.replace(temporary, path)  # noqa: PTH105 - fsspec's paths are text
+            _write_synced(path, data)
 
     def _get(self, ref: BlobRef) -> bytes | BlobError:
         try:

@@ -25,6 +25,7 @@ from kat_stream.log.broker_node import POLL_S, READY_S, STOP_S, Node, answers
 __all__ = ["Cluster", "Node", "Status", "answers", "cluster_of", "down", "status", "up"]
 
 PORT_S = 5.0
+LAST_PORT = 65_535
 MAX_REPLICAS = 3
 TOGETHER_S = 6.0
 """How long nodes may take that stop together: the last ones wait in vain for a majority to agree to their leaving."""
@@ -163,6 +164,8 @@ def _at_free_ports(node: Node, cluster: Cluster, first_port: int) -> Node:
         if asked not in (0, node.port):
             raise ConfigError(f"broker: node {node.number} runs at port {node.port}; stop it before it can move")
         return node
+    if asked and not 0 < asked <= LAST_PORT:
+        raise ConfigError(f"broker: port {asked} of node {node.number} is not between 1 and {LAST_PORT}")
     if asked and not _becomes_free(asked):
         raise ConfigError(f"broker: port {asked} is in use")
     controller = node.controller_port

@@ -48,10 +48,10 @@ class Node:
         """Its process; 0 if it does not run."""
         try:
             record = json.loads((self.folder / "pid.json").read_text())
-        except FileNotFoundError:
+            pid, started = int(record["pid"]), record["started"]
+        except (FileNotFoundError, ValueError, TypeError, KeyError):  # none, or none that `launch` wrote whole
             return 0
-        pid = int(record["pid"])
-        return pid if alive(pid) and _start_time(pid) == record["started"] else 0
+        return pid if alive(pid) and _start_time(pid) == started else 0
 
     def configure(self, settings: Mapping[str, str]) -> None:
         """Write server.properties: the template, then what `settings` adds; @NAMES@ of both are filled in."""
@@ -79,7 +79,7 @@ class Node:
         """Start the process detached: it outlives this one and does not get its Ctrl-C. Does nothing if it runs.
 
         Recorded at once: two on one data directory destroy it, so not even a kill -9 of this process may leave one
-        that nobody knows.
+        that nobody knows. ConfigError if it cannot be recorded: then it does not run.
         """
         if self.pid:
             return
@@ -89,8 +89,21 @@ class Node:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        record = {"pid": process.pid, "started": _start_time(process.pid)}
-        (self.folder / "pid.json").write_text(json.dumps(record))
+        try:
+            self._record(process.pid)
+        except BaseException:  # a Ctrl-C, too: nobody would know of it
+            process.kill()
+            process.wait()
+            raise
+
+    def _record(self, pid: int) -> None:
+        """Whole or not at all."""
+        new = self.folder / ".pid.json"
+        try:
+            new.write_text(json.dumps({"pid": pid, "started": _start_time(pid)}))
+            new.replace(self.folder / "pid.json")
+        except OSError as error:
+            raise ConfigError(f"broker: {self.folder / 'pid.json'} cannot be written ({error.strerror})") from error
 
     def wait_ready(self, others: frozenset[int] = frozenset()) -> None:
         """Until it lists itself, and `others`, as alive. ConfigError: it ended. DeadlineExceeded."""

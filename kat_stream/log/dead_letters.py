@@ -10,9 +10,9 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from kat_stream.errors import DecodeError
+from kat_stream.errors import DataError, DecodeError
 from kat_stream.log.base import Delivered, Log, Message, Position
-from kat_stream.log.message import seal
+from kat_stream.log.message import check, seal
 from kat_stream.log.retries import ATTEMPT
 from topics.dead_letter import DeadLetter
 
@@ -38,6 +38,17 @@ class Letter:
         record = self.record
         position = Position(record.topic, record.partition, record.offset)
         return Delivered(position, record.key or None, record.value, dict(record.headers), self.timestamp_ms)
+
+    @property
+    def stays(self) -> str:
+        """Why it cannot be put back; empty if it can."""
+        if self.record.left_out:
+            return f"its {self.record.left_out} bytes are not in it"
+        try:
+            check(_message(self))
+        except DataError as error:
+            return str(error)
+        return ""
 
 
 Wanted = Callable[[Letter], bool]
@@ -67,14 +78,15 @@ async def pending(log: Log, wanted: Wanted) -> AsyncIterator[Letter]:
 
 
 async def replay(log: Log, wanted: Wanted) -> AsyncIterator[Letter]:
-    """Put back what `pending` gives; each letter comes once it is done.
+    """Put back what `pending` gives; each letter comes once it is done, and one that `stays` as it was.
 
     FencedError: another replay has begun, and goes on with the rest.
     """
     writer = await log.writer(WRITER, group=WRITER)
     try:
         async for letter in pending(log, wanted):
-            await writer.commit([_message(letter), seal(_mark(letter))], {})
+            if not letter.stays:
+                await writer.commit([_message(letter), seal(_mark(letter))], {})
             yield letter
     finally:
         await writer.close()

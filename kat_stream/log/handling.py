@@ -1,7 +1,8 @@
 """One message through a handler, to the end: short retries in place, long ones through a tier, then a dead letter.
 
 Invariant: `settle` returns what can be written as it is, or Hold; what a handler cannot use leaves as a DeadLetter with
-the raw bytes, and an error that nobody classified leaves as itself, because it is a bug and the stage must stop.
+the raw bytes, if a letter has room for them, and an error that nobody classified leaves as itself, because it is a bug
+and the stage must stop.
 Attempts are counted in the header `attempt`, over all ways to try again.
 """
 
@@ -11,12 +12,13 @@ import logging
 from dataclasses import dataclass
 
 import anyio
+import msgspec
 
 from kat_stream.errors import DataError, DecodeError, KatError
 from kat_stream.log import trace
 from kat_stream.log.base import Delivered, Message, Position
 from kat_stream.log.dead_letter_cap import DeadLetterCap
-from kat_stream.log.message import seal
+from kat_stream.log.message import check, seal, size_of
 from kat_stream.log.outcome import Emit, Hold, Reject, Retry, WorkHandler
 from kat_stream.log.retries import IN_PLACE_S, attempt_of, defer, numbered
 from topics.dead_letter import DeadLetter
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_RETRY_S = 0.2
 LONGEST_RETRY_S = 10.0
+REASON = 10_000
+"""Characters of a reason in a letter, and of a run's name where it holds no more: either may be what is so large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +93,14 @@ class Handling:
             return Retry(pause, f"{type(error).__name__}: {error}")
 
     def _defer(self, delivered: Delivered, retry: Retry) -> Settled:
+        """A dead letter if the tiers do not take a message so large."""
+        deferred = defer(delivered, self.stage, retry.after_s, retry.reason, _run_of(delivered))
+        try:
+            check(deferred)
+        except DataError as error:
+            return self._bury(delivered, Reject(f"{retry.reason}; it cannot wait in a tier: {error}", "Retry"))
         self.cap.handled()
-        return Settled((defer(delivered, self.stage, retry.after_s, retry.reason, _run_of(delivered)),))
+        return Settled((deferred,))
 
     def _bury(self, delivered: Delivered, reject: Reject) -> Settled:
         self.cap.bury(self.stage, f"{reject.error_type}: {reject.reason}")
@@ -104,20 +114,31 @@ def sealed(emit: Emit) -> Settled:
 
 
 def dead_letter(delivered: Delivered, stage: str, reject: Reject) -> DeadLetter:
-    """The message byte for byte, with where it came from and why it could not be used."""
+    """The message byte for byte, if a letter has room for it, with where it came from and why it could not be used."""
     topic, partition, offset = delivered.position
-    return DeadLetter(
+    letter = DeadLetter(
         run=_run_of(delivered),
         stage=stage,
         topic=topic,
         partition=partition,
         offset=offset,
         error_type=reject.error_type,
-        message=reject.reason,
+        message=reject.reason[:REASON],
         value=delivered.value,
         key=delivered.key or b"",
         headers=tuple(delivered.headers.items()),
     )
+    try:
+        seal(letter)
+    except DataError:
+        return _without_bytes(letter, delivered)
+    return letter
+
+
+def _without_bytes(letter: DeadLetter, delivered: Delivered) -> DeadLetter:
+    size, run = size_of(delivered), letter.run[:REASON]
+    message = f"{letter.message} ({size} bytes, too large for a letter; they lie at {delivered.position})"
+    return msgspec.structs.replace(letter, run=run, message=message, value=b"", key=b"", headers=(), left_out=size)
 
 
 def _run_of(delivered: Delivered) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import aiokafka
 import anyio
 from aiokafka import errors as kafka_errors
-from aiokafka.conn import create_conn
+from aiokafka.conn import create_conn, get_ip_port_afi
 
 from kat_stream.errors import AccessDenied, DataError, FencedError, LogError, LogUnavailable
 from kat_stream.log.base import TopicPartition
@@ -153,11 +153,11 @@ async def refused_at_the_door(broker: Broker) -> None:
     """
     if not broker.security:
         return
-    host, _, port = broker.bootstrap.split(",")[0].rpartition(":")
+    host, port, _ = get_ip_port_afi(broker.bootstrap.split(",")[0])
     what = f"{broker.bootstrap} does not let us in"
     try:
         async with asyncio.timeout(CONNECT_S):
-            connection = await create_conn(host, int(port), request_timeout_ms=int(CONNECT_S * 1000), **broker.security)
+            connection = await create_conn(host, port, request_timeout_ms=int(CONNECT_S * 1000), **broker.security)
         connection.close()
     except DOOR as error:
         raise AccessDenied(broker.principal, "log in to", f"this cluster ({_text(error)})", what) from error

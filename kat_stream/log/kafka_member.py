@@ -44,9 +44,10 @@ LOSSES = 5
 
 
 def delivered(broker: Broker, record: ConsumerRecord[Any, Any]) -> Delivered:
-    """aiokafka's record as ours."""
+    """aiokafka's record as ours: a header without a value, which Kafka allows, has an empty one."""
     position = Position(record.topic.removeprefix(broker.prefix), record.partition, record.offset)
-    return Delivered(position, record.key, record.value or b"", dict(record.headers), record.timestamp)
+    headers = {name: text or b"" for name, text in record.headers}
+    return Delivered(position, record.key, record.value or b"", headers, record.timestamp)
 
 
 class KafkaMember:

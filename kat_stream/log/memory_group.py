@@ -32,11 +32,20 @@ class MemoryGroup:
         self.committed: dict[TopicPartition, Committed] = {}
         self.writers: dict[str, MemoryWriter] = {}
         self._lock = asyncio.Lock()
+        self._leaving: set[asyncio.Future[None]] = set()
+        """Of members that were cancelled while they joined: the lock puts it behind the joining."""
 
     async def add(self, member: MemoryMember) -> None:
         if any(other.topics != member.topics for other in self.members):
             raise LogError(f"group {self.name}: all members read the same topics")
-        await _whole(self._change(add=member))
+        joining = asyncio.ensure_future(self._change(add=member))
+        try:
+            await asyncio.shield(joining)
+        except BaseException:  # cancelled, say: the change goes on to its end, and then nobody would poll what it got
+            leaving = asyncio.ensure_future(self.remove(member))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+            raise
 
     async def remove(self, member: MemoryMember) -> None:
         await _whole(self._change(remove=member))
@@ -44,6 +53,8 @@ class MemoryGroup:
     async def _change(self, add: MemoryMember | None = None, remove: MemoryMember | None = None) -> None:
         async with self._lock:
             if remove is not None:
+                if remove not in self.members:
+                    return
                 self.members.remove(remove)
             await self._revoke()
             self.members += [add] if add else []

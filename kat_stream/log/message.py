@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 
 from kat_stream.errors import DataError
-from kat_stream.log.base import Message
+from kat_stream.log.base import Delivered, Message
 from kat_stream.log.trace import traceparent_of
 from topics.catalogue import Topic, key_of, spread_of, topic_named, topic_of
 from topics.dead_letter import DeadLetter
@@ -45,9 +45,13 @@ def seal(record: Record) -> Message:
 def check(message: Message) -> None:
     """DataError for what a broker would reject: too large, or no key on a compacted topic."""
     topic = topic_named(message.topic)
-    headers = sum(len(name) + len(text) for name, text in message.headers.items())
-    size = len(message.value) + len(message.key or b"") + headers
-    if size > largest(topic):
+    if (size := size_of(message)) > largest(topic):
         raise DataError(f"{message.topic}: {size} bytes, the topic takes {largest(topic)}")
     if topic.cleanup == "compact" and not message.key:
         raise DataError(f"{message.topic}: a message of a compacted topic needs a key")
+
+
+def size_of(message: Message | Delivered) -> int:
+    """Bytes of value, key and headers."""
+    headers = sum(len(name) + len(text) for name, text in message.headers.items())
+    return len(message.value) + len(message.key or b"") + headers

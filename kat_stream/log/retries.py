@@ -8,6 +8,7 @@ Within a tier all wait equally long: the head of a partition is the first that i
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 
@@ -24,12 +25,14 @@ TIERS = {"retries.10s": 10.0, "retries.60s": 60.0, "retries.600s": 600.0}
 IN_PLACE_S = 2.0
 """Shorter waits are not worth a trip through the log."""
 ATTEMPT = "attempt"
+_ATTEMPT = re.compile(rb"[1-9][0-9]{0,2}")
+_DUE = re.compile(rb"[0-9]{1,15}")
 
 
 def attempt_of(delivered: Delivered) -> int:
-    """Which attempt this delivery is, from 1 on; what is no number counts as the first."""
+    """Which attempt this delivery is, from 1 to 999; whatever else the header says counts as the first."""
     text = delivered.headers.get(ATTEMPT, b"")
-    return int(text) if text.isdigit() else 1
+    return int(text) if _ATTEMPT.fullmatch(text) else 1
 
 
 def numbered(delivered: Delivered, attempt: int) -> Delivered:
@@ -72,7 +75,7 @@ def wait_s(delivered: Delivered, stage: str) -> float:
     if delivered.position.topic not in TIERS or not is_for(delivered, stage):
         return 0.0
     due = delivered.headers.get("due", b"")
-    remaining = int(due) / 1000 - time.time() if due.isdigit() else 0.0
+    remaining = int(due) / 1000 - time.time() if _DUE.fullmatch(due) else 0.0
     return min(max(0.0, remaining), TIERS[delivered.position.topic])
 
 

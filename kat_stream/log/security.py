@@ -56,10 +56,7 @@ def _username(section: SecuritySection) -> str:
 
 
 def _password(section: SecuritySection) -> str:
-    if section.password_file:
-        password = _read(Path(section.password_file), "password_file").strip("\r\n")
-    else:
-        password = os.environ.get(PASSWORD, "")
+    password = _text(section.password_file).strip("\r\n") if section.password_file else os.environ.get(PASSWORD, "")
     if not password:
         source = f"{section.password_file} is empty" if section.password_file else f"no password: set it, or {PASSWORD}"
         raise ConfigError(_wrong("password_file", source))
@@ -67,27 +64,40 @@ def _password(section: SecuritySection) -> str:
 
 
 def _ssl_context(section: SecuritySection) -> ssl.SSLContext:
-    for key in ("ca_file", "cert_file", "key_file"):
-        if path := getattr(section, key):
-            _read(Path(path), key)
+    files = {key: _file(getattr(section, key), key) for key in ("ca_file", "cert_file", "key_file")}
     try:
-        context = ssl.create_default_context(cafile=section.ca_file or None)
+        context = ssl.create_default_context(cafile=files["ca_file"])
     except ssl.SSLError as error:
         raise ConfigError(_wrong("ca_file", f"{section.ca_file} holds no PEM certificate")) from error
-    if section.cert_file:
+    if certificate := files["cert_file"]:
         try:
             # An empty passphrase: without one OpenSSL would ask on the terminal for that of an encrypted key.
-            context.load_cert_chain(section.cert_file, section.key_file or None, password="")
+            context.load_cert_chain(certificate, files["key_file"], password="")
         except (ssl.SSLError, ValueError) as error:
             raise ConfigError(_wrong("cert_file", "certificate and key do not fit, or the key is encrypted")) from error
     return context
 
 
-def _read(path: Path, key: str) -> str:
+def _text(path: str) -> str:
     try:
-        return path.expanduser().read_text()
-    except OSError as error:
-        raise ConfigError(_wrong(key, f"{path} cannot be read ({error.strerror})")) from error
+        return _read(Path(path), "password_file").decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(_wrong("password_file", f"{path} is not UTF-8")) from error
+
+
+def _file(path: str, key: str) -> Path | None:
+    """A file that can be read, where OpenSSL finds it: it does not know what ~ is."""
+    if not path:
+        return None
+    _read(Path(path), key)
+    return Path(path).expanduser()
+
+
+def _read(path: Path, key: str) -> bytes:
+    try:
+        return path.expanduser().read_bytes()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a ~user who is not there
+        raise ConfigError(_wrong(key, f"{path} cannot be read ({getattr(error, 'strerror', error)})")) from error
 
 
 def _wrong(key: str, what: str) -> str:

@@ -7,6 +7,7 @@ Records without a rollout inherit the trace of the message that is being handled
 from __future__ import annotations
 
 import os
+import re
 from contextvars import ContextVar
 from hashlib import blake2b
 
@@ -14,6 +15,7 @@ from topics.record import Record
 
 current: ContextVar[bytes | None] = ContextVar("traceparent", default=None)
 """The traceparent of the message being handled in this task."""
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def trace_id_of(rollout_id: str) -> str:
@@ -28,7 +30,7 @@ def traceparent_of(record: Record) -> bytes:
 
 
 def fresh(parent: bytes | None) -> bytes:
-    """A new span of the parent's trace, or of a new trace."""
+    """A new span of the parent's trace, or of a new trace if it has none: another program's header may be anything."""
     return _span(_trace_of(parent))
 
 
@@ -37,5 +39,5 @@ def _span(trace_id: str) -> bytes:
 
 
 def _trace_of(traceparent: bytes | None) -> str:
-    parent = (traceparent or b"").split(b"-")
-    return parent[1].decode() if len(parent) == 4 else os.urandom(16).hex()
+    parent = _TRACEPARENT.fullmatch(traceparent or b"")
+    return parent[1].decode() if parent else os.urandom(16).hex()

@@ -5,6 +5,7 @@ acknowledged, and finished messages beyond the low-watermark are in the commit's
 was unfinished. At-least-once: what follows from a message carries its id, and readers drop what they know.
 When partitions move, intake stops, running tasks may finish until the drain deadline, then the place is committed;
 tasks of partitions that came back go on, those of lost partitions are cancelled, as the new owner starts them again.
+So it is while a stage stops, too: its peers may leave before its last tasks end, and what these did is committed.
 A partition of a delay tier rests until its head is due; other stages' messages in it are passed over.
 """
 
@@ -65,7 +66,7 @@ async def run_work(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(stage.guarded, stage.commit_loop)
             await stage.guarded(stage.take_in, tasks)
-            await stage.drained(stage.running, drain_s)
+            await stage.guarded(stage.drain)
             tasks.cancel_scope.cancel()
     finally:
         with anyio.move_on_after(LEAVE_S, shield=True):
@@ -108,11 +109,29 @@ class _Work:
     async def take_in(self, tasks: anyio.abc.TaskGroup) -> None:
         """Poll and start tasks until the stage stops or breaks."""
         while not self._stopping.is_set() and self.crash is None:
-            try:
-                await self._step(tasks)
-            except (LogUnavailable, FencedError) as error:
-                logger.warning("%s: waiting for the log: %s", self._handling.stage, error)
-                await anyio.sleep(RETRY_S)
+            await self._patiently(self._step, tasks)
+
+    async def drain(self) -> None:
+        """Start nothing more, and wait at most `drain_s` until the tasks ended and what they did can be committed."""
+        with anyio.move_on_after(self._drain_s):
+            while self.crash is None and (self.running or (self._epoch != self.member.epoch and self._news())):
+                await self._patiently(self._keep_places)
+
+    async def _patiently(self, step: Callable[..., Awaitable[None]], *args: object) -> None:
+        """Run a step; what is the log's fault is over after a pause."""
+        try:
+            await step(*args)
+        except (LogUnavailable, FencedError) as error:
+            logger.warning("%s: waiting for the log: %s", self._handling.stage, error)
+            await anyio.sleep(RETRY_S)
+
+    async def _keep_places(self) -> None:
+        """Take over partitions that moved, or wait for a change."""
+        if self._epoch != self.member.epoch:
+            await self._reassign()
+        else:
+            with anyio.move_on_after(MOVING_S):
+                await self._changed.wait()
 
     async def _step(self, tasks: anyio.abc.TaskGroup) -> None:
         """One turn of the loop: take over partitions, or wait for a slot, or poll."""
@@ -255,12 +274,12 @@ class _Work:
                 waiting = ()
             except LogUnavailable as error:
                 logger.warning("%s: still publishing: %s", self._handling.stage, error)
+                await anyio.sleep(RETRY_S)
 
     async def _commit(self) -> bool:
         """Commit every place that changed; False if the broker did not answer."""
         async with self._commit_lock:
-            places = {partition: tracker.commit() for partition, tracker in self._trackers.items()}
-            new = {p: place for p, place in places.items() if place != self._committed[p]}
+            new = self._news()
             if not new:
                 return True
             try:
@@ -273,6 +292,11 @@ class _Work:
                 return False
             self._committed.update({p: place for p, place in new.items() if p in self._committed})
             return True
+
+    def _news(self) -> dict[TopicPartition, Committed]:
+        """Places that are not committed yet as they are now."""
+        places = {partition: tracker.commit() for partition, tracker in self._trackers.items()}
+        return {p: place for p, place in places.items() if place != self._committed[p]}
 
     async def _skip_markers(self) -> None:
         """With nothing open, the place to commit is where the reader stands: markers are not lag.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -118,6 +119,25 @@ async def test_concurrent_puts_of_one_value_leave_one_whole_blob(place: tuple[Bl
         for _ in range(12):
             tasks.start_soon(store.put, data)
     assert [path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != "kat-blobs"] == [data]
+
+
+def _files(root: Path) -> set[Path]:
+    return {path for path in root.rglob("*") if path.is_file()}
+
+
+async def test_a_full_disk_is_an_outage_and_gets_no_fuller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = BlobStore(f"file:{tmp_path}/blobs")
+    await store.put(b"while there was room")
+    before = _files(tmp_path)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(BlobUnavailable, match="No space left"):
+            await store.put(b"when there was none")
+    assert _files(tmp_path) == before
 
 
 async def test_an_s3_server_that_is_away_or_refuses_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:

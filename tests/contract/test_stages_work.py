@@ -259,6 +259,35 @@ async def test_an_unclassified_error_stops_the_stage_and_keeps_the_message(log: 
     assert await everything(log, "dead.letters") == []
 
 
+async def test_members_that_stop_together_commit_what_each_of_them_ended(connect: Connect) -> None:
+    """The one without work leaves at once, and the other's partitions move while its task ends."""
+    log, other = await connect(), await connect()
+    worked = Counter[int]()
+    through = anyio.Event()
+
+    async def handle(delivered: Delivered) -> Outcome:
+        worked[scored(delivered)] += 1
+        await through.wait()
+        return Emit(entry("g", "0"))
+
+    async def settled(*names: str) -> None:
+        with anyio.fail_after(30):
+            while [(group.state, {*group.members}) for group in await log.groups()] != [("Stable", {*names})]:
+                await anyio.sleep(0.05)
+
+    async with working(log, handle, member="a") as first, working(other, handle, member="b") as second:
+        await settled("a", "b")
+        await log.publish(reward(0))
+        await eventually(lambda: worked.total() == 1)
+        first.event.set()
+        second.event.set()
+        await eventually(lambda: first.ended.is_set() or second.ended.is_set())
+        await settled("b" if first.ended.is_set() else "a")
+        through.set()
+    assert await committed_up_to_end(log, "w", "rewards")
+    assert len(await everything(log, "ledger")) == 1 and worked == {0: 1}
+
+
 async def test_stop_does_not_wait_for_a_task_beyond_the_drain_deadline(log: Log) -> None:
     await log.publish(reward(0))
     started, cancelled = anyio.Event(), []

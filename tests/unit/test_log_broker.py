@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kat_stream.errors import ConfigError
-from kat_stream.log import broker, jars
+from kat_stream.log import broker, broker_node, jars
 
 
 def made(state: Path, *ports: int) -> None:
@@ -62,6 +65,40 @@ def test_a_pid_that_belongs_to_another_process_now_does_not_count(tmp_path: Path
     nodes = ((1, "127.0.0.1:1", 0),)
     assert broker.status(tmp_path) == broker.Status(running=False, bootstrap="127.0.0.1:1", nodes=nodes)
     assert broker.down(tmp_path) is False
+
+
+@pytest.mark.parametrize("text", ["", "null", "{}", '{"pid": "x", "started": "0"}', '{"pid": 12'])
+def test_a_pid_that_was_not_written_whole_is_none(tmp_path: Path, text: str) -> None:
+    made(tmp_path, 1)
+    (tmp_path / "node-1").mkdir()
+    (tmp_path / "node-1" / "pid.json").write_text(text)
+    assert not broker.status(tmp_path).running
+    assert broker.down(tmp_path) is False
+
+
+def test_a_process_that_cannot_be_recorded_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the record of the one before it is whole."""
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\nexec sleep 60\n")
+    java.chmod(0o700)
+    monkeypatch.setattr(broker_node, "java", lambda: str(java))
+    monkeypatch.setattr(broker_node, "classpath", lambda: "")
+    before = json.dumps({"pid": os.getpid(), "started": "0"})
+    (tmp_path / "pid.json").write_text(before)
+    (tmp_path / ".pid.json").mkdir()
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start(*args: Any, **how: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*args, **how))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(ConfigError, match="pid.json cannot be written"):
+        broker_node.Node(1, tmp_path, 1, 1, "AQ").launch()
+    (process,) = started
+    assert process.returncode == -signal.SIGKILL
+    assert (tmp_path / "pid.json").read_text() == before
 
 
 def test_missing_java_and_maven_name_their_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,3 +181,30 @@ async def _take_one_by_one() -> None:
     positions = {TopicPartition("ledger", number): 0 for number in range(12)}
     order = [log.take(positions, 1)[0].record() for _ in groups]
     assert [entry.group_id for entry in order if isinstance(entry, LedgerEntry)] == groups
+
+
+def test_a_member_that_is_cancelled_while_it_joins_owns_nothing() -> None:
+    """The others have not handed over yet; once they have, its share is theirs again."""
+
+    async def scenario() -> None:
+        log, handing_over, handed_over = MemoryLog(), anyio.Event(), anyio.Event()
+        await log.apply_topics(CATALOGUE)
+
+        async def waits(_: frozenset[TopicPartition]) -> None:
+            handing_over.set()
+            await handed_over.wait()
+
+        async def at_once(_: frozenset[TopicPartition]) -> None: ...
+
+        first = await log.join(["rewards"], group="w", member="a", on_revoked=waits)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: log.join(["rewards"], group="w", member="b", on_revoked=at_once))
+            await handing_over.wait()
+            tasks.cancel_scope.cancel()
+        handed_over.set()
+        with anyio.fail_after(10):
+            while len(first.assigned or ()) < topic_named("rewards").partitions:
+                await anyio.sleep(0.001)
+        assert [set(group.members) for group in await log.groups()] == [{"a"}]
+
+    in_loop(scenario)

@@ -23,6 +23,7 @@ from kat_stream.log import (
     TopicPartition,
     retries,
     run_work,
+    work,
 )
 from kat_stream.log.memory_group import MemoryMember
 from kat_stream.log.message import seal
@@ -131,6 +132,41 @@ async def test_a_stage_that_stops_lets_its_tasks_end() -> None:
         await turns()
         worker.through.set()
     assert await ledger(log) == {"g-0": 1}
+    assert (await log.committed("w"))[PLACE] == 1
+
+
+async def test_a_stage_that_stops_commits_what_ended_after_its_peer_left_and_starts_nothing_of_the_peers() -> None:
+    log, first, second = await opened(), Standing(0), Standing(0)
+    async with working(log, first, member="a") as stopping:
+        async with working(log, second, member="b", drain_s=0.0):
+            await eventually(lambda: len(log._group("w").members) == 2)
+            await log.publish(*[reward(n, f"g{n}") for n in range(40)])
+            await eventually(lambda: (first.worked | second.worked).total() == 16)
+            mine = set(first.worked)
+            stopping.set()
+        await turns()
+        first.through.set()
+    assert set(first.worked) == mine and await ledger(log) == {f"g{n}-{n}": 1 for n in mine}
+    third = Worker()
+    async with working(log, third, member="c"):
+        await until_committed(log, "w")
+    assert set(third.worked) == set(range(40)) - mine
+
+
+async def test_a_stage_that_stops_leaves_once_its_partitions_have_settled() -> None:
+    """They move when its last task ends: until then that cannot be committed."""
+    log, worker = await opened(), Standing(0)
+    steered = Steered(log)
+    await log.publish(reward(0))
+    async with working(steered, worker) as stopping:
+        await eventually(lambda: worker.worked.total() == 1)
+        stopping.set()
+        member = steered.member
+        assert member is not None
+        member.halt()
+        worker.through.set()
+        await turns()
+        member.receive(set(member.units()))
     assert (await log.committed("w"))[PLACE] == 1
 
 
@@ -253,11 +289,11 @@ async def test_a_place_whose_commit_failed_is_committed_though_nothing_else_happ
 class Away(Steered):
     """A broker that is away when the first records are written."""
 
-    failed = False
+    tries = 0
 
     async def append(self, *messages: Message, deadline_s: float = 30.0) -> None:
-        if not self.failed:
-            self.failed = True
+        self.tries += 1
+        if self.tries == 1:
             raise LogUnavailable("not acknowledged")
         await self.log.append(*messages, deadline_s=deadline_s)
 
@@ -268,6 +304,17 @@ async def test_records_that_were_not_acknowledged_are_written_again() -> None:
     async with working(Away(log), worker):
         await until_committed(log, "w")
     assert await ledger(log) == {"g-0": 1} and worker.worked == {0: 1}
+
+
+async def test_between_two_attempts_to_write_there_is_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "RETRY_S", 3600.0)
+    log, worker = await opened(), Worker()
+    away = Away(log)
+    await log.publish(reward(0))
+    async with working(away, worker, drain_s=0.0):
+        await eventually(lambda: away.tries > 0)
+        await turns()
+        assert away.tries == 1
 
 
 async def test_what_expired_unread_is_reported_and_passed_over(caplog: pytest.LogCaptureFixture) -> None:

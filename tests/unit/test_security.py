@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from kat_stream.config import SecuritySection, dump, load
 from kat_stream.errors import ConfigError
+from kat_stream.log import kafka_client
 from kat_stream.log.kafka_client import Broker
 from kat_stream.log.security import connection_options
 
@@ -55,6 +57,44 @@ def test_a_mistake_names_its_key(values: dict[str, Any], message: str, monkeypat
     monkeypatch.delenv("KAT_KAFKA_USERNAME", raising=False)
     with pytest.raises(ConfigError, match=rf"log\.security\.{message}"):
         connection_options(SecuritySection(**values))
+
+
+@pytest.mark.parametrize(
+    ("key", "content", "message"),
+    [
+        ("ca_file", b"\x30\x82\x01\xff\xfe\x80", "holds no PEM certificate"),
+        ("cert_file", b"\x30\x82\x01\xff\xfe\x80", "certificate and key do not fit"),
+        ("password_file", b"p\xe4ss", "is not UTF-8"),
+    ],
+)
+def test_bytes_that_are_no_text_are_a_mistake(key: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(content)
+    values = USER if key == "password_file" else {"protocol": "SSL"}
+    with pytest.raises(ConfigError, match=rf"log\.security\.{key}: .*{message}"):
+        connection_options(SecuritySection(**values, **{key: str(tmp_path / "f")}))
+
+
+def test_a_file_in_the_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By OpenSSL, too: it says that the file holds nothing, not that it is missing."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ca.pem").write_text("no certificate")
+    with pytest.raises(ConfigError, match=r"ca_file: ~/ca\.pem holds no PEM certificate"):
+        connection_options(SecuritySection(protocol="SSL", ca_file="~/ca.pem"))
+    with pytest.raises(ConfigError, match=r"ca_file: ~nobody-at-all/ca\.pem cannot be read"):
+        connection_options(SecuritySection(protocol="SSL", ca_file="~nobody-at-all/ca.pem"))
+
+
+def test_a_secured_address_without_a_port_has_kafka_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    async def nobody_is_there(host: str, port: int, **_: Any) -> None:
+        asked.append((host, port))
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(kafka_client, "create_conn", nobody_is_there)
+    for bootstrap in ("localhost", "localhost:9093", "[::1]"):
+        anyio.run(kafka_client.refused_at_the_door, Broker(bootstrap, security={"security_protocol": "SSL"}))
+    assert asked == [("localhost", 9092), ("localhost", 9093), ("::1", 9092)]
 
 
 def test_an_empty_password_file_is_a_mistake(tmp_path: Path) -> None:
