@@ -174,6 +174,7 @@ def score_of(trajectory: Trajectory, kind: Literal["repeats", "teacher"], scorer
         kind=kind,
         reason=found.reason,
         identical=same,
+        life=trajectory.life,
     )
 
 

@@ -10,6 +10,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -29,24 +31,34 @@ EOS = 1
 
 
 def save_model(directory: Path, seed: int, family: str = "qwen3") -> Path:
-    """A two-layer model of `family` with weights large enough that its distributions are far from uniform."""
+    """A two-layer model of `family` with weights large enough that its distributions are far from uniform.
+
+    `glm4_moe` routes with a bias that is a buffer; `long` is a qwen3 with a context of 4096.
+    """
     size = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
         "initializer_range": 0.3, "eos_token_id": EOS, "bos_token_id": 0, "pad_token_id": 2,
     }  # fmt: skip
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+    biased = {"n_routed_experts": 4, "first_k_dense_replace": 0, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
     configs: dict[str, tuple[type[PreTrainedModel], PreTrainedConfig]] = {
         "qwen3": (Qwen3ForCausalLM, Qwen3Config(**size, head_dim=16, tie_word_embeddings=True)),
         "qwen2": (Qwen2ForCausalLM, Qwen2Config(**size)),
         "llama": (LlamaForCausalLM, LlamaConfig(**size, tie_word_embeddings=False)),
         "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**size, **experts, head_dim=16)),
+        "glm4_moe": (Glm4MoeForCausalLM, Glm4MoeConfig(**size, **experts, **biased, head_dim=16)),
+        "long": (Qwen3ForCausalLM, Qwen3Config(**size | {"max_position_embeddings": 4096}, head_dim=64)),
         "sliding": (Qwen2ForCausalLM, Qwen2Config(**size, **window)),
     }  # fmt: skip
     kind, config = configs[family]
     torch.manual_seed(seed)
-    kind(config).save_pretrained(directory)
+    model = kind(config)
+    for name, buffer in model.named_buffers():
+        if name.endswith("bias"):
+            buffer.copy_(torch.randn(buffer.shape))
+    model.save_pretrained(directory)
     return directory
 
 

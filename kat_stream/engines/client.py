@@ -27,6 +27,9 @@ REST_SECONDS = 0.25
 """How long the end of a stream is waited for when its last answer is there."""
 # A cumulative chunk of a long stream is one line; it may be as long as the whole answer.
 LINE_BYTES = 64 * 1024 * 1024
+MAX_STOPS = 16
+MAX_STOP_BYTES = 256
+"""Of one call's stop strings: behind every sampled token each is looked for, and while that is done others wait."""
 
 PauseMode = Literal["abort", "retract", "in_place"]
 

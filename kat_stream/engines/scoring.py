@@ -22,11 +22,11 @@ from kat_stream.trees import TurnTokens
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Path:
     """One prefill: its ids, the first position whose log-prob is wanted, and the turns that it scores."""
 
-    ids: list[int]
+    ids: NDArray[np.int32]
     start: int
     turns: tuple[int, ...]
 
@@ -44,14 +44,16 @@ class Manner:
 
 def paths_of(turns: Sequence[TurnTokens]) -> list[Path]:
     """The fewest prefills for these turns, parents first: a turn that begins another one's path is scored with it."""
-    full = [np.concatenate([turn.prompt_ids, turn.sampled_ids]) for turn in turns]
-    owner: dict[int, list[int]] = {}
-    for i in sorted(range(len(turns)), key=lambda i: -len(full[i])):
-        on = next((leaf for leaf in owner if np.array_equal(full[leaf][: len(full[i])], full[i])), i)
-        owner.setdefault(on, []).append(i)
+    # Sorted as bytes, all alike wide, a beginning stands directly before what extends it.
+    full = [np.concatenate([turn.prompt_ids, turn.sampled_ids], dtype=np.int32).tobytes() for turn in turns]
+    leaf, members = -1, dict[int, list[int]]()
+    for i in sorted(range(len(turns)), key=full.__getitem__, reverse=True):
+        if leaf < 0 or not full[leaf].startswith(full[i]):
+            leaf = i
+        members.setdefault(leaf, []).append(i)
     paths = [
-        Path(full[leaf].tolist(), min(len(turns[i].prompt_ids) for i in members), tuple(sorted(members)))
-        for leaf, members in owner.items()
+        Path(np.frombuffer(full[leaf], np.int32), min(len(turns[i].prompt_ids) for i in scored), tuple(sorted(scored)))
+        for leaf, scored in members.items()
     ]
     return sorted(paths, key=lambda path: path.turns)
 
@@ -69,7 +71,7 @@ async def repeat_prefills(
 
     `version` was read before this call; None if other weights answered meanwhile. Raises as `EngineClient.prefill`.
     """
-    paths = paths_of(turns)
+    paths = await anyio.to_thread.run_sync(paths_of, turns)
     answers: list[list[Prefill]] = [[] for _ in range(manner.repeats)]
     failures: list[EngineError | DeadlineExceeded] = []
 
@@ -94,7 +96,7 @@ async def repeat_prefills(
 async def _prefill(engine: EngineClient, path: Path, manner: Manner) -> Prefill:
     rid = uuid.uuid4().hex
     return await engine.prefill(
-        path.ids, path.start, rid=rid, bypass_cache=manner.bypass_cache, deadline_s=manner.deadline_s
+        path.ids.tolist(), path.start, rid=rid, bypass_cache=manner.bypass_cache, deadline_s=manner.deadline_s
     )
 
 

@@ -13,6 +13,8 @@ from kat_stream.engines.client import EngineClient, Load
 
 BACK_OFF_S = 0.25
 MAX_BACK_OFF_S = 8.0
+SILENT_POLLS = 3
+"""So many polls in a row without any answer: it is not busy, it hangs, or its host is gone."""
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +29,10 @@ class EngineState:
     own_at_poll: int = 0
     failures: int = 0
     retry_at: float = 0.0
+    answers: int = 0
+    """Of polls and calls, so far; a refusal by the contract is one, too."""
+    silent_polls: int = 0
+    """Without an answer, since the last one."""
 
     @property
     def url(self) -> str:
@@ -38,18 +44,25 @@ class EngineState:
         return self.in_flight + max(self.reported - self.own_at_poll, 0)
 
     def available(self, now: float) -> bool:
-        return now >= self.retry_at
+        return now >= self.retry_at and self.silent_polls < SILENT_POLLS
 
     def failed(self, now: float) -> None:
         """It refused or broke off: left alone for a time that doubles."""
         self.retry_at = now + min(BACK_OFF_S * 2**self.failures, MAX_BACK_OFF_S)
         self.failures = min(self.failures + 1, 16)
 
+    def heard(self) -> None:
+        """It answered, whatever it said."""
+        self.answers += 1
+        self.silent_polls = 0
+
     def answered(self) -> None:
         """It works: no reason to wait."""
+        self.heard()
         self.failures, self.retry_at = 0, 0.0
 
     def polled(self, loads: Sequence[Load]) -> None:
         """Take over what the engine says about itself."""
+        self.heard()
         self.reported = sum(load.num_used_tokens + load.num_waiting_uncached_tokens for load in loads)
         self.own_at_poll = self.in_flight

@@ -1,7 +1,8 @@
 """The router: a fleet of engines, their load and health, and the lease of one of them for one call.
 
 Invariant: what a call may cost is credited to its engine when it is leased and taken back when the lease ends, however
-it ends. An engine that refuses is skipped until its back-off is over or a poll finds it well.
+it ends. An engine that refuses is skipped until its back-off is over or a poll finds it well; one that says nothing,
+until it answers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from prometheus_client import Counter, Gauge
 
 from kat_stream.engines.client import EngineClient
 from kat_stream.errors import DeadlineExceeded, EngineError, EngineUnavailable
-from kat_stream.routing.engine_state import EngineState
+from kat_stream.routing.engine_state import SILENT_POLLS, EngineState
 from kat_stream.routing.policy import RoutingPolicy
 from kat_stream.routing.sticky import StickyLeastLoaded
 
@@ -97,17 +98,22 @@ class Router:
     async def lease(self, session: str, tokens: int, *, deadline_s: float) -> AsyncIterator[EngineState]:
         """An engine for one call that holds up to `tokens` tokens. EngineUnavailable if none answers in time.
 
-        An EngineUnavailable raised inside counts against the engine.
+        An EngineUnavailable raised inside counts against the engine, and so does a DeadlineExceeded, if the engine
+        answered nobody meanwhile: a long call may take all its time on an engine that is well.
         """
         state = await self._choose(session, tokens, deadline_s)
         DISPATCHED.labels(state.url).inc()
         state.in_flight += tokens
+        answers = state.answers
         try:
             yield state
             state.answered()
         except EngineUnavailable:
-            FAILED.labels(state.url).inc()
-            state.failed(time.monotonic())
+            self._blame(state)
+            raise
+        except DeadlineExceeded:
+            if state.answers == answers:
+                self._blame(state)
             raise
         finally:
             state.in_flight -= tokens
@@ -122,6 +128,11 @@ class Router:
                 raise EngineUnavailable(f"none of {len(self._engines)} engines answered within {deadline_s:g} s")
             await asyncio.sleep(RECHECK_S)
 
+    @staticmethod
+    def _blame(state: EngineState) -> None:
+        FAILED.labels(state.url).inc()
+        state.failed(time.monotonic())
+
     async def _poll_for_ever(self) -> None:
         while True:
             await asyncio.gather(*(self._poll(state) for state in self.list()))
@@ -132,11 +143,15 @@ class Router:
             async with asyncio.timeout(POLL_DEADLINE_S):
                 state.polled(await state.engine.loads())
         except EngineUnavailable:
-            FAILED.labels(state.url).inc()
-            state.failed(time.monotonic())
-        except (EngineError, DeadlineExceeded, TimeoutError):
-            # It has no such endpoint, or is busy with something long: that says nothing about its health.
-            return
+            self._blame(state)
+        except EngineError:
+            # It has no such endpoint: that says nothing about its health, but that it lives.
+            state.heard()
+        except (DeadlineExceeded, TimeoutError):
+            # It may be busy with something long, unless that goes on.
+            state.silent_polls += 1
+            if state.silent_polls >= SILENT_POLLS:
+                FAILED.labels(state.url).inc()
         else:
             if not state.available(time.monotonic()):
                 state.answered()

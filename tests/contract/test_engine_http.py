@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -22,9 +24,12 @@ from uuid import uuid4
 import aiohttp
 import numpy as np
 import pytest
+from transformers import PreTrainedModel
 
-from kat_stream.engines.client import EngineClient, Generation, SamplingParams
+from kat_stream.engines.client import MAX_STOP_BYTES, MAX_STOPS, EngineClient, Generation, SamplingParams
 from kat_stream.engines.embedded import EngineServer, start_engine
+from kat_stream.engines.embedded import server as engine_server
+from kat_stream.engines.embedded.runner import load_weights
 from kat_stream.errors import DeadlineExceeded, EngineRejected, EngineUnavailable
 from tests.engine_kit import VOCAB, plain_logprobs, plain_model, save_model, save_tokenizer
 
@@ -257,6 +262,10 @@ def test_bad_input_is_a_400_that_says_what(directories: tuple[Path, Path]) -> No
     run(directories, story)
 
 
+def _stopping(stops: list[str]) -> bytes:
+    return json.dumps({"input_ids": [3], "sampling_params": {"stop": stops}}).encode()
+
+
 @own_limits
 def test_bad_input_names_the_field(directories: tuple[Path, Path]) -> None:
     async def story(world: World) -> None:
@@ -266,6 +275,9 @@ def test_bad_input_names_the_field(directories: tuple[Path, Path]) -> None:
             (b'{"input_ids": ["a"]}', r"input_ids"),
             (b'{"input_ids": [3], "sampling_params": {"temperature": NaN}}', "temperature"),
             (b'{"input_ids": [3], "sampling_params": {"stop": ["x"]}}', "stop"),
+            (_stopping(["a"] * (MAX_STOPS + 1)), "stop: at most"),
+            (_stopping(["ok", "\u00df" * (MAX_STOP_BYTES // 2) + "x"]), "stop: a stop string"),
+            (_stopping(["\ud800"]), "stop: half a surrogate"),
             (b'{"input_ids": [3], "sampling_params": {"n": 2}}', "n must be 1"),
             (b'{"input_ids": [3], "logprob_start_len": 5, "return_logprob": true}', "logprob_start_len"),
             (b'{"input_ids": [3]', "body"),
@@ -477,6 +489,54 @@ def test_an_update_that_is_given_up_neither_holds_back_nor_comes_true(directorie
         assert [span.version for span in (await world.ask(prompt(10), 3)).spans] == ["v0"]
 
     run(directories, story)
+
+
+@own_limits
+def test_an_update_that_the_engine_had_no_time_for_is_no_refusal(
+    directories: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_server, "UPDATE_SECONDS", 0.5)
+
+    async def story(world: World) -> None:
+        assert world.server is not None
+        task = asyncio.create_task(world.ask(prompt(10), 200))
+        await world.started()
+        world.server.worker.scheduler.max_running = 0
+        await world.client.pause("retract")
+        await world.client.resume()
+        with pytest.raises(EngineUnavailable, match="503: requests in flight to end: nothing within 0.5 s"):
+            await world.client.update_weights(world.other, "v1")
+        world.server.worker.scheduler.max_running = 16
+        await world.client.resume()
+        assert len((await task).output_ids) == 200
+
+    run(directories, story)
+
+
+@own_limits
+def test_an_update_of_an_engine_that_closes_meanwhile_is_no_refusal(
+    directories: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, closed = threading.Event(), threading.Event()
+
+    def load(path: Path) -> PreTrainedModel:
+        loading.set()
+        assert closed.wait(SECONDS)
+        return load_weights(path)
+
+    async def story() -> None:
+        server = await start_engine(directories[0], model_name="tiny", max_total_tokens=512, max_running=4)
+        async with aiohttp.ClientSession() as session, asyncio.timeout(SECONDS):
+            task = asyncio.create_task(EngineClient(server.url, session).update_weights(directories[1], "v1"))
+            assert await asyncio.to_thread(loading.wait, SECONDS)
+            await server.worker.close()
+            closed.set()
+            with pytest.raises(EngineUnavailable, match="503: the engine is closed"):
+                await task
+            await server.close()
+
+    monkeypatch.setattr(engine_server, "load_weights", load)
+    asyncio.run(story())
 
 
 # -- load, health, end ------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import aiohttp
 import anyio
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from consumers.scorer import IDENTICAL, Found, ScorerHandler, _say_identical, score_of, teachers_of
 from kat_stream.config import ScorerSection, TeacherSection
@@ -22,7 +24,7 @@ from kat_stream.log.base import Delivered, Position
 from kat_stream.log.outcome import Emit
 from kat_stream.rl.scores import repeats_of
 from kat_stream.rl.teachers import Teachers
-from tests.engine_kit import CONTEXT, plain_logprobs, plain_model, save_model, save_tokenizer
+from tests.engine_kit import CONTEXT, VOCAB, plain_logprobs, plain_model, save_model, save_tokenizer
 from tests.unit.records import RUN, request, trajectory, turn
 from topics import Score, Trajectory, Turn, encode, header_of
 from topics.record import pack_ints
@@ -108,8 +110,8 @@ async def test_repeats_are_the_models_log_probs_of_what_was_sampled(
 ) -> None:
     section = ScorerSection(enabled=True, repeats=3, bypass_cache=bypass)
     async with world(directories) as here:
-        (score,) = await scored(here.handler(section), made())
-    assert (score.kind, score.reason, score.version) == ("repeats", "", "a.0")
+        (score,) = await scored(here.handler(section), made(life="l"))
+    assert (score.kind, score.reason, score.version, score.life) == ("repeats", "", "a.0", "l")
     assert score.turn_ids == (ROOT, CHILD, FORK)
     assert score.repeats == (1 if score.identical else 3)
     for row in repeats_of(score):
@@ -226,6 +228,24 @@ async def test_half_precision_is_near_but_not_equal(directories: tuple[Path, Pat
     difference = np.abs(np.array(made.logprobs) - plain_logprobs(plain_model(directories[0]), ids))
     assert 0 < difference.max() < 1.0
     assert (made.version, again.version) == ("default", "again") and again.logprobs == made.logprobs
+
+
+async def test_half_precision_errs_no_more_far_into_a_path_than_the_model_does_by_itself(tmp_path: Path) -> None:
+    model = save_model(tmp_path, 0, "long")
+    ids = np.random.default_rng(0).integers(3, VOCAB, 2500).tolist()
+    server = await start_engine(model, model_name="m", max_total_tokens=4096, max_running=4, dtype="bfloat16")
+    try:
+        async with aiohttp.ClientSession() as session:
+            made = await EngineClient(server.url, session).prefill(ids, 1500, rid="half", deadline_s=60)
+    finally:
+        await server.close()
+    exact = plain_model(model)
+    own = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    truth = np.array(plain_logprobs(exact, ids))[1499:]
+    error, least = (
+        np.abs(np.array(values) - truth).mean() for values in (made.logprobs, plain_logprobs(own, ids)[1499:])
+    )
+    assert 0 < error < 1.5 * least
 
 
 async def test_a_prompt_may_fill_the_context_when_nothing_is_sampled(directories: tuple[Path, Path]) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kat_stream.engines.embedded.kv import DENSE_POOLS
 from kat_stream.engines.embedded.request import GenerateBody, Request, SamplingBody
 from kat_stream.engines.embedded.runner import ModelRunner, load_weights
 from kat_stream.engines.embedded.scheduler import Scheduler, Update
@@ -124,9 +125,9 @@ def test_any_history_keeps_logprobs_exact_and_books_balanced(
         elif action == "abort":
             engine.scheduler.abort(lambda request, name=f"{values[0]:03d}": request.rid == name)
         elif action == "pause":
-            engine.scheduler.pause(values[0])
-        elif action == "update":
             # Old keys and values under new weights are exact in no span: freeze-and-update has its own test.
+            engine.scheduler.pause("retract" if engine.scheduler.updates else values[0])
+        elif action == "update":
             if engine.scheduler.paused and (engine.scheduler.prefilling or runner.kv.rows):
                 engine.scheduler.pause("retract")
             version = "v1" if runner.version == "v0" else "v0"
@@ -253,6 +254,31 @@ def test_in_place_keeps_old_keys_and_values_and_says_so(runner: ModelRunner, dir
     check_logprobs(fresh, {"v1": new})
 
 
+def test_a_long_request_beside_many_short_ones_takes_rows_of_them_not_memory(tmp_path: Path) -> None:
+    model = save_model(tmp_path, 0, "long")
+    engine = Engine(ModelRunner(model, 512, "v0"), max_running=32)
+    kv, most_rows = engine.runner.kv, 0
+    # It outgrows rows of 256 tokens while it runs, beside as many others as may have those.
+    engine.scheduler.submit(make_request("long", [3 + n % 90 for n in range(240)], 40))
+    for name in range(20):
+        engine.scheduler.submit(make_request(f"{name:03d}", [3 + name] * 6, 5 if name < 12 else 60))
+    while engine.step():
+        assert kv.dense.shape[2] * kv.dense.shape[4] <= DENSE_POOLS * kv.total
+        most_rows = max(most_rows, len(kv.rows))
+    assert len(engine.ended) == 21 and engine.scheduler.stats.retracted > 0 and most_rows == 16
+    for request in engine.ended:
+        check_logprobs(request, {"v0": plain_model(model)})
+
+
+def test_rows_that_were_needed_once_are_given_back_when_nothing_runs(tmp_path: Path) -> None:
+    engine = Engine(ModelRunner(save_model(tmp_path, 0, "long"), 2048, "v0"))
+    kv = engine.runner.kv
+    first = kv.dense.shape
+    engine.scheduler.submit(make_request("long", [3 + n % 90 for n in range(1500)], 2))
+    engine.drain()
+    assert kv.dense.shape == first and len(engine.ended[0].output) == 2
+
+
 def test_weights_that_do_not_fit_are_refused_and_the_old_ones_serve_on(
     runner: ModelRunner, directories: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -265,6 +291,15 @@ def test_weights_that_do_not_fit_are_refused_and_the_old_ones_serve_on(
     check_logprobs(engine.ended[0], {"v0": plain_model(directories["v0"])})
     with pytest.raises(DataError, match=r"config\.json"):
         load_weights(tmp_path)
+
+
+def test_buffers_that_a_checkpoint_holds_are_replaced_with_the_parameters(tmp_path: Path) -> None:
+    old, new = (save_model(tmp_path / name, seed, "glm4_moe") for seed, name in enumerate(("v0", "v1")))
+    engine = Engine(ModelRunner(old, 192, "v0"))
+    engine.update(new, "v1")
+    engine.scheduler.submit(make_request("000", list(range(3, 43)), 8))
+    engine.drain()
+    check_logprobs(engine.ended[0], {"v1": plain_model(new)})
 
 
 def test_a_truncated_checkpoint_is_refused(directories: dict[str, Path], tmp_path: Path) -> None:

@@ -1,18 +1,21 @@
-"""The router over scripted engines: sticky, least loaded, random ties, back-off, waiting with a deadline."""
+"""The router over scripted engines: sticky, least loaded, random ties, back-off, silence, waiting with a deadline."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 import anyio
 import pytest
+from aiohttp import web
 
 from kat_stream.engines.client import EngineClient, Load, SamplingParams
 from kat_stream.engines.scripted import ScriptedEngine, start_scripted_engine
-from kat_stream.errors import EngineUnavailable
-from kat_stream.routing import EngineState, Router, StickyLeastLoaded
+from kat_stream.errors import DeadlineExceeded, EngineUnavailable
+from kat_stream.routing import EngineState, Router, StickyLeastLoaded, router
 
 pytestmark = pytest.mark.anyio
 
@@ -103,6 +106,61 @@ async def test_an_engine_that_refuses_is_skipped_and_comes_back() -> None:
                     3,
                 ]
             assert all(state.in_flight == 0 for state in router.list())
+
+
+async def _silent_until(stack: AsyncExitStack, awake: asyncio.Event) -> str:
+    """An engine that takes connections and answers nothing before `awake`, like a frozen process."""
+
+    async def answer(_: web.Request) -> web.Response:
+        await awake.wait()
+        return web.json_response({"loads": []})
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.0)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    return site.name
+
+
+async def _until(true: Callable[[], bool]) -> None:
+    with anyio.fail_after(10):
+        while not true():
+            await anyio.sleep(0.005)
+
+
+async def test_an_engine_that_says_nothing_is_left_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "POLL_DEADLINE_S", 0.05)
+    async with AsyncExitStack() as stack:
+        awake = asyncio.Event()
+        url = await _silent_until(stack, awake)
+        async with Router([url], poll_s=0.01) as fleet:
+            (state,) = fleet.list()
+            await _until(lambda: state.silent_polls > 0)
+            assert state.available(time.monotonic()), "one poll without an answer says nothing: it may be busy"
+            await _until(lambda: not state.available(time.monotonic() + 3600))
+            with pytest.raises(EngineUnavailable, match="none of 1 engines"):
+                async with fleet.lease("s", 1, deadline_s=0.1):
+                    pass
+            awake.set()
+            async with fleet.lease("s", 1, deadline_s=10) as leased:
+                assert leased is state
+
+
+async def test_a_call_that_ran_out_of_time_counts_against_a_silent_engine_only() -> None:
+    async with AsyncExitStack() as stack:
+        (well,) = await _fleet(stack, 1)
+        for url, poll_s in ((well.url, 0.01), (await _silent_until(stack, asyncio.Event()), 60)):
+            async with Router([url], poll_s=poll_s) as fleet:
+                with pytest.raises(DeadlineExceeded):
+                    async with fleet.lease("s", 1, deadline_s=1) as state:
+                        if url == well.url:
+                            answers = state.answers
+                            await _until(lambda state=state, answers=answers: state.answers > answers)  # type: ignore[misc]
+                        raise DeadlineExceeded("the answer", 1)
+                assert (state.failures == 0) == (url == well.url)
 
 
 async def test_engines_are_added_and_removed_while_it_runs() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import anyio
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from consumers.packer import PackerHandler, score_rules
 from kat_stream.config import Config, ScorerSection, dump, load
@@ -25,6 +28,7 @@ from topics import PackedBatch, Record, Score, VersionSpan, partition_of
 
 GROUP = f"{RUN}-t000000"
 RULES = ScoreRules(repeats=True, teacher=True)
+IDS = st.sampled_from([1, 2, 255, 256])
 VALUES = np.array([[-1.0, -2.0, -3.0], [-2.0, -2.0, -1.0]], np.float32)
 
 
@@ -87,7 +91,39 @@ def test_a_chain_is_one_prefill_and_a_fork_another() -> None:
     fork = tokens(name="z", prompt=(1, 2, 5, 9))
     paths = paths_of([root, child, fork])
     assert [(path.start, path.turns) for path in paths] == [(2, (0, 1)), (4, (2,))]
-    assert paths[0].ids == [1, 2, 5, 6, 7, 8, 5, 6, 7]
+    assert paths[0].ids.tolist() == [1, 2, 5, 6, 7, 8, 5, 6, 7]
+
+
+def _int32(ids: list[int]) -> np.ndarray:
+    return np.array(ids, np.int32)
+
+
+@given(st.lists(st.tuples(st.lists(IDS, min_size=1, max_size=5), st.lists(IDS, min_size=1, max_size=3)), max_size=12))
+def test_each_turn_is_scored_by_one_prefill_that_begins_with_it_and_no_prefill_is_more(
+    asked: list[tuple[list[int], list[int]]],
+) -> None:
+    turns = [TurnTokens("t", _int32(p), _int32(s), np.zeros(len(s), np.float32)) for p, s in asked]
+    full = [tuple(prompt + sampled) for prompt, sampled in asked]
+    paths = paths_of(turns)
+    assert sorted(i for path in paths for i in path.turns) == list(range(len(turns)))
+    for path in paths:
+        assert all(tuple(path.ids[: len(full[i])].tolist()) == full[i] for i in path.turns)
+        assert path.start == min(len(asked[i][0]) for i in path.turns)
+    ends = {one for one in full if not any(len(other) > len(one) and other[: len(one)] == one for other in full)}
+    assert sorted(tuple(path.ids.tolist()) for path in paths) == sorted(ends)
+    assert [path.turns for path in paths] == sorted(path.turns for path in paths)
+
+
+def test_prefills_of_a_trajectory_whose_every_turn_forks_take_little_more_room_than_their_ids() -> None:
+    prompts = [np.arange(1000 + 500 * n, dtype=np.int32) for n in range(50)]
+    turns = [TurnTokens("t", ids, np.array([90_000 + len(ids)], np.int32), np.zeros(1, np.float32)) for ids in prompts]
+    tracemalloc.start()
+    try:
+        paths = paths_of(turns)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(paths) == len(turns) and peak < 1.5 * sum(ids.nbytes for ids in prompts)
 
 
 # -- the packer
@@ -151,6 +187,22 @@ def test_a_group_waits_for_its_scores_and_carries_them_to_the_learner() -> None:
     assert (batch.logprobs == np.float32(-0.5)).all(), "what was sampled stays beside it"
 
 
+def test_a_rollout_that_ran_twice_is_joined_to_the_scores_of_the_life_that_counts() -> None:
+    """The first life has scores, and will never have a reward."""
+    asked = request(GROUP, 0, 2)
+    lost, counts = (trajectory(asked, turn(asked, [1, 2], [5, 6, 7], name=life), life=life) for life in ("a", "b"))
+    said = [
+        score(VALUES[:1], life, kind=kind, life=life, version="a.0")
+        for life in ("a", "b")
+        for kind in ("repeats", "teacher")
+    ]
+    records = [lost, *said[:2], counts, reward(asked, 0.0, life="b"), *members()[2:], *scores(1)]
+    made = scored_handler(required=True)
+    assert all(isinstance(outcome, Hold) for outcome in feed(made, records)), "scores of the second are missing"
+    packed = packed_of(feed(made, said[2:])[-1])
+    assert [(member.fate, member.reason) for member in packed.members] == [("packed", "")] * 2
+
+
 @pytest.mark.parametrize("required", [False, True])
 def test_a_group_whose_scores_do_not_come_goes_on_at_its_deadline(required: bool) -> None:
     made = scored_handler(required=required)
@@ -198,8 +250,7 @@ TEACHER = 'scorer.teachers=[{name="t", url="http://h:1", model="demo", scores={"
     [
         (["trainer.distillation_coefficient=1.0"], "needs scorer.enabled and scorer.teachers"),
         (["scorer.enabled=true", "scorer.repeats=0"], "nothing to score"),
-        (["trainer.ranks=0"], r"\[trainer\] ranks is 0"),
-        (["scorer.enabled=true", "sampler.temperature=0.7"], "scored at temperature 1"),
+        (["trainer.ranks=0"], r"trainer\.ranks is 0, expected at least 1"),
         (["scorer.enabled=true", TEACHER.replace("mend/shell", "mend")], "is not DATASET/SCAFFOLD"),
         (["scorer.enabled=true", TEACHER.replace("url", "ulr")], "unknown key `scorer.teachers.ulr`"),
     ],

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from kat_stream.engines.embedded import start_engine
+from kat_stream.engines.embedded.kv import DENSE_POOLS
 from kat_stream.engines.embedded.runner import DTYPES
 
 
@@ -21,7 +22,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one, which is printed")
     parser.add_argument("--served-model-name", default="policy")
-    parser.add_argument("--max-total-tokens", type=int, default=65536, help="slots of keys and values")
+    slots = f"slots of keys and values; rows for decoding take the memory of up to {DENSE_POOLS} times as many"
+    parser.add_argument("--max-total-tokens", type=int, default=65536, help=slots)
     parser.add_argument("--max-running-requests", type=int, default=128)
     parser.add_argument("--weight-version", default="default")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")

@@ -1,7 +1,8 @@
 """Memory of keys and values: the slot pool, the prefix caches that share it, and the dense rows decoding reads.
 
 Owns every slot. Invariant (`audit`): free slots + slots of prefix caches + private slots of running requests = all
-slots, each exactly once. Rows [0, n) of the dense store are exactly the decoding requests, without holes.
+slots, each exactly once. Rows [0, n) of the dense store are exactly the decoding requests, without holes; each is as
+long as the longest, so the scheduler asks `room` before there are more or longer ones, and no store is bigger.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ from kat_stream.engines.embedded.request import Request
 
 Ints = NDArray[np.int64]
 
+FIRST = 8, 256
+"""Rows of the dense store and tokens in each, at first."""
+DENSE_POOLS = 8
+"""Tokens that the dense store may have room for, in sizes of the pool."""
+
 
 class KvStore:
-    """`pool` float [layers,2,slots,groups,dim]; `dense` float [layers,2,rows,groups,cap,dim], both grown by copying."""
+    """`pool` float [layers,2,slots,groups,dim]; `dense` float [layers,2,rows,groups,cap,dim], copied to grow."""
 
     def __init__(self, layers: int, slots: int, groups: int, dim: int, dtype: torch.dtype) -> None:
         self.total = slots
         self.pool = torch.zeros(layers, 2, slots, groups, dim, dtype=dtype)
-        self.dense = torch.zeros(layers, 2, 8, groups, 256, dim, dtype=dtype)
+        self.dense = torch.zeros(layers, 2, FIRST[0], groups, FIRST[1], dim, dtype=dtype)
         self.cache = RadixCache()
         self.retired: list[RadixCache] = []
         self.rows: list[Request] = []
@@ -30,6 +36,7 @@ class KvStore:
         self.routes: NDArray[np.uint16] | None = None
         """uint16[slots, W], if they are recorded: experts of the token whose keys and values a slot holds."""
         self._free = list(range(slots - 1, -1, -1))
+        self._most = max(DENSE_POOLS * slots, FIRST[0] * FIRST[1])
 
     def record(self, width: int) -> None:
         """Keep the routed experts of every slot, too, `width` numbers each."""
@@ -117,7 +124,7 @@ class KvStore:
     def join_row(self, request: Request) -> None:
         """Copy a request's computed keys and values into the next dense row: [computed] tokens."""
         row, length = len(self.rows), request.computed
-        self._grow(row + 1, length + 1)
+        self._grow(row + 1, max(length, self._longest()) + 1)
         request.row = row
         self.rows.append(request)
         if length:
@@ -134,21 +141,37 @@ class KvStore:
             self.dense[:, :, row, :, : last.computed] = self.dense[:, :, last.row, :, : last.computed]
             self.rows[row], last.row = last, row
         request.row = -1
+        if not self.rows and self.dense.shape[2] * self.dense.shape[4] > max(self.total, FIRST[0] * FIRST[1]):
+            self._shape(*FIRST)
+
+    def room(self, rows: int, length: int) -> bool:
+        """Whether the dense store may have so many rows of so many tokens. One row of the whole pool always may."""
+        return _doubled(1, rows) * _doubled(FIRST[1], length) <= self._most
 
     def reserve_rows(self) -> None:
         """Make room in every row for one more token."""
         if self.rows:
-            self._grow(len(self.rows), max(request.computed for request in self.rows) + 1)
+            self._grow(len(self.rows), self._longest() + 1)
+
+    def _longest(self) -> int:
+        return max((request.computed for request in self.rows), default=0)
 
     def _grow(self, rows: int, length: int) -> None:
-        layers, two, have, groups, cap, dim = self.dense.shape
+        have, cap = self.dense.shape[2], self.dense.shape[4]
         if rows <= have and length <= cap:
             return
-        bigger_rows = have if rows <= have else max(rows, 2 * have)
-        bigger_cap = cap if length <= cap else max(length, 2 * cap)
-        grown = self.dense.new_zeros(layers, two, bigger_rows, groups, bigger_cap, dim)
-        grown[:, :, :have, :, :cap] = self.dense
-        self.dense = grown
+        if _doubled(have, rows) * _doubled(cap, length) <= self._most:
+            self._shape(_doubled(have, rows), _doubled(cap, length))
+        else:  # what earlier requests needed, more rows or longer ones, is given back for what these need
+            self._shape(_doubled(1, rows), _doubled(FIRST[1], length))
+
+    def _shape(self, rows: int, cap: int) -> None:
+        """Another dense store, with the rows in use."""
+        layers, two, _, groups, known, dim = self.dense.shape
+        used, known = len(self.rows), min(known, cap)
+        shaped = self.dense.new_zeros(layers, two, rows, groups, cap, dim)
+        shaped[:, :, :used, :, :known] = self.dense[:, :, :used, :, :known]
+        self.dense = shaped
 
     def audit(self, requests: list[Request]) -> None:
         """Raise AssertionError unless every slot is owned exactly once and the locks are those of `requests`."""
@@ -166,3 +189,10 @@ class KvStore:
         holders = sum(request.cache is not None for request in requests)
         assert locks == holders, f"{locks} locks, {holders} requests"
         assert [request.row for request in self.rows] == list(range(len(self.rows)))
+
+
+def _doubled(size: int, least: int) -> int:
+    """`size`, doubled until it is at least `least`."""
+    while size < least:
+        size *= 2
+    return size

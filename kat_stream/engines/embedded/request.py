@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from kat_stream.engines.client import MAX_STOP_BYTES, MAX_STOPS
 from kat_stream.errors import EngineRejected
 
 if TYPE_CHECKING:
@@ -56,6 +57,18 @@ class SamplingBody(msgspec.Struct, frozen=True, kw_only=True):
             raise EngineRejected(f"stream_interval must be at least 1, got {self.stream_interval}")
         if self.n != 1:
             raise EngineRejected(f"n must be 1, got {self.n}: send one request a sample")
+        self._check_stops()
+
+    def _check_stops(self) -> None:
+        stops = self.stops()
+        if len(stops) > MAX_STOPS:
+            raise EngineRejected(f"stop: at most {MAX_STOPS} stop strings, got {len(stops)}")
+        try:
+            longest = max((len(stop.encode()) for stop in stops), default=0)
+        except UnicodeEncodeError as error:
+            raise EngineRejected(f"stop: half a surrogate pair is no text: {error}") from error
+        if longest > MAX_STOP_BYTES:
+            raise EngineRejected(f"stop: a stop string has at most {MAX_STOP_BYTES} bytes, got {longest}")
 
     def streams(self, count: int) -> bool:
         """Whether a piece of a stream comes with the output token of this number, from 1 on."""

@@ -1,6 +1,6 @@
 """The model in memory: loading, replacing its weights, and running one packed step.
 
-Owns the parameters and their version. Invariant: weights are replaced whole or not at all; a checkpoint that lacks a
+Owns the weights and their version. Invariant: weights are replaced whole or not at all; a checkpoint that lacks a
 tensor or has another shape is refused before the first byte is copied.
 """
 
@@ -105,8 +105,9 @@ class ModelRunner:
             self.kv = KvStore(layers, slots, groups, dim, DTYPES[dtype])
             trial = KvStore(layers, 128, groups, dim, torch.float32)
             self._step = build_step(self.model, trial.pool, trial.dense, self.vocab)
-            if dtype != "float32":
-                self.model.to(dtype=DTYPES[dtype])  # type: ignore[call-arg]
+            # Parameters alone, as in transformers: rotary frequencies and routing biases are buffers and stay float32.
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.to(DTYPES[dtype])
             if dtype != "float32" or record_routing:
                 self._step = StepModule(self.model)
         self._recorder = Recorder(self.model) if record_routing else None
@@ -126,12 +127,13 @@ class ModelRunner:
         return tokens.tolist(), logprobs.tolist(), prompt.tolist()
 
     def replace(self, source: PreTrainedModel, path: Path, version: str) -> None:
-        """Copy all parameters of `source` into the running model. Raises DataError if the architectures differ."""
-        own, new = dict(self.model.named_parameters()), dict(source.named_parameters())
-        if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in new.items()}:
-            raise DataError(f"{path}: its parameters are not those of {self.path}")
-        for name, parameter in own.items():
-            parameter.copy_(new[name])
+        """Copy all weights of `source` into the running model: parameters, and buffers that a checkpoint holds, such
+        as the routing bias of some mixtures of experts. Raises DataError if the architectures differ."""
+        own, new = self.model.state_dict(), source.state_dict()
+        if {n: w.shape for n, w in own.items()} != {n: w.shape for n, w in new.items()}:
+            raise DataError(f"{path}: its weights are not those of {self.path}")
+        for name, weight in own.items():
+            weight.copy_(new[name])
         self.path, self.version = path, version
 
 

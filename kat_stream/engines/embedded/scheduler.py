@@ -166,7 +166,7 @@ class Scheduler:
         return sorted((*self.runner.kv.rows, *self.prefilling), key=lambda request: -request.admitted)
 
     def _admit(self) -> None:
-        """Move requests from the queue into prefill while slots, rows and this step's token budget last."""
+        """Move requests from the queue into prefill while slots, room in rows and this step's token budget last."""
         heads: set[bytes] = {self._head(request) for request in self.prefilling}
         budget = PREFILL_BUDGET - sum(r.length - r.computed for r in self.prefilling)
         index = 0
@@ -179,13 +179,19 @@ class Scheduler:
                 self.runner.kv.detach(request)
                 index += 1
                 continue
-            if uncached + HEADROOM * self._running() > self.runner.kv.available:
+            if uncached + HEADROOM * self._running() > self.runner.kv.available or not self._has_room(request):
                 self.runner.kv.detach(request)
                 return
             heads.add(head)
             del self.waiting[index]
             self._start(request)
             budget -= uncached
+
+    def _has_room(self, *more: Request) -> bool:
+        """Whether a row for every running request, and for `more`, may be as long as the longest of them."""
+        running = (*self.runner.kv.rows, *self.prefilling, *more)
+        longest = max((request.length for request in running), default=0)
+        return self.runner.kv.room(len(running), longest + 1)
 
     def _head(self, request: Request) -> bytes:
         """The next tokens to compute, with the position they start at."""
@@ -210,6 +216,8 @@ class Scheduler:
 
     def _plan(self) -> tuple[list[Request], list[Chunk]]:
         """Slots for one more token of every decoding request, then chunks of prefill within the budget."""
+        while not self._has_room():
+            self._retract(self._youngest_first()[0])
         for request in list(self.runner.kv.rows):
             if request.row >= 0:
                 self._secure(request, 1)
@@ -306,12 +314,13 @@ class Scheduler:
     def _stop_reason(self, request: Request, token: int) -> dict[str, object] | None:
         if token in request.stop_ids:
             return {"type": "stop", "matched": token}
-        for stop in request.params.stops():
-            # A token is at least a byte of text, so the stop string lies within this many last tokens.
-            tail = request.output[-(len(stop.encode()) + 1) :]
+        if stops := request.params.stops():
+            # A token is at least a byte of text, so a stop string lies within this many last tokens.
+            tail = request.output[-(max(len(stop.encode()) for stop in stops) + 1) :]
             assert self.runner.tokenizer is not None
-            if stop in str(self.runner.tokenizer.decode(tail)):
-                return {"type": "stop", "matched": stop}
+            text = str(self.runner.tokenizer.decode(tail))
+            if (found := next((stop for stop in stops if stop in text), None)) is not None:
+                return {"type": "stop", "matched": found}
         if len(request.output) >= request.limit:
             return {"type": "length", "length": request.limit}
         return None

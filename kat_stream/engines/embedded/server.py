@@ -26,7 +26,7 @@ from kat_stream.engines.embedded.metrics import Metrics
 from kat_stream.engines.embedded.request import GenerateBody, Request, SamplingBody
 from kat_stream.engines.embedded.runner import Dtype, ModelRunner, load_weights, require_room
 from kat_stream.engines.embedded.scheduler import Update
-from kat_stream.engines.embedded.worker import Worker
+from kat_stream.engines.embedded.worker import Worker, within
 from kat_stream.errors import DeadlineExceeded, EngineRejected, EngineUnavailable
 
 # A control call waits at most for one step; an update also for all requests in flight, unless the engine is paused.
@@ -277,8 +277,10 @@ class EngineServer:
         try:
             # Loaded and checked while the old weights serve; only the copy happens between two steps.
             loading = asyncio.to_thread(load_weights, Path(body.model_path))
-            source = await asyncio.wait_for(loading, UPDATE_SECONDS)
+            source = await within(UPDATE_SECONDS, loading, "the new weights to be loaded")
             frozen = await self._apply(body, source)
+        except (EngineUnavailable, DeadlineExceeded):  # says nothing of the weights: may be asked for again
+            raise
         except Exception as failure:  # SGLang's contract: whatever went wrong is the answer; the old weights serve on
             return _json({"success": False, "message": str(failure) or repr(failure), "num_paused_requests": 0}, 400)
         return _json({"success": True, "message": "Weights updated.", "num_paused_requests": frozen})
@@ -296,7 +298,7 @@ class EngineServer:
             frozen: int = await self.worker.call(
                 lambda: self._enqueue(update, body.abort_all_requests), CONTROL_SECONDS
             )
-            if (error := await asyncio.wait_for(done, UPDATE_SECONDS)) is not None:
+            if (error := await within(UPDATE_SECONDS, done, "requests in flight to end")) is not None:
                 raise error
         finally:
             # Given up, by deadline or by the caller: it must not hold back requests, nor come true later.

@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -60,11 +60,7 @@ class Worker:
         """What `function` returns in the model's thread between two steps. Raises DeadlineExceeded,
         EngineUnavailable."""
         self._require_alive()
-        future = self.post(function)
-        try:
-            return await asyncio.wait_for(future, seconds)
-        except TimeoutError as error:
-            raise DeadlineExceeded("engine, between two steps", seconds) from error
+        return await within(seconds, self.post(function), "engine, between two steps")
 
     async def close(self, seconds: float = 10.0) -> None:
         """End the thread after its current step; all pending requests and calls end with an error."""
@@ -141,6 +137,14 @@ class Worker:
     def _notify(self, function: Callable[..., None], *arguments: Any) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)
+
+
+async def within[T](seconds: float, awaited: Awaitable[T], what: str) -> T:
+    """What `awaited` gives, if it does so in time; DeadlineExceeded says what was awaited."""
+    try:
+        return await asyncio.wait_for(awaited, seconds)
+    except TimeoutError as error:
+        raise DeadlineExceeded(what, seconds) from error
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
