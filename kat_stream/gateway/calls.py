@@ -99,20 +99,34 @@ class CallService:
 
     async def begin(self, session: Session, asked: ModelCall, digest: bytes, *, retry: bool) -> Call:
         """The call that answers this request: an earlier one if this is its retry, else a new one. RequestRefused."""
-        return await self._with_ids(lambda: self._begin(session, asked, digest, retry=retry))
+        return await self._with_ids(session, lambda: self._begin(session, asked, digest, retry=retry))
 
     async def count(self, session: Session, asked: ModelCall) -> int:
-        """Tokens of the prompt that this call would have, were it made. RequestRefused."""
-        return (await self._with_ids(lambda: session.conversation.prompt(self.renderer, asked))).tokens
+        """Tokens of the prompt that this call would have, were it made. RequestRefused.
 
-    async def _with_ids[T](self, work: Callable[[], T]) -> T:
-        """What `work` gives, begun anew after each wait for ids: the session may have changed meanwhile."""
-        while True:
-            try:
-                return work()
-            except NotEncoded as long:
-                text = long.text
-            await self.renderer.make_ready(text)
+        Of one that is far longer than the session's context: as many as were counted, which are too many.
+        """
+        try:
+            return (await self._with_ids(session, lambda: session.conversation.prompt(self.renderer, asked))).tokens
+        except ContextOverflow as error:
+            return error.tokens
+
+    async def _with_ids[T](self, session: Session, work: Callable[[], T]) -> T:
+        """What `work` gives, begun anew after each wait for ids: the session may have changed meanwhile.
+
+        A session waits for one text at a time, so that the others come in between. DeadlineExceeded.
+        """
+        try:
+            async with asyncio.timeout(self.limits.call_s):
+                while True:
+                    try:
+                        return work()
+                    except NotEncoded as long:
+                        text = long.text
+                    async with session.encoding:
+                        await self.renderer.make_ready(text, session.about.sampling.max_context)
+        except TimeoutError as error:
+            raise DeadlineExceeded("the ids of a long prompt", self.limits.call_s) from error
 
     def _begin(self, session: Session, asked: ModelCall, digest: bytes, *, retry: bool) -> Call:
         if session.closed:
@@ -154,6 +168,7 @@ class CallService:
             routed_from=routed_from(call.prompt),
             sampling=params,
             budget=budget,
+            decode=self.renderer.decode,
             stream=call.asked.stream,
             grown=call.grown,
         )
@@ -164,8 +179,8 @@ class CallService:
         loop.call_later(self.limits.disconnect_grace_s, self._abandon_if_unwatched, call)
 
     def abandon(self, call: Call) -> None:
-        """Abort a call on its engine; it is recorded with what it has."""
-        if not call.sampler.aborted:
+        """Abort a call on its engine; it is recorded with what it has. One that is sampled is only waited for."""
+        if not call.sampler.aborted and not call.sampler.draft.finish_reason:
             call.sampler.aborted = True
             self._spawn(self._abort(call))
 
@@ -200,7 +215,9 @@ class CallService:
         if len(session.running) >= self.limits.calls_per_session:
             raise too_many("calls")
         limit = session.about.sampling.max_turns
-        if session.answered(side=side) >= limit:
+        # One that is being aborted will not count, and its retry must not be refused for it.
+        running = sum(bool(call.side) == side and not call.sampler.aborted for call in session.running)
+        if session.answered(side=side) + running >= limit:
             raise RequestRefused(f"this session has used its {limit} turns", code="turn_limit_reached")
 
     def _abandon_if_unwatched(self, call: Call) -> None:
@@ -295,13 +312,16 @@ def too_many(what: str) -> RequestRefused:
 
 
 def _retried(session: Session, digest: bytes, retry: bool) -> Call | None:
-    """The call that this request repeats: it is marked as a retry, or nobody got or awaits the answer of the first."""
-    for call in reversed(session.recent.get(digest, ())):
-        failed = call.result.done() and (call.result.cancelled() or call.result.exception() is not None)
-        orphan = call.watchers == 0 and not call.delivered
-        if not failed and not call.sampler.aborted and (retry or orphan):
-            return call
-    return None
+    """The call that this request repeats: one whose answer nobody got or awaits, else, if it is marked, the newest."""
+    alive = [call for call in reversed(session.recent.get(digest, ())) if not _broken(call)]
+    orphans = (call for call in alive if call.watchers == 0 and not call.delivered)
+    # An agent may ask the same several times at once: the one that broke is not the one that another client awaits.
+    return next(orphans, alive[0] if retry and alive else None)
+
+
+def _broken(call: Call) -> bool:
+    failed = call.result.done() and (call.result.cancelled() or call.result.exception() is not None)
+    return failed or call.sampler.aborted
 
 
 def _check_context(session: Session, prompt: Prompt) -> None:
@@ -311,8 +331,8 @@ def _check_context(session: Session, prompt: Prompt) -> None:
 
 
 def without_stop(text: str, draft: Draft) -> str:
-    """The text before the stop string that ended it: engines keep it in the ids."""
-    at = text.rfind(draft.matched_stop) if draft.matched_stop else -1
+    """The text before the stop string that ended it: engines keep it in the ids, and what its last token says more."""
+    at = text.find(draft.matched_stop) if draft.matched_stop else -1
     return text if at < 0 else text[:at]
 
 

@@ -94,7 +94,7 @@ class ControlListener:
             await self.takeover.stand_back(session_id)
         session = self._sessions.get(session_id)
         if session is None:
-            return _answer({"state": "unknown"})
+            return _answer({"state": "ended" if self._sessions.has_ended(session_id) else "unknown"})
         if session.closed and not session.moved:
             return _answer({"state": "ended"})
         session.moved = True

@@ -1,7 +1,8 @@
 """The listener for agents: session in the path, its secret as the API key, one handler for every path.
 
 Invariant: nothing that opens, closes or shows other sessions can be reached from here, and every answer is in the
-dialect's shape, errors included.
+dialect's shape, errors included. Behind the head of a stream comes the rest of that stream and nothing else: what fails
+there ends it in its own words, and a client that does not take it is cut off.
 """
 
 from __future__ import annotations
@@ -9,20 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import Awaitable
 from hashlib import blake2b
 
 import msgspec
 from aiohttp import hdrs, web
 
-from kat_stream.errors import DeadlineExceeded, EngineRejected, KatError, RequestRefused
+from kat_stream.errors import EngineRejected, KatError, RequestRefused
 from kat_stream.gateway.calls import Call, CallService, too_many
 from kat_stream.gateway.dialects import CHAT, Dialect, ReplyStream, listing, route, spoken_at
 from kat_stream.gateway.door import Door
 from kat_stream.gateway.limits import Limits
 from kat_stream.gateway.messages import ModelCall, Reply
 from kat_stream.gateway.metrics import REFUSED
-from kat_stream.gateway.sessions import Session, Sessions, ended
+from kat_stream.gateway.sessions import Session, Sessions, ended, over
 from kat_stream.gateway.side import SUFFIX
 from kat_stream.gateway.stream_text import Shown, StreamText
 from kat_stream.gateway.takeover import Takeover
@@ -30,7 +32,6 @@ from kat_stream.gateway.threads import named_thread
 
 log = logging.getLogger(__name__)
 
-KEEPALIVE = b": keepalive\n\n"
 _KEY = b'"stream"'
 _STREAM = re.compile(_KEY + rb"\s*:\s*(?:true|false)")
 _KEYS = ("x-api-key", "x-goog-api-key")
@@ -59,7 +60,7 @@ class DataListener:
             return _refusal(dialect, _refused(error))
         except Exception:  # a defect of ours: the agent is told in its own words, and may try again
             log.exception("%s %s failed", request.method, path)
-            return _refusal(dialect, RequestRefused("a defect of the gateway", status=500, code="internal_error"))
+            return _refusal(dialect, _defect())
 
     async def _serve(self, request: web.BaseRequest, session_id: str, path: str) -> web.StreamResponse:
         if request.headers.get(hdrs.UPGRADE, "").lower() == "websocket":
@@ -78,54 +79,48 @@ class DataListener:
         if found.action == "models":
             return _json(listing(self._models))
         session.requests += 1
+        room = _Room(session, self._limits)
         try:
-            asked, digest = await self._asked(request, session, found.dialect, path)
+            asked, digest = await self._asked(request, room, found.dialect, path)
             if found.action == "count":
                 return _json(found.dialect.counted(await self._calls.count(session, asked)))
-            return await self._call(request, session, found.dialect, asked, digest)
+            call = await self._calls.begin(session, asked, digest, retry=_is_retry(request))
+            room.leave()
+            return await self._call(request, found.dialect, call, asked)
         finally:
+            room.leave()
             session.requests -= 1
 
     async def _admit(self, request: web.BaseRequest, session_id: str) -> Session:
         key = _key(request)
         if self.takeover is not None and self._sessions.get(session_id) is None:
             if self.takeover.knows(session_id, key):
+                if self._sessions.has_ended(session_id):
+                    raise over()
                 # A session may take longer to come here than a stranger may stand in the door.
                 self._door.admit(request.protocol)
             await self.takeover.admit(session_id, key)
         return self._sessions.admit(session_id, key)
 
     async def _asked(
-        self, request: web.BaseRequest, session: Session, dialect: Dialect, path: str
+        self, request: web.BaseRequest, room: _Room, dialect: Dialect, path: str
     ) -> tuple[ModelCall, bytes]:
         """The request as a model call, and a digest of its body apart from whether it is streamed."""
-        held = 0
         try:
             async with asyncio.timeout(self._limits.body_s):
                 body = bytearray()
                 async for piece in request.content.iter_any():
                     body += piece
-                    held += len(piece)
-                    session.body_bytes += len(piece)
-                    self._check_body(session, len(body))
+                    room.take(len(piece))
             asked = dialect.read(bytes(body), path)
         except TimeoutError as error:
             raise RequestRefused("the request body did not arrive in time", status=408) from error
-        finally:
-            session.body_bytes -= held
         asked = msgspec.structs.replace(asked, thread=named_thread(request.headers))
         return asked, _digest(body)
 
-    def _check_body(self, session: Session, size: int) -> None:
-        if size > self._limits.body_bytes:
-            raise RequestRefused(f"the body is larger than {self._limits.body_bytes} bytes", status=413)
-        if session.body_bytes > self._limits.session_body_bytes:
-            raise too_many("bytes")
-
     async def _call(
-        self, request: web.BaseRequest, session: Session, dialect: Dialect, asked: ModelCall, digest: bytes
+        self, request: web.BaseRequest, dialect: Dialect, call: Call, asked: ModelCall
     ) -> web.StreamResponse:
-        call = await self._calls.begin(session, asked, digest, retry=_is_retry(request))
         async with call:
             if asked.stream:
                 return await self._stream(request, dialect, call, asked)
@@ -142,17 +137,30 @@ class DataListener:
         response = _Events(headers=_SSE)
         await response.prepare(request)
         events = dialect.stream(asked, call.turn_id, call.prompt.tokens)
-        await self._in_time(response.write(events.start()))
+        try:
+            await self._in_time(response.write(events.start()))
+            ending = await self._ending(response, call, events)
+            await self._in_time(response.write_eof(ending))
+            call.delivered = True
+        except ConnectionError:  # the client went away, or takes nothing: there is nobody to answer
+            if request.transport is not None:
+                request.transport.abort()
+        return response
+
+    async def _ending(self, response: web.StreamResponse, call: Call, events: ReplyStream) -> bytes:
+        """What ends a stream, when all before it was shown. ConnectionError: the client does not take it."""
         try:
             shown = await self._deltas(response, call, events)
-            ending = events.end(_whole(call, call.result.result()), shown)
+            return events.end(_whole(call, call.result.result()), shown)
         except RequestRefused as error:
-            ending = events.failed(error)
+            return events.failed(error)
         except KatError as error:
-            ending = events.failed(_refused(error))
-        await self._in_time(response.write_eof(ending))
-        call.delivered = True
-        return response
+            return events.failed(_refused(error))
+        except ConnectionError:
+            raise
+        except Exception:  # a defect of ours: the head is out, so the agent is told in the stream, and may try again
+            log.exception("the stream of turn %s failed", call.turn_id)
+            return events.failed(_defect())
 
     async def _deltas(self, response: web.StreamResponse, call: Call, events: ReplyStream) -> Shown:
         """Show what is certain until the call has its result; how much was shown."""
@@ -163,18 +171,19 @@ class DataListener:
             thinks=self._calls.renderer.thinks,
             opened=call.prompt.opened,
         )
-        known = 0
+        known, silent_at = 0, time.monotonic() + self._limits.keepalive_s
         while not call.result.done():
-            if not await call.wait_for_news(known, self._limits.keepalive_s):
-                await self._in_time(response.write(KEEPALIVE))
-                continue
+            await call.wait_for_news(known, silent_at - time.monotonic())
             ids = call.sampler.draft.ids
             known = max(known, len(ids))
             reasoning, content = text.feed(ids)
-            if reasoning:
-                await self._in_time(response.write(events.reasoning(reasoning)))
-            if content:
-                await self._in_time(response.write(events.text(content)))
+            piece = (events.reasoning(reasoning) if reasoning else b"") + (events.text(content) if content else b"")
+            # A reply may grow unseen for long: a tool call is shown when it is whole.
+            if not piece and time.monotonic() >= silent_at:
+                piece = events.alive
+            if piece:
+                await self._in_time(response.write(piece))
+                silent_at = time.monotonic() + self._limits.keepalive_s
         return text.shown
 
     async def _in_time(self, writing: Awaitable[None]) -> None:
@@ -182,7 +191,29 @@ class DataListener:
             async with asyncio.timeout(self._limits.write_s):
                 await writing
         except TimeoutError as error:
-            raise DeadlineExceeded("the client to take its stream", self._limits.write_s) from error
+            raise ConnectionAbortedError(f"the client took nothing for {self._limits.write_s:g} s") from error
+
+
+class _Room:
+    """What a request holds of its session's bytes: from its first one until its call has begun, or it is answered."""
+
+    def __init__(self, session: Session, limits: Limits) -> None:
+        self._session, self._limits = session, limits
+        self._held = 0
+
+    def take(self, size: int) -> None:
+        """For the next piece of the body. RequestRefused: this body is too large, or all of the session's are."""
+        self._held += size
+        self._session.body_bytes += size
+        if self._held > self._limits.body_bytes:
+            raise RequestRefused(f"the body is larger than {self._limits.body_bytes} bytes", status=413)
+        if self._session.body_bytes > self._limits.session_body_bytes:
+            raise too_many("bytes")
+
+    def leave(self) -> None:
+        """It holds nothing more."""
+        self._session.body_bytes -= self._held
+        self._held = 0
 
 
 class _Events(web.StreamResponse):
@@ -200,6 +231,10 @@ def _digest(body: bytearray) -> bytes:
             at = found.end()
     digest.update(memoryview(body)[at:])
     return digest.digest()
+
+
+def _defect() -> RequestRefused:
+    return RequestRefused("a defect of the gateway", status=500, code="internal_error")
 
 
 def _refusal(dialect: Dialect, error: RequestRefused) -> web.Response:

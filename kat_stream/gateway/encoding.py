@@ -2,7 +2,8 @@
 
 Owns the tokenizer's encoder in the gateway. Invariant: what `ids` gives is what the tokenizer gives for the text. A new
 prompt of 100,000 tokens takes it a tenth of a second, in which no other agent would be served; the encoder lets go of
-the interpreter meanwhile.
+the interpreter meanwhile. One text is encoded at a time, whoever gives up meanwhile, and none that is seen from its
+head to be too long: what one session can make the others wait for is bounded by its context.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import asyncio
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from kat_stream.errors import ContextOverflow
+from kat_stream.whole import whole
 from topics.record import pack_ints
 
 if TYPE_CHECKING:
@@ -20,6 +23,12 @@ LONG_CHARS = 8192
 """1.2 to 1.5 ms of a core with the demo's and the tests' tokenizers; the way to a thread takes 0.2."""
 KNOWN_CHARS = 1024
 """Texts from here on are remembered: the first prompt of a task is the same for its whole group."""
+HEAD_CHARS = 8
+"""For each token of the context: a text that is longer than that is mostly too long."""
+_CUT = 64
+"""Tokens at the end of a head that are not counted: the text behind the cut may make other tokens of theirs."""
+_ID = 4
+"""Bytes of an id."""
 MEMORY_BYTES = 32 << 20
 """Of texts and their ids."""
 
@@ -56,11 +65,21 @@ class Encoder:
             raise NotEncoded(text)
         return self._remembered(text, self._encode(text))
 
-    async def make_ready(self, text: str) -> None:
-        """Afterwards `ids` knows the text for a while."""
+    async def make_ready(self, text: str, limit: int) -> None:
+        """Afterwards `ids` knows the text for a while. ContextOverflow if its head alone has `limit` tokens."""
+        head = text[: HEAD_CHARS * limit]
+        if len(head) < len(text):
+            tokens = len(await self._ready(head)) // _ID - _CUT
+            if tokens >= limit:
+                raise ContextOverflow(tokens, limit)
+        await self._ready(text)
+
+    async def _ready(self, text: str) -> bytes:
         async with self._one:
-            if text not in self._known:  # the prompt of a group comes many times at once
-                self._remembered(text, await asyncio.to_thread(self._encode, text))
+            ids = self._known.get(text)  # the prompt of a group comes many times at once
+            if ids is None:
+                ids = self._remembered(text, await whole(asyncio.to_thread(self._encode, text)))
+            return ids
 
     def _remembered(self, text: str, ids: bytes) -> bytes:
         self._known[text] = ids

@@ -13,7 +13,7 @@ class Limits:
 
     body_bytes: int = 16 * MIB
     session_body_bytes: int = 64 * MIB
-    """Of all requests of a session at once."""
+    """Of all requests of a session whose calls have not begun."""
     headers_s: float = 10.0
     """For a new connection to send its first request's head."""
     connections: int = 4096
@@ -54,3 +54,5 @@ class Limits:
     """Newest calls of a session that a retry can join."""
     remembered_sessions: int = 256
     """Closed sessions whose turns can be asked for again."""
+    remembered_ends: int = 100_000
+    """Closed sessions of which it is known that they ended; one that is forgotten could be called back to life."""

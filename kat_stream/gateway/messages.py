@@ -2,11 +2,15 @@
 
 Owns canonical comparison. Invariant: two messages have the same `canonical()` bytes exactly if an agent that echoes one
 for the other changed nothing that the policy said: string content equals a list of text parts, null equals "", tool
-arguments are compared as JSON values, ids of tool calls and reasoning are left out.
+arguments are compared as JSON values (10.0 is 10, and free text that is a JSON object is that object), ids of tool
+calls and reasoning are left out. Digests of these bytes are recorded: a session with a call that another version of
+this program compares otherwise does not find that reply again when it moves there. Its next prompt is mounted by its
+tokens alone, once, as a fork that is counted; no token is wrong.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from itertools import takewhile
@@ -15,21 +19,60 @@ from typing import Any
 import msgspec
 
 _json = msgspec.json.Encoder(order="deterministic")
+_EXACT = 1 << 53
+"""Up to here every integer is a float, so that an agent that knows floats alone (JavaScript) writes it as it is."""
 
 
-class ToolCall(msgspec.Struct, frozen=True):
+def _number(text: str) -> float:
+    """A JSON number with a point or an exponent. JavaScript writes 10.0 as 10, and -0.0 as 0."""
+    value = float(text)
+    if math.isinf(value):  # as msgspec refuses it itself
+        raise msgspec.ValidationError("Number out of range")
+    return int(value) if value.is_integer() and abs(value) <= _EXACT else value
+
+
+_compared = msgspec.json.Decoder(float_hook=_number)
+
+
+class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
     """One call of a tool; `arguments` is the JSON text as it was written."""
 
     id: str
     name: str
     arguments: str
+    said: str = ""
+    """The policy's own id of it, where its family writes one (Kimi); agents know the call by `id`."""
+
+    @property
+    def shown_id(self) -> str:
+        """The id that the chat template gets, for the call and for its result."""
+        return self.said or self.id
 
     def value(self) -> Any:
         """The arguments as a JSON value, or the text itself if it is no JSON."""
         try:
             return msgspec.json.decode(self.arguments)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return self.arguments
+
+    def compared(self) -> Any:
+        """The arguments as a value that is equal for the same call, whichever wire and agent it went through.
+
+        A tool of free text (kat_stream.gateway.dialects.responses) that was called with other arguments than its text
+        gets their JSON as its text, and comes back so.
+        """
+        value = _parsed(self.arguments)
+        if isinstance(value, dict) and value.keys() == {"input"} and isinstance(text := value["input"], str):
+            inner = _parsed(text)
+            return inner if isinstance(inner, dict) else value
+        return value
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return _compared.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return text
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +87,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 
     def canonical(self) -> bytes:
         """Bytes that are equal for messages that say the same."""
-        calls = [(call.name, call.value()) for call in self.tool_calls]
+        calls = [(call.name, call.compared()) for call in self.tool_calls]
         return _json.encode((self.role, self.content, calls))
 
     def for_template(self) -> dict[str, Any]:
@@ -52,7 +95,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
         out: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.tool_calls:
             out["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.value()}}
+                {"id": call.shown_id, "type": "function", "function": {"name": call.name, "arguments": call.value()}}
                 for call in self.tool_calls
             ]
         if self.tool_call_id:

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from kat_stream.errors import GatewayError, RequestRefused
+from kat_stream.errors import GatewayError
+from kat_stream.gateway.sessions import over
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Peers:
         """Every peer that lives has let the session go. RequestRefused (409) if it ended at one of them."""
         states = await asyncio.gather(*(self._release(peer, session_id) for peer in self._peers))
         if "ended" in states:
-            raise RequestRefused("this session has ended", status=409, code="session_ended")
+            raise over()
 
     async def _release(self, peer: Peer, session_id: str) -> str:
         try:

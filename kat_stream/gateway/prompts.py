@@ -38,7 +38,7 @@ class Heard:
     shown: tuple[Message, ...]
     """As the template got them: replies as they were said."""
     ids: dict[str, str]
-    """Ids that the agent gave to calls, and those under which they were said."""
+    """Ids that the agent gave to calls, and those that the template gets for them."""
     thought: bool
     """There is reasoning in them."""
     rendered: int
@@ -227,7 +227,7 @@ def _next(known: Heard, said: Said, call: ModelCall, digests: list[bytes]) -> He
     before = len(known.messages)
     echo, following = call.messages[before], call.messages[before + 1 :]
     ids = known.ids | _other_ids(echo, said.message)
-    new = (said.message, *(_under(ids, message) for message in following))
+    new = (said.message, *(under(ids, message) for message in following))
     return Heard(
         messages=(*known.messages, echo, *following),
         digests=digests,
@@ -248,7 +248,7 @@ def _long(renderer: Renderer, call: ModelCall, said: Said, heard: Heard, tools: 
 
 
 def _renamed(messages: Sequence[Message], last: Said | None) -> dict[str, str]:
-    """Ids that the agent gave to calls, and those under which this session said them."""
+    """Ids that the agent gave to calls, and those that the template gets for what this session said."""
     ids: dict[str, str] = {}
     said = last
     while said is not None:
@@ -259,12 +259,12 @@ def _renamed(messages: Sequence[Message], last: Said | None) -> dict[str, str]:
 
 def _other_ids(echo: Message, own: Message) -> dict[str, str]:
     calls = zip(echo.tool_calls, own.tool_calls, strict=True)
-    return {theirs.id: ours.id for theirs, ours in calls if theirs.id != ours.id}
+    return {theirs.id: ours.shown_id for theirs, ours in calls if theirs.id != ours.shown_id}
 
 
 def _as_said(messages: Sequence[Message], last: Said | None, ids: dict[str, str]) -> tuple[Message, ...]:
     """The messages with this session's own replies as they were said, and results under the ids of those calls."""
-    out = [_under(ids, message) for message in messages] if ids else list(messages)
+    out = [under(ids, message) for message in messages] if ids else list(messages)
     said = last
     while said is not None:
         out[said.messages] = said.message
@@ -272,7 +272,7 @@ def _as_said(messages: Sequence[Message], last: Said | None, ids: dict[str, str]
     return tuple(out)
 
 
-def _under(ids: dict[str, str], message: Message) -> Message:
+def under(ids: dict[str, str], message: Message) -> Message:
     """A result under the id of its call."""
     own = ids.get(message.tool_call_id)
     return message if own is None else msgspec.structs.replace(message, tool_call_id=own)

@@ -97,9 +97,9 @@ class Renderer:
         """int32[n]: ids of a text in which special tokens are recognised; none is added. `NotEncoded`: see `aside`."""
         return self._encoder.ids(text)
 
-    async def make_ready(self, text: str) -> None:
-        """Make the ids of a text that was `NotEncoded`."""
-        await self._encoder.make_ready(text)
+    async def make_ready(self, text: str, limit: int) -> None:
+        """Make the ids of a text that was `NotEncoded`. ContextOverflow if they are soon seen to be `limit`."""
+        await self._encoder.make_ready(text, limit)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""

@@ -1,14 +1,16 @@
 """One model call on the engines: dispatch, another engine when one breaks off, going on after an engine's own abort.
 
 Invariant: a draft's ids, log-probs and spans always agree and only grow; what was sampled before an engine broke off or
-a weight update aborted is the beginning of what is sampled after, and the client sees one reply.
+a weight update aborted is the beginning of what is sampled after, and the client sees one reply. An engine looks for
+stop strings in what it sampled itself: one that two parts make together is seen here, and the draft ends where it is
+whole.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -71,6 +73,15 @@ class Draft:
         if start == 0:
             self.cached_tokens = generation.cached_tokens
 
+    def stop_at(self, end: int, stop: str) -> None:
+        """The first `end` ids make a stop string whole: what was sampled behind them is dropped."""
+        rows = max(self.routed_rows - (len(self.ids) - end), 0)
+        self.routed = self.routed[: len(self.routed) // max(self.routed_rows, 1) * rows]
+        self.routed_rows = rows
+        del self.ids[end:], self.logprobs[end:]
+        self.spans = [VersionSpan(s.version, s.start, min(s.end, end)) for s in self.spans if s.start < end]
+        self.finish_reason, self.matched_stop = "stop", stop
+
     def _cover(self, start: int, span: Span) -> None:
         last = self.spans[-1] if self.spans else None
         if last is not None and last.version == span.version and last.end == start + span.start:
@@ -93,6 +104,7 @@ class Sampler:
     sampling: SamplingParams
     budget: int
     """Tokens that may be sampled."""
+    decode: Callable[[Sequence[int]], str]
     stream: bool
     grown: Callable[[], None]
     routed_from: int = 0
@@ -155,10 +167,13 @@ class Sampler:
             raise EngineUnavailable(f"{state.url}: an answer without the ids or log-probabilities of its text")
         first = self.routed_from + self.draft.routed_rows
         self.draft.close_part(start, generation, self.prompt_tokens + start + len(generation.output_ids) - 1 - first)
-        self.grown()
-        if generation.finish_reason != "abort":
+        seam = _across(self.draft.ids, start, self.sampling.stop, self.decode)
+        if seam is not None:
+            self.draft.stop_at(*seam)
+        elif generation.finish_reason != "abort":
             self.draft.finish_reason = generation.finish_reason
-        elif not self.aborted:
+        self.grown()
+        if not self.draft.finish_reason and not self.aborted:
             RESUMED.labels("abort").inc()
             await asyncio.sleep(ABORT_PAUSE_S)
 
@@ -179,3 +194,25 @@ class Sampler:
                 self.grown()
         assert final is not None  # every stream ends with it, or raises
         return final
+
+
+def _across(
+    ids: Sequence[int], seam: int, stops: Sequence[str], decode: Callable[[Sequence[int]], str]
+) -> tuple[int, str] | None:
+    """The number of ids that first make a stop string whole which begins before the seam, and that string.
+
+    A token is a byte at least, so no stop string reaches farther than its bytes on either side.
+    """
+    reach = max((len(stop.encode(errors="surrogatepass")) for stop in stops), default=0)
+    if not seam or not reach:
+        return None
+    first = max(seam - reach, 0)
+    before = len(decode(ids[first:seam]))
+    whole = decode(ids[first : seam + reach])  # most seams have none, and need no look at each id behind them
+    if not any(0 <= whole.find(stop) < before for stop in stops):
+        return None
+    for end in range(seam + 1, min(seam + reach, len(ids)) + 1):
+        text = decode(ids[first:end])
+        if (stop := next((stop for stop in stops if 0 <= text.find(stop) < before), None)) is not None:
+            return end, stop
+    return None

@@ -6,6 +6,7 @@ of their completion; nothing is added after it closed. Its key opens it alone, a
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections import Counter, OrderedDict
@@ -80,7 +81,9 @@ class Session:
     requests: int = 0
     """Being read or answered."""
     body_bytes: int = 0
-    """Of those requests, in memory."""
+    """Of those requests whose call has not begun, in memory."""
+    encoding: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a long text of the session waits for its ids."""
     allowance: float = 0.0
     """Requests that may come at once, as of `allowed_at`."""
     allowed_at: float = field(default_factory=time.monotonic)
@@ -140,16 +143,23 @@ def ended(session: Session) -> RequestRefused:
     """The answer to whoever asks for more of a session that this gateway has no more."""
     if session.moved:
         return RequestRefused("this session has moved; ask again", status=503, code="session_moved")
+    return over()
+
+
+def over() -> RequestRefused:
+    """The answer to whoever asks for more of a session that has ended."""
     return RequestRefused("this session has ended", status=409, code="session_ended")
 
 
 class Sessions:
-    """All sessions of a gateway, the closed ones for a while."""
+    """All sessions of a gateway, the closed ones for a while, and for longer that they ended."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._open: dict[str, Session] = {}
         self._closed: OrderedDict[str, Session] = OrderedDict()
+        self._ended: dict[str, None] = {}
+        """The newest last."""
 
     def open(self, about: SessionRequest) -> Session:
         """A new session; RequestRefused (503) when there are too many."""
@@ -181,7 +191,7 @@ class Sessions:
             raise RequestRefused("there is no such session", status=404, code="session_not_found")
         if not compare_digest(session.key.encode(), key.encode(errors="surrogateescape")):
             raise RequestRefused("Incorrect API key provided.", status=401, code="invalid_api_key")
-        if session.closed:
+        if session.closed or self.has_ended(session_id):  # one that is back has come to hand its turns over again
             raise ended(session)
         session.used = time.monotonic()
         return session
@@ -189,6 +199,10 @@ class Sessions:
     def get(self, session_id: str) -> Session | None:
         """A session, open or closed not long ago."""
         return self._open.get(session_id) or self._closed.get(session_id)
+
+    def has_ended(self, session_id: str) -> bool:
+        """Whether a session ended here, also when no more is known of it."""
+        return session_id in self._ended
 
     def find(self, session_id: str) -> Session:
         """As `get`; GatewayError if there is none."""
@@ -202,6 +216,9 @@ class Sessions:
         session.closed = True
         if self._open.pop(session.session_id, None) is not None:
             self._closed[session.session_id] = session
+            self._ended[session.session_id] = None
+        if len(self._ended) > self._limits.remembered_ends:
+            del self._ended[next(iter(self._ended))]
         while len(self._closed) > self._limits.remembered_sessions:
             self._closed.popitem(last=False)
         SESSIONS.set(len(self._open))

@@ -1,7 +1,7 @@
 """What a reply says: reasoning, content and tool calls; and which family's parsers read a policy.
 
 Owns the registry of parsers. Invariant: ids of tool calls follow from the turn and consist of letters and digits only,
-as agents rewrite others.
+as agents rewrite others; what the policy itself called a call goes beside them, for its template.
 """
 
 from __future__ import annotations
@@ -77,5 +77,7 @@ def read_reply(
     thought = reasoning.split(text, opened=opened) if thinks else reasoning.Thought("", text, True)
     content, calls = parser.parse(thought.content, tools)
     begun = parser.begins(thought.content if thought.closed else thought.reasoning)
-    named = tuple(ToolCall(f"call{turn_id[:20]}{i}", name, arguments) for i, (name, arguments) in enumerate(calls))
+    named = tuple(
+        ToolCall(f"call{turn_id[:20]}{i}", call.name, call.arguments, call.said) for i, call in enumerate(calls)
+    )
     return Said(thought.reasoning, content, named, begun and not calls)

@@ -18,7 +18,7 @@ from kat_stream.errors import RequestRefused
 from kat_stream.gateway.ids import unpack
 from kat_stream.gateway.messages import Message, ModelCall, Reply, ToolCall
 from kat_stream.gateway.parsers.base import ToolParser
-from kat_stream.gateway.prompts import Conversation, Prompt
+from kat_stream.gateway.prompts import Conversation, Prompt, under
 from kat_stream.gateway.render import Renderer
 from kat_stream.gateway.text import text_digest
 from kat_stream.gateway.tools import Said, family, get_parser, read_reply
@@ -128,7 +128,7 @@ class _Trial:
         if prompt.fork:
             self._report.forks[prompt.fork] += 1
         shown = self._renderer.decode(unpack(prompt.ids))
-        asked = self._renderer.text([message.for_template() for message in self._messages], self._tools)
+        asked = self._renderer.text([message.for_template() for message in self._told()], self._tools)
         if prompt.text.digest != text_digest(asked):
             self._report.wrong.append(f"conversation {self._number}, turn {turn}: the text seen is not the template's")
         if shown == asked:
@@ -141,10 +141,15 @@ class _Trial:
         else:
             self._report.wrong.append(f"conversation {self._number}, turn {turn}: {_difference(shown, asked)}")
 
+    def _told(self) -> list[Message]:
+        """The messages as the template is to get them: results under the policy's own ids of their calls."""
+        ids = {call.id: call.shown_id for message in self._messages for call in message.tool_calls}
+        return [under(ids, message) for message in self._messages]
+
     def _answer(self, prompt: Prompt, turn_id: str) -> bool:
         """The policy says what the template would show of a reply; False if it cannot be told."""
         meant = self._reply()
-        before = [message.for_template() for message in self._messages]
+        before = [message.for_template() for message in self._told()]
         asked = self._renderer.text(before, self._tools)
         try:
             whole = self._renderer.text([*before, meant.for_template()], self._tools, ask=False)
@@ -186,10 +191,15 @@ class _Trial:
         count = chance.choice((0, 1, 1, 2)) if self._tools else 0
         if self._report.family == "llama3":
             count = min(count, 1)
-        calls = tuple(ToolCall(f"call{i}", chance.choice(("bash", "edit")), self._arguments()) for i in range(count))
+        calls = tuple(self._call(i) for i in range(count))
         thought = self._words() if self._report.thinks and chance.random() < 0.7 else ""
         content = "" if calls and chance.random() < 0.4 or self._report.family == "llama3" and calls else self._words()
         return Message(role="assistant", content=content, tool_calls=calls, reasoning=thought)
+
+    def _call(self, number: int) -> ToolCall:
+        name = self._chance.choice(("bash", "edit"))
+        said = f"functions.{name}:{number}" if self._report.family == "kimi" else ""
+        return ToolCall(f"call{number}", name, self._arguments(), said)
 
     def _arguments(self) -> str:
         value: dict[str, Any] = {"command": self._words()}

@@ -51,6 +51,16 @@ THINKING = CHATML.replace(
     "{{ m.content }}",
     "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}",
 )
+# As Kimi K2: the policy's own ids of calls stand in the prompt, beside the calls and before their results.
+OWN_IDS = (
+    "{%- if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{%- for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'tool' %}## Return of {{ m.tool_call_id }}\n{% endif %}{{ m.content }}"
+    "{%- if m.tool_calls %}<|tool_calls_section_begin|>{% for call in m.tool_calls %}"
+    "<|tool_call_begin|>{{ call.id }}<|tool_call_argument_begin|>{{ call.function.arguments | tojson }}"
+    "<|tool_call_end|>{% endfor %}<|tool_calls_section_end|>{% endif %}<|im_end|>\n{% endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 MERGES = [("l", "s"), ("c", "a"), ("ca", "t"), ("Ġ", "-"), ("Ġ-", "l")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,6 +14,9 @@ from google.genai import errors as google_errors
 from google.genai import types as google
 
 from kat_stream.gateway.app import SessionHandle
+from kat_stream.gateway.dialects.google import GenerateContent
+from kat_stream.gateway.limits import Limits
+from kat_stream.gateway.side import side_reason
 from tests.contract.gateway_kit import THINKING, World, by_bytes, paths, saying, tokenizer, world
 from topics import Sampling, Turn
 
@@ -178,6 +182,17 @@ async def test_a_conversation_with_tools_and_reasoning(wire: str, stream: bool) 
         _check_history(w, turns)
 
 
+@pytest.mark.parametrize("wire", sorted(SPEAKERS))
+async def test_every_client_passes_over_signs_of_life(wire: str) -> None:
+    """They come whenever nothing is shown for long, so also while a tool call grows."""
+    limits = Limits(keepalive_s=0.001, stream_tokens=1)
+    async with world(
+        saying(TWO_CALLS, "cat a", "ca"), tools="hermes", template=THINKING, token_s=0.002, limits=limits
+    ) as w:
+        said = await SPEAKERS[wire](w, await w.session(), stream=True)
+        assert said == [EXPECTED, ("", "cat a", [], "stop"), ("", "ca", [], "stop")]
+
+
 def _check_history(w: World, turns: list[Turn]) -> None:
     """Each turn went on from the ids that were sampled, and the policy saw its own words."""
     assert [turn.fork for turn in turns] == ["", "", ""]
@@ -228,6 +243,82 @@ async def test_custom_and_namespace_tools_of_responses(stream: bool) -> None:
         again = {"model": "m", "tools": tools, "input": [{"role": "user", "content": "go"}, *output, *results]}
         assert (await w.post(handle, "v1/responses", again))[0] == 200
         assert [turn.fork for turn in await w.control.close(handle.session_id)] == ["", ""]
+
+
+@pytest.mark.parametrize("arguments", [{"patch": "*** Begin"}, {"input": "x", "n": 1.0}, {"input": {"a": 1}}, {}])
+async def test_a_custom_tool_called_with_other_arguments_comes_back_as_it_was_called(arguments: dict[str, Any]) -> None:
+    said = f"<tool_call>{json.dumps({'name': 'apply_patch', 'arguments': arguments})}</tool_call>"
+    tools = [{"type": "custom", "name": "apply_patch", "description": "patches", "format": {"type": "text"}}]
+    async with world(saying(said, "ca"), tools="hermes") as w:
+        handle = await w.session()
+        _, answer = await w.post(handle, "v1/responses", {"model": "m", "input": "go", "tools": tools})
+        (called,) = answer["output"]
+        assert json.loads(called["input"]) == arguments
+        result = {"type": "custom_tool_call_output", "call_id": called["call_id"], "output": "not a patch"}
+        history = [{"role": "user", "content": "go"}, called, result]
+        await w.post(handle, "v1/responses", {"model": "m", "input": history, "tools": tools})
+        first, second = await w.control.close(handle.session_id)
+        assert (second.fork, second.parent) == ("", first.turn_id)
+        assert second.prefix_len > first.prefix_len + len(first.prompt_ids) // 4, "all that was sampled is kept"
+
+
+GOOGLE: dict[str, Any] = {
+    "systemInstruction": {"parts": [{"text": "Mend."}]},
+    "contents": [
+        {"role": "user", "parts": [{"text": "go"}]},
+        {"role": "model", "parts": [{"functionCall": {"name": "bash", "args": {"topK": 1}}}]},
+        {"role": "user", "parts": [{"functionResponse": {"name": "bash", "response": {"output": "seen"}}}]},
+    ],
+    "tools": [{"functionDeclarations": [{"name": "bash", "parametersJsonSchema": {"properties": {"topK": {}}}}]}],
+    "toolConfig": {"functionCallingConfig": {"mode": "NONE"}},
+    "generationConfig": {"maxOutputTokens": 7, "stopSequences": ["END"], "topK": 3},
+}
+
+
+def _own_names(value: Any) -> Any:
+    """A request with the fields' own names, as JSON of protocol buffers also has them."""
+    if isinstance(value, list):
+        return [_own_names(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = ("args", "parametersJsonSchema")
+    return {
+        re.sub("[A-Z]", lambda found: "_" + found[0].lower(), key): part if key in kept else _own_names(part)
+        for key, part in value.items()
+    }
+
+
+def test_google_s_fields_count_by_either_name() -> None:
+    whole, own = GOOGLE, _own_names(GOOGLE)
+    assert own["system_instruction"] and own["generation_config"]["max_output_tokens"] == 7
+    target = "v1beta/models/m:generateContent"
+    read = [GenerateContent().read(json.dumps(body).encode(), target) for body in (whole, own, {**own, **whole})]
+    assert read[0] == read[1] == read[2]
+    assert [message.role for message in read[0].messages] == ["system", "user", "assistant", "tool"]
+    assert (read[0].max_tokens, read[0].stop, read[0].tools_allowed) == (7, ("END",), False)
+    assert read[0].tools is not None and "topK" in json.dumps(read[0].tools)
+    asked = json.dumps({"generate_content_request": own}).encode()
+    assert GenerateContent().read(asked, "v1beta/models/m:countTokens").messages == read[0].messages
+
+
+def test_a_model_s_name_may_hold_a_colon() -> None:
+    call = GenerateContent().read(json.dumps(GOOGLE).encode(), "v1beta/models/qwen3:8b-small:streamGenerateContent")
+    assert (call.model, call.stream, side_reason(call)) == ("qwen3:8b-small", True, "model")
+
+
+async def test_results_of_tools_may_come_from_the_role_tool() -> None:
+    async with world(saying("ls", "cat")) as w:
+        handle = await w.session()
+        called = google.Part.from_function_call(name="bash", args={})
+        seen = google.Part.from_function_response(name="bash", response={"output": "seen"})
+        contents: Any = [
+            google.UserContent("go"),
+            google.ModelContent([called]),
+            google.Content(role="tool", parts=[seen]),
+        ]
+        answer = await w.google(handle).aio.models.generate_content(model="m", contents=contents)
+        assert answer.text == "cat"
+        assert "<|im_start|>tool\nseen<|im_end|>" in tokenizer().decode(w.engines[0].requests[0].input_ids)
 
 
 async def test_tokens_are_counted_as_they_are_used() -> None:

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from typing import Any, Literal
 
 import anyio
 import openai
 import pytest
 
+from kat_stream.engines.client import EngineClient, Generation, Increment, SamplingParams, Span
 from kat_stream.errors import LogUnavailable
 from kat_stream.gateway.app import SessionHandle
+from kat_stream.gateway.calls import Call, CallService
 from kat_stream.gateway.limits import Limits
 from kat_stream.gateway.recording import Publisher
 from kat_stream.log import Message
 from kat_stream.log.kafka_producer import _digest
-from tests.contract.gateway_kit import World, by_bytes, going_on, paths, saying, until, user, world
+from tests.contract.gateway_kit import Gate, World, by_bytes, going_on, paths, saying, tokenizer, until, user, world
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """Calls whose last client is known to have gone away."""
+    seen: list[Call] = []
+    real = CallService.unwatched
+
+    def unwatched(self: CallService, call: Call) -> None:
+        real(self, call)
+        seen.append(call)
+
+    monkeypatch.setattr(CallService, "unwatched", unwatched)
+    return seen
+
 
 QUICK = Limits(disconnect_grace_s=0.05, publish_s=0.3, keepalive_s=0.05)
 
@@ -42,8 +61,8 @@ class Unheard:
         await self.inner.append(*messages, deadline_s=deadline_s)
 
 
-async def _post(w: World, handle: SessionHandle, *, stream: bool = False, retry: int = 0) -> bytes:
-    body = {"model": "m", "messages": [user("go")], "stream": stream}
+async def _post(w: World, handle: SessionHandle, *, stream: bool = False, retry: int = 0, **more: Any) -> bytes:
+    body = {"model": "m", "messages": [user("go")], "stream": stream, **more}
     headers = {"Authorization": f"Bearer {handle.key}", "x-stainless-retry-count": str(retry)}
     url = f"{w.server.data_url}{handle.path}/v1/chat/completions"
     async with w.http.post(url, json=body, headers=headers) as answer:
@@ -93,6 +112,49 @@ async def test_marked_retries_get_the_same_turn_and_unmarked_repeats_a_new_one()
         assert len(turns) == 2 and len(w.engines[0].requests) == 2
 
 
+async def test_a_retry_joins_a_call_that_waits_for_the_log_however_late_it_comes(left: list[Call]) -> None:
+    gates: list[Gate] = []
+
+    def wrap(log: Publisher) -> Publisher:
+        gates.append(Gate(log))
+        return gates[0]
+
+    async with world(saying("ls"), limits=Limits(disconnect_grace_s=0.0), wrap=wrap) as w:
+        handle = await w.session()
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: _post(w, handle))
+            await until(lambda: gates[0].waiting == 1)
+            group.cancel_scope.cancel()
+        await until(lambda: len(left) == 1)
+        gates[0].open.set()
+        assert b"ls" in await _post(w, handle, retry=1)
+        turns = await w.control.close(handle.session_id)
+        assert [turn.trainable for turn in turns] == [True]
+
+
+async def test_a_marked_retry_joins_the_call_that_broke_and_not_its_twin(left: list[Call]) -> None:
+    said = iter(("first " * 20, "second " * 20))
+    async with world(lambda _: by_bytes(next(said)), token_s=0.01, limits=Limits(disconnect_grace_s=20.0)) as w:
+        handle = await w.session()
+        answers: dict[str, bytes] = {}
+
+        async def ask(name: str, retry: int = 0) -> None:
+            answers[name] = await _post(w, handle, retry=retry)
+
+        async with anyio.create_task_group() as group:
+            async with anyio.create_task_group() as broken:
+                broken.start_soon(ask, "broken")
+                await until(lambda: w.engines[0].in_flight == 1)
+                group.start_soon(ask, "twin")
+                await until(lambda: w.engines[0].in_flight == 2)
+                broken.cancel_scope.cancel()
+            await until(lambda: len(left) == 1)
+            group.start_soon(ask, "retry", 1)
+        assert b"first" in answers["retry"] and b"second" in answers["twin"]
+        turns = await w.control.close(handle.session_id)
+        assert [turn.trainable for turn in turns] == [True, True] and len(w.engines[0].requests) == 2
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_an_engine_killed_in_mid_turn_is_replaced_unseen(stream: bool) -> None:
     async with world(going_on("ls -la and so on"), engines=2, token_s=0.02) as w:
@@ -140,6 +202,54 @@ async def test_an_abort_by_a_weight_update_is_resumed() -> None:
         assert [span.version for span in turn.spans] == ["scripted.0", "scripted.1"]
         assert engine.requests[1].input_ids == [*engine.requests[0].input_ids, *plan[: turn.spans[0].end]]
         assert engine.requests[1].sampling_params.max_new_tokens == 4096 - turn.spans[0].end
+
+
+class _Stopping(EngineClient):
+    """An engine that is aborted at a place, and looks for stop strings in what one request sampled, as SGLang does."""
+
+    plan = by_bytes("Thought: x ßEND and much more")
+    cut = 0
+
+    def sample(self, prompt: list[int], stops: tuple[str, ...]) -> Generation:
+        known = next(n for n in range(len(self.plan), -1, -1) if prompt[len(prompt) - n :] == self.plan[:n])
+        ids: list[int] = []
+        why: Literal["stop", "abort"] = "stop"
+        matched = None
+        for token in self.plan[known:]:
+            ids.append(token)
+            text = tokenizer().decode(ids, clean_up_tokenization_spaces=False)
+            matched = next((stop for stop in stops if stop in text), None)
+            if matched is None and known + len(ids) == self.cut:
+                why = "abort"
+            if matched is not None or why == "abort":
+                break
+        return Generation(
+            output_ids=ids, logprobs=[-1.0] * len(ids), finish_reason=why, matched=matched, cached_tokens=0,
+            prompt_tokens=len(prompt), spans=[Span("v", 0, len(ids))] if ids else [], seconds=0.0,
+        )  # fmt: skip
+
+    async def generate(self, ids: Any, sampling: SamplingParams, **_: Any) -> Generation:
+        return self.sample(json.loads(bytes(ids)), sampling.stop)
+
+    async def generate_stream(self, ids: Any, sampling: SamplingParams, **_: Any) -> AsyncIterator[Increment]:
+        whole = self.sample(json.loads(bytes(ids)), sampling.stop)
+        yield Increment(output_ids=whole.output_ids, logprobs=whole.logprobs)
+        yield Increment(output_ids=[], logprobs=[], final=whole)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_stop_string_that_an_abort_cut_in_two_ends_the_reply(stream: bool) -> None:
+    async with world(saying("unused")) as w:
+        state = w.router.list()[0]
+        state.engine = engine = _Stopping(state.url, w.http)
+        whole = by_bytes("Thought: x ßEN", end=False)
+        for cut in range(1, len(engine.plan)):
+            handle, engine.cut = await w.session(), cut
+            answer = await _post(w, handle, stream=stream, stop=["never", "ßEN"])
+            (turn,) = await w.control.close(handle.session_id)
+            assert list(paths([turn]).values())[0][1] == whole, cut
+            assert (turn.content, turn.finish_reason, turn.matched_stop) == ("Thought: x ", "stop", "ßEN")
+            assert turn.trainable and "ß".encode() not in answer and b"END" not in answer
 
 
 async def test_a_paused_engine_makes_the_agent_wait_with_signs_of_life() -> None:

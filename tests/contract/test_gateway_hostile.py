@@ -15,7 +15,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from kat_stream.engines.client import EngineClient, Generation
+from kat_stream.engines.client import MAX_STOP_BYTES, MAX_STOPS, EngineClient, Generation
 from kat_stream.gateway.app import SessionHandle
 from kat_stream.gateway.limits import Limits
 from tests.contract.gateway_kit import World, saying, until, user, world
@@ -73,6 +73,7 @@ async def test_another_wires_body_is_refused_or_means_the_same(path: str, other:
         ("v1/responses", {"input": "x", "tools": [{"type": "robot"}]}, "tools[0].type"),
         ("v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
         ("v1beta/models/m:generateContent", {"contents": [{"parts": [{"inlineData": {}}]}]}, "contents[0].parts[0]"),
+        ("v1beta/models/m:generateContent", {"contents": [{"parts": [{"codeOutput": {}}]}]}, "contents[0].parts[0]"),
         (CHAT, {"messages": [user("x")], "input": "x"}, "input"),
     ],
 )
@@ -80,6 +81,63 @@ async def test_what_cannot_be_served_is_named(path: str, body: dict[str, Any], w
     async with world(saying("ls")) as w:
         status, answer = await w.post(await w.session(), path, body)
         assert status == 400 and where in _message(path, answer)
+
+
+def _echoing(path: str, arguments: bytes) -> bytes:
+    """A request whose history holds a call with these arguments, as an object."""
+    body: dict[str, Any] = {
+        CHAT: {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "ARGS"}}]}]},
+        "v1/messages": {
+            "messages": [
+                {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": "ARGS"}]}
+            ]
+        },
+        "v1beta/models/m:generateContent": {
+            "contents": [{"role": "model", "parts": [{"functionCall": {"name": "f", "args": "ARGS"}}]}]
+        },
+    }[path]
+    return json.dumps(body).encode().replace(b'"ARGS"', arguments)
+
+
+@pytest.mark.parametrize("path", sorted(set(WIRES) - {"v1/responses"}))
+async def test_arguments_of_an_echoed_call_are_text_or_refused(path: str) -> None:
+    async with world(saying("ls")) as w:
+        handle = await w.session()
+        status, body = await w.post(handle, path, _echoing(path, b'{"c": "\xff"}'))
+        assert status == 400 and "no valid JSON" in _message(path, body)
+        assert (await w.post(handle, path, _echoing(path, b'{"n": 1e999}')))[0] == 200
+
+
+async def test_arguments_as_text_that_nests_without_end_are_compared_as_text() -> None:
+    async with world(saying("ls")) as w:
+        nested = json.dumps("[" * 20_000).encode()
+        assert (await w.post(await w.session(), CHAT, _echoing(CHAT, nested)))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "stops"),
+    [
+        (CHAT, "stop", "stop"),
+        ("v1/messages", "stop_sequences", "stop_sequences"),
+        ("v1beta/models/m:generateContent", "generationConfig.stopSequences", "stopSequences"),
+    ],
+)
+async def test_stop_strings_that_every_token_would_be_searched_for_are_few_and_short(
+    path: str, field: str, stops: str
+) -> None:
+    async with world(saying("ls")) as w:
+        handle = await w.session()
+
+        def asking(given: list[str]) -> dict[str, Any]:
+            return {**WIRES[path], **({"generationConfig": {stops: given}} if "." in field else {stops: given})}
+
+        most = [f"never {n:02d}" for n in range(MAX_STOPS)]
+        for given in ([*most, "one more"], ["ß" * (MAX_STOP_BYTES // 2) + "x"]):
+            status, answer = await w.post(handle, path, asking(given))
+            assert status == 400 and _message(path, answer).startswith(f"{field}: "), answer
+        assert w.engines[0].requests == []
+        for given in ([*most, ""], ["ß" * (MAX_STOP_BYTES // 2)]):
+            assert (await w.post(handle, path, asking(given)))[0] == 200
 
 
 async def test_unknown_fields_are_ignored() -> None:

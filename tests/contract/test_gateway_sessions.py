@@ -12,7 +12,20 @@ import pytest
 
 from kat_stream.gateway.app import SessionHandle
 from kat_stream.gateway.limits import Limits
-from tests.contract.gateway_kit import CHATML, FORGETFUL, THINKING, World, by_bytes, paths, saying, until, user, world
+from kat_stream.gateway.recording import Publisher
+from tests.contract.gateway_kit import (
+    CHATML,
+    FORGETFUL,
+    THINKING,
+    Gate,
+    World,
+    by_bytes,
+    paths,
+    saying,
+    until,
+    user,
+    world,
+)
 from topics import Sampling, Turn
 
 pytestmark = pytest.mark.anyio
@@ -190,7 +203,51 @@ async def test_an_answer_that_nobody_got_is_given_to_the_retry() -> None:
         assert len(turns) == 2 and all(turn.trainable for turn in turns), "the retry joined, the second ask is new"
 
 
-SERIALISERS = ("plain", "blocks", "null", "dropped", "trimmed", "ids")
+@pytest.mark.parametrize("side", [False, True])
+async def test_turns_are_bounded_also_when_they_are_asked_for_at_once(side: bool) -> None:
+    async with world(saying("ls"), token_s=0.02) as w:
+        handle = await w.session(Sampling(max_turns=2))
+        answers: list[tuple[int, dict[str, Any]]] = []
+
+        async def ask(number: int) -> None:
+            body = {"model": "policy-small" if side else "m", "messages": [user(f"go {number}")]}
+            answers.append(await w.post(handle, "v1/chat/completions", body))
+
+        async with anyio.create_task_group() as group:
+            for number in range(6):
+                group.start_soon(ask, number)
+            # What is asked beside the task takes nothing from it.
+            await _ask(w, handle, [user("go")], model="m" if side else "policy-small")
+        refused = [body["error"]["code"] for status, body in answers if status != 200]
+        assert refused == ["turn_limit_reached"] * 4
+        assert len(await w.control.close(handle.session_id)) == 3
+
+
+async def test_the_retry_of_a_last_turn_that_is_being_aborted_is_served() -> None:
+    gates: list[Gate] = []
+
+    def wrap(log: Publisher) -> Publisher:
+        gates.append(Gate(log))
+        return gates[0]
+
+    limits = Limits(disconnect_grace_s=0.0)
+    async with world(saying("ls " * 100), token_s=0.005, limits=limits, wrap=wrap) as w:
+        handle = await w.session(Sampling(max_turns=1))
+        body = {"model": "m", "messages": [user("go")], "max_tokens": 20}
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: w.post(handle, "v1/chat/completions", body))
+            await until(lambda: w.engines[0].in_flight == 1)
+            group.cancel_scope.cancel()
+        await until(lambda: gates[0].waiting == 1)
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: w.post(handle, "v1/chat/completions", body))
+            await until(lambda: gates[0].waiting == 2)
+            gates[0].open.set()
+        turns = await w.control.close(handle.session_id)
+        assert [turn.finish_reason for turn in turns] == ["abort", "length"]
+
+
+SERIALISERS = ("plain", "blocks", "null", "dropped", "trimmed", "ids", "javascript")
 
 
 def _again(message: dict[str, Any], how: str) -> dict[str, Any]:
@@ -205,6 +262,8 @@ def _again(message: dict[str, Any], how: str) -> dict[str, Any]:
         out["reasoning_content"] = "hm"
     if calls and how != "plain":
         arguments = [json.loads(call["function"]["arguments"]) for call in calls]
+        if how == "javascript":  # it knows one kind of number
+            arguments = [{key: _as_javascript(value) for key, value in a.items()} for a in arguments]
         texts = [json.dumps(dict(reversed(a.items())), indent=1 if how == "blocks" else None) for a in arguments]
         out["tool_calls"] = [
             {"id": call["id"][1:] if how == "ids" else call["id"], "type": "function",
@@ -216,9 +275,16 @@ def _again(message: dict[str, Any], how: str) -> dict[str, Any]:
     return out
 
 
+def _as_javascript(value: Any) -> Any:
+    """A value as JSON.stringify(JSON.parse(...)) leaves it."""
+    if isinstance(value, list):
+        return [_as_javascript(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 SAYS = (
     '<think>\nhm\n</think>\n\nI look.\n<tool_call>\n{"name": "bash", "arguments": {"a":  "ls", "b": 1}}\n</tool_call>',
-    '<tool_call>\n{"name": "bash", "arguments": {"a": "cat"}}\n</tool_call>',
+    '<tool_call>\n{"name": "bash", "arguments": {"a": "cat", "b": [10.0, {"c": 0.5}, -0.0]}}\n</tool_call>',
     "ls -la",
 )
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+from collections.abc import Callable
+from typing import Any
 
 import anyio
 import pytest
 
 from kat_stream.gateway.limits import Limits
+from kat_stream.log import Message
 from tests.contract.gateway_kit import Gate, World, by_bytes, paths, saying, until, user, world
 from topics import Sampling
 
@@ -137,3 +142,68 @@ async def test_a_stream_cut_by_length_says_so() -> None:
             "ls",
             "length",
         )
+
+
+class _Broken:
+    """A log whose client has a defect."""
+
+    async def append(self, *messages: Message, deadline_s: float = 30.0) -> None:
+        raise ZeroDivisionError
+
+
+ASKED = {"model": "m", "max_tokens": 99, "stream": True}
+STREAMS: dict[str, dict[str, Any]] = {
+    "v1/chat/completions": {**ASKED, "messages": [user("go")]},
+    "v1/messages": {**ASKED, "messages": [user("go")]},
+    "v1/responses": {**ASKED, "input": "go"},
+    "v1beta/models/m:streamGenerateContent": {"contents": [{"parts": [{"text": "go"}]}]},
+}
+
+
+@pytest.mark.parametrize("path", sorted(STREAMS))
+async def test_a_defect_behind_the_head_of_a_stream_ends_it_in_its_own_words(path: str) -> None:
+    async with world(saying("ls -la"), token_s=0.001, wrap=lambda _log: _Broken()) as w:
+        handle = await w.session()
+        url, key = f"{w.server.data_url}{handle.path}/{path}", {"Authorization": f"Bearer {handle.key}"}
+        with anyio.fail_after(30):
+            for _ in range(2):  # and the connection serves the next request
+                async with w.http.post(url, json=STREAMS[path], headers=key) as answer:
+                    said = await answer.text()
+                assert answer.status == 200
+                assert said.count("a defect of the gateway") == 1 and "HTTP/1.1" not in said
+
+
+async def test_a_client_that_takes_nothing_is_cut_off_in_time() -> None:
+    said = "ls -la " * 40_000
+    async with world(saying(said), limits=Limits(write_s=0.2)) as w:
+        handle = await w.session(Sampling(max_new_tokens=500_000, max_context=600_000))
+        body = json.dumps({"messages": [user("go")], "stream": True}).encode()
+        head = f"POST {handle.path}/v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        listener, connections = _agents_port(w)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(listener.getsockname())
+            client.sendall(f"{head}Authorization: Bearer {handle.key}\r\n\r\n".encode() + body)
+            await until(lambda: len(connections()) == 1)
+            await until(lambda: not connections())
+            client.settimeout(10)
+            assert _all_of(client).count(b"HTTP/1.1") == 1
+        (turn,) = await w.control.close(handle.session_id)
+        assert (turn.content, turn.finish_reason) == (said, "stop")
+
+
+def _agents_port(w: World) -> tuple[Any, Callable[[], list[Any]]]:
+    """The listening socket, and the connections that it made."""
+    runner = w.server._runners[0]
+    (site,) = runner.sites
+    return site._server.sockets[0], lambda: runner.server.connections  # type: ignore[attr-defined, union-attr]
+
+
+def _all_of(client: socket.socket) -> bytes:
+    """What lies in the socket of a connection that was cut."""
+    out = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := client.recv(65536):
+            out += piece
+    return out

@@ -28,7 +28,7 @@ from kat_stream.log import Message
 from kat_stream.log.memory import MemoryLog
 from kat_stream.log.message import seal
 from kat_stream.routing import Router
-from tests.contract.gateway_kit import CHATML, by_bytes, paths, saying, tokenizer, until, user
+from tests.contract.gateway_kit import CHATML, OWN_IDS, by_bytes, paths, saying, tokenizer, until, user
 from topics import Sampling, Turn, topic_named
 from topics.record import decode
 
@@ -89,7 +89,14 @@ class Gateways:
 
 @asynccontextmanager
 async def gateways(
-    policy: ScriptedPolicy, *, number: int = 2, token_s: float = 0.0, tools: str = "none", stall_s: float = 10.0
+    policy: ScriptedPolicy,
+    *,
+    number: int = 2,
+    token_s: float = 0.0,
+    tools: str = "none",
+    template: str = CHATML,
+    stall_s: float = 10.0,
+    limits: Limits = QUICK,
 ) -> AsyncIterator[Gateways]:
     """They know each other; all is closed at the end."""
     async with AsyncExitStack() as stack:
@@ -104,12 +111,12 @@ async def gateways(
         for own in known:
             peers = Peers([peer for peer in known if peer is not own], release_s=2.0)
             server = await start_gateway(
-                tokenizer=tokenizer(CHATML),
+                tokenizer=tokenizer(template),
                 log=log,
                 router=router,
                 config=GatewaySection(tools=tools),
                 model_name="policy",
-                limits=QUICK,
+                limits=limits,
                 moving=Moving(log, SECRET, peers, Pulse(stall_s)),
             )
             own.control = GatewayControl(server.control_url, http)
@@ -178,6 +185,27 @@ async def test_forks_tools_and_side_requests_are_known_after_a_move() -> None:
         )
         assert [getattr(stayed, name) for name in same] == [getattr(moved, name) for name in same]
         assert bool(stayed.parent) == bool(moved.parent) and bool(stayed.after) == bool(moved.after)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+async def test_a_policy_sees_its_own_ids_of_calls_and_the_agent_ours(moves: bool) -> None:
+    call = "<|tool_call_begin|>functions.sh:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
+    section = f"<|tool_calls_section_begin|>{call}<|tool_calls_section_end|>"
+    async with gateways(saying(section, "done", "more"), tools="kimi", template=OWN_IDS) as them:
+        handle = await them.open()
+        tools = [{"type": "function", "function": {"name": "sh", "parameters": {"type": "object"}}}]
+        said = await them.say(0, handle, [user("go")], tools=tools)
+        (used,) = said["tool_calls"]
+        assert used["id"].isalnum()
+        history = [user("go"), said, {"role": "tool", "tool_call_id": used["id"], "content": "x"}]
+        await them.say(int(moves), handle, history, tools=tools)
+        await them.say(int(moves), handle, history)  # without tools all is rendered anew
+        for asked in them.engine.requests[1:]:
+            shown = tokenizer().decode(asked.input_ids)
+            assert f"{call}<|tool_calls_section_end|>" in shown and "## Return of functions.sh:0\nx" in shown
+            assert used["id"] not in shown
+        turns = await them.control(int(moves)).close(handle.session_id)
+        assert [turn.fork for turn in turns] == ["", "", "tools"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -273,6 +301,19 @@ async def test_a_session_that_ended_at_a_living_gateway_has_ended_everywhere() -
         status, body = await them.post(1, handle, {"messages": [user("go")]})
         assert (status, body["error"]["code"]) == (409, "session_ended")
         assert [turn.side for turn in await them.turns()] == [""]
+
+
+async def test_a_session_that_ended_stays_ended_when_later_ones_have_ended() -> None:
+    async with gateways(saying("one"), limits=Limits(remembered_sessions=1)) as them:
+        ended, later = await them.open(), await them.open("r1g1s1")
+        await _talk(them, ended, [0])
+        control = them.control(0)
+        before = await them.turns()
+        for handle in (ended, later):
+            await control.close(handle.session_id)
+        for number in range(2):
+            assert (await them.post(number, ended, {"messages": [user("again")]}))[0] == 409
+        assert await control.sessions() == [] and await them.turns() == before
 
 
 async def test_only_its_own_key_moves_a_session() -> None:

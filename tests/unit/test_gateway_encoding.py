@@ -8,14 +8,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from kat_stream.errors import ContextOverflow
 from kat_stream.gateway import encoding
-from kat_stream.gateway.encoding import LONG_CHARS, Encoder, NotEncoded
+from kat_stream.gateway.encoding import HEAD_CHARS, LONG_CHARS, Encoder, NotEncoded
 from tests.contract.gateway_kit import tokenizer
 from topics.record import pack_ints
 
 LONG = "so it goes " * LONG_CHARS
 WAIT_S = 60.0
+ENOUGH = 1 << 20
+_PIECES = st.lists(st.sampled_from(["<|endoftext|>", "cat", "ls -l", "é", "x", " ", "ca"]), max_size=200)
 
 
 class Slow:
@@ -33,11 +38,19 @@ class Slow:
         return [SimpleNamespace(ids=[len(text)]) for text in texts]
 
 
+class Letters(Slow):
+    """Each character is a token."""
+
+    def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> list[Any]:
+        super().encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [SimpleNamespace(ids=[7] * len(text)) for text in texts]
+
+
 def test_a_long_text_has_the_tokenizers_ids() -> None:
     real, known = Encoder(tokenizer()), Encoder(tokenizer(), aside=True)
     with pytest.raises(NotEncoded) as found:
         known.ids(LONG)
-    asyncio.run(known.make_ready(found.value.text))
+    asyncio.run(known.make_ready(found.value.text, ENOUGH))
     assert known.ids(LONG) == real.ids(LONG)
     assert real.ids("so") == pack_ints(tokenizer()("so", add_special_tokens=False)["input_ids"])
 
@@ -49,7 +62,7 @@ def test_the_loop_goes_on_meanwhile_and_a_groups_prompt_is_encoded_once() -> Non
     async def meanwhile() -> None:
         async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as tasks:
             for _ in range(8):
-                tasks.create_task(encoder.make_ready(LONG))
+                tasks.create_task(encoder.make_ready(LONG, ENOUGH))
             while not slow.asked:
                 await asyncio.sleep(0.001)
             slow.let_go.set()  # only a loop that is free gets here
@@ -57,6 +70,49 @@ def test_the_loop_goes_on_meanwhile_and_a_groups_prompt_is_encoded_once() -> Non
     asyncio.run(meanwhile())
     assert slow.asked == [LONG]
     assert encoder.ids(LONG) == pack_ints([len(LONG)])
+
+
+def test_a_text_that_is_given_up_is_finished_before_the_next_begins() -> None:
+    slow = Slow()
+    encoder = Encoder(slow, aside=True)  # type: ignore[arg-type]
+
+    async def meanwhile() -> None:
+        first = asyncio.create_task(encoder.make_ready(LONG, ENOUGH))
+        while not slow.asked:
+            await asyncio.sleep(0.001)
+        first.cancel()
+        second = asyncio.create_task(encoder.make_ready(LONG + "!", ENOUGH))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not first.done() and slow.asked == [LONG]
+        slow.let_go.set()
+        await second
+        assert first.cancelled()
+
+    asyncio.run(meanwhile())
+
+
+@given(_PIECES, st.integers(1, 150))
+def test_only_what_is_too_long_is_refused_and_not_counted_to_its_end(pieces: list[str], limit: int) -> None:
+    text = "".join(pieces)
+    encoder, tokens = Encoder(tokenizer()), len(Encoder(tokenizer()).ids(text)) // 4
+    try:
+        asyncio.run(encoder.make_ready(text, limit))
+    except ContextOverflow as error:
+        assert limit == error.limit <= error.tokens <= tokens
+
+
+def test_a_text_is_refused_from_its_head_and_encoded_whole_if_that_is_short() -> None:
+    slow = Letters()
+    slow.let_go.set()
+    encoder = Encoder(slow, aside=True)  # type: ignore[arg-type]
+    with pytest.raises(ContextOverflow):
+        asyncio.run(encoder.make_ready(LONG, 10_000))
+    assert slow.asked == [LONG[: 10_000 * HEAD_CHARS]]
+    dense = "<|endoftext|>" * LONG_CHARS
+    known = Encoder(tokenizer(), aside=True)
+    asyncio.run(known.make_ready(dense, LONG_CHARS + 1))
+    assert known.ids(dense) == Encoder(tokenizer()).ids(dense)
 
 
 def test_what_is_remembered_is_bounded_and_the_oldest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:

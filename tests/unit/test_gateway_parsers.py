@@ -14,7 +14,7 @@ from kat_stream.gateway.parsers.reasoning import opened_by, split
 from kat_stream.gateway.shape import PROBES, ROLES, Shape
 from kat_stream.gateway.tools import PARSERS, family, get_parser, read_reply
 from kat_stream.gateway.verify import verify
-from tests.contract.gateway_kit import CHATML, FORGETFUL, THINKING, tokenizer
+from tests.contract.gateway_kit import CHATML, FORGETFUL, OWN_IDS, THINKING, tokenizer
 
 TOOLS = [
     {
@@ -57,7 +57,8 @@ GLM = (
     ],
 )  # fmt: skip
 def test_calls_as_each_family_writes_them(name: str, text: str, content: str, calls: list[str]) -> None:
-    assert get_parser(name).parse(text, TOOLS) == (content, [("bash", arguments) for arguments in calls])
+    said, written = get_parser(name).parse(text, TOOLS)
+    assert (said, [call[:2] for call in written]) == (content, [("bash", arguments) for arguments in calls])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,40 @@ def test_json_families_keep_arguments_byte_for_byte(value: dict[str, str | int])
         "deepseek": DS.format(DS_CALL.format("bash", written)),
     }
     for name, text in texts.items():
-        assert PARSERS[name].parse(text, TOOLS) == ("", [("bash", written)]), name
+        content, (call,) = PARSERS[name].parse(text, TOOLS)
+        assert (content, call.name, call.arguments) == ("", "bash", written), name
+
+
+@pytest.mark.parametrize(
+    ("name", "around", "unit"),
+    [
+        ("hermes", "<tool_call>{}", "\n"),
+        ("hermes", "{}", "<tool_call>"),
+        ("glm", "<tool_call>bash{}", "\n"),
+        ("glm", "{}", "<tool_call>a"),
+        ("glm", "<tool_call>a{}</tool_call>", "<arg_key>k</arg_key><arg_value>"),
+        ("glm", "<tool_call>a{}</tool_call>", "<arg_key>k</arg_key>\n"),
+        ("qwen3-coder", "<tool_call>{}", "\n"),
+        ("qwen3-coder", "{}", "<tool_call><function=a>"),
+        ("qwen3-coder", "<tool_call><function=a>{}", "</function>\n"),
+        ("qwen3-coder", "<tool_call><function=a>{}</function></tool_call>", "<parameter=a>\n"),
+        ("deepseek", DS, "<｜tool▁call▁begin｜>"),
+        ("deepseek", DS, "<｜tool▁call▁begin｜>a<｜tool▁sep｜>"),
+        ("kimi", KIMI, "<|tool_call_begin|>a"),
+        ("kimi", KIMI, "<|tool_call_begin|>a<|tool_call_argument_begin|>"),
+    ],
+)
+def test_a_reply_that_runs_away_is_read_in_passing(name: str, around: str, unit: str) -> None:
+    """The parser runs on the loop that serves all sessions: where its work grows with the square, this never ends."""
+    text = around.format(unit * (5_000_000 // len(unit)))
+    assert get_parser(name).parse(text, TOOLS) == (text, [])
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e400"])
+def test_arguments_that_nobody_can_decode_are_no_call(number: str) -> None:
+    text = '<tool_call>{"name": "bash", "arguments": {"n": ' + number + "}}</tool_call>"
+    said = read_reply(get_parser("hermes"), text, "t", tools=TOOLS)
+    assert (said.content, said.tool_calls, said.ill_formed) == (text, (), True)
 
 
 def test_reasoning_begins_a_reply_or_is_none() -> None:
@@ -143,7 +177,7 @@ SINCE_ASKED = (
 COUNTING = CHATML.replace("{{ m.content }}", "{% if m.role == 'tool' %}{{ loop.index0 }}: {% endif %}{{ m.content }}")
 
 
-@pytest.mark.parametrize("template", [CHATML, THINKING, FORGETFUL, STRICT, SINCE_ASKED, COUNTING])
+@pytest.mark.parametrize("template", [CHATML, THINKING, FORGETFUL, STRICT, SINCE_ASKED, COUNTING, OWN_IDS])
 def test_prompts_are_what_the_template_would_write(template: str) -> None:
     report = verify(tokenizer(template), conversations=60)
     assert report.wrong == [] and report.unwritable == 0

@@ -225,6 +225,28 @@ def test_a_stop_string_stays_in_the_ids_and_leaves_the_text() -> None:
     assert without_stop("ls", Draft()) == "ls"
 
 
+@pytest.mark.parametrize(("text", "stop", "kept"), [("x\n\n", "\n", "x"), ("a END b END", "END", "a ")])
+def test_the_text_ends_before_the_first_stop_string(text: str, stop: str, kept: str) -> None:
+    """The token that makes it whole may hold it twice, and engines look for the first."""
+    assert without_stop(text, Draft(matched_stop=stop)) == kept
+
+
+@pytest.mark.parametrize("end", [1, 3, 4, 5])
+def test_a_draft_that_ends_at_a_stop_string_loses_all_behind_it(end: int) -> None:
+    draft = Draft(
+        ids=[1, 2, 3, 4, 5],
+        logprobs=[-1.0, -2.0, -3.0, -4.0, -5.0],
+        spans=[VersionSpan("v1", 0, 3), VersionSpan("v2", 3, 5)],
+        routed=bytes(range(14)),
+        routed_rows=7,
+    )
+    draft.stop_at(end, "END")
+    assert draft.ids == [1, 2, 3, 4, 5][:end] and draft.logprobs == [-1.0, -2.0, -3.0, -4.0, -5.0][:end]
+    assert [(span.start, span.end) for span in draft.spans] == ([(0, min(end, 3))] + [(3, end)] * (end > 3))
+    assert draft.routing(7 - (5 - end)) == bytes(range(14))[: 2 * (7 - (5 - end))]
+    assert (draft.finish_reason, draft.matched_stop) == ("stop", "END")
+
+
 def test_parts_of_one_turn_are_put_together() -> None:
     def part(version: str, ids: list[int]) -> Generation:
         return Generation(

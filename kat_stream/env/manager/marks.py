@@ -184,7 +184,7 @@ def _defines(value: object) -> bool:
 
 
 def answered(messages: list[Message]) -> list[Message]:
-    """Results of tools under the ids of the calls before them, in the order of the calls."""
+    """Results of tools under the ids that the template gets for the calls before them, in the order of the calls."""
     waiting: list[ToolCall] = []
     out: list[Message] = []
     for message in messages:
@@ -192,6 +192,6 @@ def answered(messages: list[Message]) -> list[Message]:
             waiting = list(message.tool_calls)
         elif message.role == "tool" and waiting:
             call = waiting.pop(0)
-            message = Message(role="tool", content=message.content, tool_call_id=call.id, name=call.name)
+            message = Message(role="tool", content=message.content, tool_call_id=call.shown_id, name=call.name)
         out.append(message)
     return out

@@ -12,7 +12,18 @@ from typing import Any, Literal
 import msgspec
 
 from kat_stream.errors import ContextOverflow, RequestRefused
-from kat_stream.gateway.dialects.base import arguments_value, decode, encode, event, function_tool, only_text, positive
+from kat_stream.gateway.dialects.base import (
+    COMMENT,
+    arguments_value,
+    as_written,
+    decode,
+    encode,
+    event,
+    function_tool,
+    only_text,
+    positive,
+    stop_strings,
+)
 from kat_stream.gateway.messages import Message, ModelCall, Reply, ToolCall, join_text
 from kat_stream.gateway.stream_text import Shown
 
@@ -98,7 +109,7 @@ class AnthropicMessages:
             tools=tools or None,
             tools_allowed=bool(tools) and not refused,
             max_tokens=positive(asked.max_tokens, "max_tokens"),
-            stop=tuple(text for text in asked.stop_sequences or () if text),
+            stop=stop_strings(asked.stop_sequences, "stop_sequences"),
             stream=bool(request.stream),
             model=asked.model,
             asked=encode(asked).decode(),
@@ -132,6 +143,8 @@ class AnthropicMessages:
 
 class MessageStream:
     """One streamed answer: blocks one after the other, each opened when its first piece is known."""
+
+    alive = COMMENT
 
     def __init__(self, asked: ModelCall, turn_id: str, prompt_tokens: int) -> None:
         self._asked, self._turn_id, self._prompt_tokens = asked, turn_id, prompt_tokens
@@ -224,7 +237,7 @@ def _assistant(blocks: list[_Block], where: str) -> Message:
         if block.type == "thinking":
             thoughts.append(block.thinking)
         elif block.type == "tool_use":
-            calls.append(ToolCall(block.id, block.name, bytes(block.input).decode()))
+            calls.append(ToolCall(block.id, block.name, as_written(block.input)))
         elif block.type != "redacted_thinking":
             texts.append(_text(block, f"{where}.content[{i}]"))
     content = join_text(texts, "assistant")

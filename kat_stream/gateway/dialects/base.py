@@ -7,19 +7,27 @@ the session forces its own, and what was asked is recorded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
 
+from kat_stream.engines.client import MAX_STOP_BYTES, MAX_STOPS
 from kat_stream.errors import ContextOverflow, RequestRefused
 from kat_stream.gateway.messages import ModelCall, Reply
 from kat_stream.gateway.stream_text import Shown
 
 encode = msgspec.json.Encoder().encode
+COMMENT = b": keepalive\n\n"
+"""A sign of life as server-sent events have it."""
 
 
 class ReplyStream(Protocol):
     """One streamed answer, in the order start, (reasoning | text)*, end; `failed` instead of what is left."""
+
+    @property
+    def alive(self) -> bytes:
+        """A sign of life between two events, which the clients of this wire pass over."""
 
     def start(self) -> bytes: ...
     def reasoning(self, delta: str) -> bytes: ...
@@ -56,6 +64,14 @@ def decode[T](decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         raise RequestRefused(f"the request body is no valid JSON: {error}") from error
 
 
+def as_written(value: msgspec.Raw) -> str:
+    """A value inside a body as the JSON text that it is; RequestRefused (400) if its bytes are no text."""
+    try:
+        return bytes(value).decode()
+    except UnicodeDecodeError as error:
+        raise RequestRefused(f"the request body is no valid JSON: {error}") from error
+
+
 def function_tool(name: str, description: str | None, parameters: Any) -> dict[str, Any]:
     """A tool as chat templates expect it; what else a client hangs on it (cache marks) is dropped."""
     function: dict[str, Any] = {"name": name}
@@ -76,6 +92,16 @@ def positive(limit: int | None, field: str) -> int | None:
     if limit is not None and limit < 1:
         raise RequestRefused(f"{field}: must be at least 1", field)
     return limit
+
+
+def stop_strings(given: Sequence[str] | None, field: str) -> tuple[str, ...]:
+    """The stop strings asked for; empty ones say nothing. RequestRefused for more, or longer ones, than are served."""
+    stops = tuple(text for text in given or () if text)
+    if len(stops) > MAX_STOPS:
+        raise RequestRefused(f"{field}: at most {MAX_STOPS} stop strings, not {len(stops)}", field)
+    if (longest := max((len(text.encode()) for text in stops), default=0)) > MAX_STOP_BYTES:
+        raise RequestRefused(f"{field}: a stop string has at most {MAX_STOP_BYTES} bytes, not {longest}", field)
+    return stops
 
 
 def arguments_value(arguments: str) -> Any:

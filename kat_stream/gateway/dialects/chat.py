@@ -11,7 +11,18 @@ from typing import Any, Literal
 import msgspec
 
 from kat_stream.errors import RequestRefused
-from kat_stream.gateway.dialects.base import decode, encode, event, function_tool, only_text, openai_error, positive
+from kat_stream.gateway.dialects.base import (
+    COMMENT,
+    as_written,
+    decode,
+    encode,
+    event,
+    function_tool,
+    only_text,
+    openai_error,
+    positive,
+    stop_strings,
+)
 from kat_stream.gateway.messages import Message, ModelCall, Reply, ToolCall, join_text
 from kat_stream.gateway.stream_text import Shown
 
@@ -75,6 +86,7 @@ class _Body(_Asked):
 
 
 _body = msgspec.json.Decoder(_Body)
+_text = msgspec.json.Decoder(str)
 
 
 class ChatCompletions:
@@ -95,14 +107,14 @@ class ChatCompletions:
             raise RequestRefused("n: only one choice a request; send several requests", "n")
         limit = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
         tools = [_tool(tool, i) for i, tool in enumerate(request.tools or ())]
-        stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+        stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
         return ModelCall(
             dialect=self.name,
             messages=tuple(_message(message, i) for i, message in enumerate(request.messages)),
             tools=tools or None,
             tools_allowed=bool(tools) and asked.tool_choice != "none",
             max_tokens=positive(limit, "max_tokens"),
-            stop=tuple(text for text in stop if text),
+            stop=stop_strings(stop, "stop"),
             stream=bool(request.stream),
             include_usage=bool(request.stream_options and request.stream_options.include_usage),
             model=asked.model,
@@ -141,6 +153,8 @@ class ChatCompletions:
 
 class ChatStream:
     """One streamed answer: `chat.completion.chunk` events, then [DONE]."""
+
+    alive = COMMENT
 
     def __init__(self, asked: ModelCall, turn_id: str) -> None:
         self._asked = asked
@@ -203,8 +217,8 @@ def _content(message: _Message, index: int) -> str:
 
 def _arguments(function: _Function) -> str:
     """The arguments as JSON text; some clients send the object itself."""
-    value = msgspec.json.decode(function.arguments)
-    return value if isinstance(value, str) else bytes(function.arguments).decode()
+    written = bytes(function.arguments)
+    return decode(_text, written) if written.startswith(b'"') else as_written(function.arguments)
 
 
 def _tool(tool: dict[str, Any], index: int) -> dict[str, Any]:

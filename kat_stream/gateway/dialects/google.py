@@ -1,18 +1,29 @@
 """Google generateContent, streamGenerateContent, countTokens, as Gemini CLI and google-genai speak it.
 
 Invariant: see dialects/base.py. Model and streaming stand in the path. Calls may come without ids: a result then is
-that of the oldest call of its name without one.
+that of the oldest call of its name without one. A field counts in camel case and by its own name, as JSON of protocol
+buffers has both, whichever a client mixes; what is inside arguments and schemas is the policy's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 
 from kat_stream.errors import ContextOverflow, RequestRefused
-from kat_stream.gateway.dialects.base import arguments_value, decode, encode, event, function_tool, only_text, positive
+from kat_stream.gateway.dialects.base import (
+    arguments_value,
+    as_written,
+    decode,
+    encode,
+    event,
+    function_tool,
+    only_text,
+    positive,
+    stop_strings,
+)
 from kat_stream.gateway.messages import Message, ModelCall, Reply, ToolCall, join_text
 from kat_stream.gateway.stream_text import Shown
 
@@ -24,6 +35,28 @@ _STATUS = {
     429: "RESOURCE_EXHAUSTED",
     503: "UNAVAILABLE",
 }
+
+
+def _by_both_names[S: msgspec.Struct](kind: type[S]) -> type[S]:
+    """The struct, which also takes each field that it has in camel case by the field's own name."""
+    own = {f"own_{f.name}": f for f in msgspec.structs.fields(kind) if f.name != f.encode_name}
+
+    def settle(made: S) -> None:
+        for name, field in own.items():
+            if (value := getattr(made, name)) is not None:
+                setattr(made, field.name, value)
+                setattr(made, name, None)
+
+    both = msgspec.defstruct(
+        kind.__name__,
+        [(name, field.type | None, None) for name, field in own.items()],
+        bases=(kind,),
+        namespace={"__post_init__": settle},
+        module=kind.__module__,
+        rename={name: field.name for name, field in own.items()},
+        omit_defaults=True,
+    )
+    return cast(type[S], both)
 
 
 class _FunctionCall(msgspec.Struct):
@@ -38,6 +71,7 @@ class _FunctionResponse(msgspec.Struct):
     id: str | None = None
 
 
+@_by_both_names
 class _Part(msgspec.Struct, rename="camel"):
     text: str | None = None
     thought: bool | None = None
@@ -49,9 +83,10 @@ class _Part(msgspec.Struct, rename="camel"):
 
 class _Content(msgspec.Struct):
     parts: list[_Part] = []
-    role: Literal["user", "model", "function", "system"] = "user"
+    role: Literal["user", "model", "function", "tool", "system"] = "user"
 
 
+@_by_both_names
 class _Declaration(msgspec.Struct, rename="camel"):
     name: str
     description: str | None = None
@@ -59,11 +94,13 @@ class _Declaration(msgspec.Struct, rename="camel"):
     parameters_json_schema: Any = None
 
 
+@_by_both_names
 class _Tool(msgspec.Struct, rename="camel"):
     # Tools that run at the provider (search, code execution) have other keys: the policy does not see them.
     function_declarations: list[_Declaration] = []
 
 
+@_by_both_names
 class _Generation(msgspec.Struct, rename="camel", omit_defaults=True):
     """Fields that are recorded as asked for."""
 
@@ -77,6 +114,7 @@ class _Generation(msgspec.Struct, rename="camel", omit_defaults=True):
     response_mime_type: str | None = None
 
 
+@_by_both_names
 class _Body(msgspec.Struct, rename="camel"):
     contents: list[_Content]
     system_instruction: _Content | None = None
@@ -85,8 +123,11 @@ class _Body(msgspec.Struct, rename="camel"):
     generation_config: _Generation | None = None
 
 
+@_by_both_names
 class _Wrapped(msgspec.Struct, rename="camel"):
-    generate_content_request: _Body
+    """A question for tokens may hold a whole request."""
+
+    generate_content_request: _Body | None = None
 
 
 _body = msgspec.json.Decoder(_Body)
@@ -100,9 +141,9 @@ class GenerateContent:
 
     def read(self, body: bytes, target: str) -> ModelCall:
         """A request body as a model call; RequestRefused (400) names the field."""
-        model, _, action = target.rpartition("/")[2].partition(":")
-        counting = action == "countTokens" and b'"generateContentRequest"' in body
-        request = decode(_wrapped, body).generate_content_request if counting else decode(_body, body)
+        model, _, action = target.rpartition("/")[2].rpartition(":")
+        wrapped = decode(_wrapped, body).generate_content_request if action == "countTokens" else None
+        request = wrapped or decode(_body, body)
         if not request.contents:
             raise RequestRefused("contents: at least one content is needed", "contents")
         asked = request.generation_config or _Generation()
@@ -115,7 +156,7 @@ class GenerateContent:
             tools=[_tool(declaration) for declaration in declared] or None,
             tools_allowed=bool(declared) and not _forbidden(request.tool_config),
             max_tokens=positive(asked.max_output_tokens, "generationConfig.maxOutputTokens"),
-            stop=tuple(text for text in asked.stop_sequences or () if text),
+            stop=stop_strings(asked.stop_sequences, "generationConfig.stopSequences"),
             stream=action == "streamGenerateContent",
             model=model,
             asked=encode({"model": model} | msgspec.to_builtins(asked)).decode(),
@@ -144,6 +185,9 @@ class GenerateContent:
 
 class GoogleStream:
     """One streamed answer: whole responses, each with the parts that are new."""
+
+    alive = b"\n\n"
+    """No comment: google-genai takes every line that is neither empty nor data for the JSON of an error."""
 
     def __init__(self, asked: ModelCall, turn_id: str) -> None:
         self._asked, self._turn_id = asked, turn_id
@@ -184,7 +228,7 @@ def _assistant(content: _Content, index: int) -> Message:
     texts, thoughts, calls = [], [], []
     for i, part in enumerate(content.parts):
         if (call := part.function_call) is not None:
-            calls.append(ToolCall(call.id or f"call{index}x{i}", call.name, bytes(call.args).decode()))
+            calls.append(ToolCall(call.id or f"call{index}x{i}", call.name, as_written(call.args)))
         elif part.thought:
             thoughts.append(part.text or "")
         else:
@@ -229,7 +273,9 @@ def _text(part: _Part, where: str) -> str:
     for kind, data in (("inlineData", part.inline_data), ("fileData", part.file_data)):
         if data is not None:
             raise only_text(kind, where)
-    return part.text or ""
+    if part.text is None:
+        raise RequestRefused(f"{where}: no text here, and no call or result of a function", where)
+    return part.text
 
 
 def _tool(declaration: _Declaration) -> dict[str, Any]:
@@ -247,7 +293,9 @@ def _lower(schema: Any) -> Any:
 
 
 def _forbidden(config: Any) -> bool:
-    calling = config.get("functionCallingConfig") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        return False
+    calling = config.get("functionCallingConfig", config.get("function_calling_config"))
     return isinstance(calling, dict) and calling.get("mode") == "NONE"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from kat_stream.errors import RequestRefused
-from kat_stream.gateway.dialects.base import arguments_value, decode, encode, event, openai_error, positive
+from kat_stream.gateway.dialects.base import COMMENT, arguments_value, decode, encode, event, openai_error, positive
 from kat_stream.gateway.dialects.responses_items import CUSTOM, NAMESPACE, Item, Tool, messages, tools
 from kat_stream.gateway.messages import Message, ModelCall, Reply, ToolCall
 from kat_stream.gateway.stream_text import Shown
@@ -90,6 +90,8 @@ class Responses:
 
 class ResponseStream:
     """One streamed answer: items one after the other, each added when its first piece is known."""
+
+    alive = COMMENT
 
     def __init__(self, asked: ModelCall, turn_id: str) -> None:
         self._asked, self._turn_id = asked, turn_id

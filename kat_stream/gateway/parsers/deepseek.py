@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import re
 
-from kat_stream.gateway.parsers.base import sectioned
+from kat_stream.gateway.parsers.base import Written, sectioned
 
-_CALL = re.compile("<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>(.*?)<｜tool▁call▁end｜>", re.DOTALL)
+_OPENING = re.compile(r"\s*<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>", re.DOTALL)
 _FENCED = re.compile(r"([^\n]+)\n```json\n(.*?)\n```\s*", re.DOTALL)
 
 
-def _read(head: str, tail: str) -> tuple[str, str] | None:
+def _read(head: str, tail: str) -> Written | None:
     fenced = _FENCED.fullmatch(tail) if head.strip() == "function" else None
     name, arguments = fenced.groups() if fenced else (head, tail)
-    return (name.strip(), arguments) if name.strip() else None
+    return Written(name.strip(), arguments) if name.strip() else None
 
 
-PARSER = sectioned("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _CALL, _read)
+PARSER = sectioned("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _OPENING, "<｜tool▁call▁end｜>", _read)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import re
 
-from kat_stream.gateway.parsers.base import Calls, Parsed, ToolParser, Tools, by_schema
+from kat_stream.gateway.parsers.base import Calls, Parsed, ToolParser, Tools, Written, blocks, by_schema, listed
 
-_BLOCK = re.compile(r"<tool_call>\s*([^\s<]+)\s*(.*?)\s*</tool_call>", re.DOTALL)
-_ARGUMENT = re.compile(r"<arg_key>([^<]*)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+_NAME = re.compile(r"\s*([^\s<]+)")
+_ARGUMENT = re.compile(r"\s*<arg_key>([^<]*)</arg_key>\s*<arg_value>")
 
 
 def parse(text: str, tools: Tools | None = None) -> Parsed:
+    bodies, rest = blocks(text, "<tool_call>", "</tool_call>")
     calls: Calls = []
-    for match in _BLOCK.finditer(text):
-        name, body = match.group(1), match.group(2)
-        if _ARGUMENT.sub("", body).strip():
+    for body in bodies:
+        named = _NAME.match(body)
+        arguments = listed(body[named.end() :], _ARGUMENT, "</arg_value>") if named is not None else None
+        if named is None or arguments is None:
             return text, []
-        calls.append((name, by_schema(name, [(k.strip(), v) for k, v in _ARGUMENT.findall(body)], tools)))
-    rest = _BLOCK.sub("", text)
+        name = named.group(1)
+        calls.append(Written(name, by_schema(name, [(key.strip(), value) for key, value in arguments], tools)))
     if not calls or "<tool_call>" in rest:
         return text, []
     return rest.rstrip(), calls

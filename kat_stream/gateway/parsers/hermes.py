@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import msgspec
 
-from kat_stream.gateway.parsers.base import Parsed, ToolParser, Tools
+from kat_stream.gateway.parsers.base import Parsed, ToolParser, Tools, Written, blocks, is_object
 
 
 class _Call(msgspec.Struct):
@@ -14,19 +12,19 @@ class _Call(msgspec.Struct):
     arguments: msgspec.Raw = msgspec.Raw(b"{}")
 
 
-_BLOCK = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _decoder = msgspec.json.Decoder(_Call)
 
 
 def parse(text: str, _tools: Tools | None = None) -> Parsed:
+    bodies, rest = blocks(text, "<tool_call>", "</tool_call>")
     try:
-        decoded = [_decoder.decode(body) for body in _BLOCK.findall(text)]
+        decoded = [_decoder.decode(body.strip()) for body in bodies]
     except (msgspec.DecodeError, RecursionError):
         return text, []
-    rest = _BLOCK.sub("", text)
-    if not decoded or "<tool_call>" in rest or any(not bytes(call.arguments).startswith(b"{") for call in decoded):
+    calls = [Written(call.name, bytes(call.arguments).decode()) for call in decoded]
+    if not calls or "<tool_call>" in rest or not all(is_object(call.arguments) for call in calls):
         return text, []
-    return rest.rstrip(), [(call.name, bytes(call.arguments).decode()) for call in decoded]
+    return rest.rstrip(), calls
 
 
 PARSER = ToolParser(("<tool_call>",), parse)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kat_stream.gateway.parsers.base import Parsed, ToolParser, Tools, is_object
+from kat_stream.gateway.parsers.base import Parsed, ToolParser, Tools, Written, is_object
 
 _TAG = "<|python_tag|>"
 
@@ -25,7 +25,7 @@ def parse(text: str, _tools: Tools | None = None) -> Parsed:
     except (msgspec.DecodeError, RecursionError):
         return text, []
     arguments = bytes(call.parameters or call.arguments or b"{}").decode()
-    return ("", [(call.name, arguments)]) if is_object(arguments) else (text, [])
+    return ("", [Written(call.name, arguments)]) if is_object(arguments) else (text, [])
 
 
 PARSER = ToolParser(("{", _TAG), parse, only_at_start=True)
