@@ -4,13 +4,14 @@ Owns the rule of `kat-stream topics trim`. Invariant: nothing is removed at or a
 - where the archive ends (of this run, and of each run beside it that has a consumer group on this log),
 - the positions in the oldest checkpoint that is kept (`batches`),
 - what each consumer group on the log has committed,
-- the first turn of a group that is in flight, from which a gateway that is restarted rebuilds its sessions.
+- the first turn of a group that is in flight in any of these runs, from which a gateway that is restarted rebuilds its
+  sessions. Where an archive ends is read before the run's account: a rollout that starts meanwhile lies above it.
 `rollout.requests`, `rewards` and `train.steps` are small and read from the start by a sampler that restarts: they stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -60,8 +61,12 @@ class _Card(msgspec.Struct):
     positions: dict[str, int]
 
 
-async def plan(log: Log, run_dir: Path, account: Ledger) -> list[Trim]:
-    """What may go of each partition of TRIMMED. `account`: the run's ledger now."""
+Account = Callable[[Path], Awaitable[Ledger]]
+"""The ledger of the run in a folder, as its archive and the log have it at the time of the call."""
+
+
+async def plan(log: Log, run_dir: Path, account: Account) -> list[Trim]:
+    """What may go of each partition of TRIMMED."""
     found: list[Bound] = [bound async for bound in _bounds(log, run_dir, account)]
     trims = []
     for topic in TRIMMED:
@@ -82,7 +87,7 @@ async def carry_out(log: Trimmable, trims: Iterable[Trim]) -> None:
         await log.delete_before(topic, before)
 
 
-async def _bounds(log: Log, run_dir: Path, account: Ledger) -> AsyncIterator[Bound]:
+async def _bounds(log: Log, run_dir: Path, account: Account) -> AsyncIterator[Bound]:
     groups = [group.name for group in await log.groups()]
     for group in groups:
         for place, offset in (await log.committed(group)).items():
@@ -92,8 +97,8 @@ async def _bounds(log: Log, run_dir: Path, account: Ledger) -> AsyncIterator[Bou
         for bounds in (_archive_bounds, _checkpoint_bounds):
             for bound in bounds(beside, config.run.name, config.log.partitions):
                 yield bound
-    for bound in _flight_bounds(run_dir, account):
-        yield bound
+        for bound in _flight_bounds(beside, await account(beside)):
+            yield bound
 
 
 def _runs_on(run_dir: Path, groups: list[str]) -> Iterable[Path]:

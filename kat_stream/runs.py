@@ -20,28 +20,38 @@ from pathlib import Path
 
 import msgspec
 
-from kat_stream.config import Config, dump, load
-from kat_stream.errors import ConfigError
+from kat_stream.config import Config, check_training, dump, load
+from kat_stream.errors import ConfigError, StorageError
 from kat_stream.log import Log, open_log
 
 
 def create_run(config: Config) -> tuple[Config, Path]:
-    """Name the run, choose free ports, write the folder. The returned configuration is complete."""
+    """Name the run, choose free ports, write the folder. The returned configuration is complete.
+
+    ConfigError: there is a run of this name, or none can train so. StorageError: no folder of this name can be made
+    there.
+    """
+    check_training(config)
     parent = Path(config.run.directory)
     name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-s{config.run.seed}"
     run_dir = parent / name
-    if (run_dir / "config.toml").exists():
-        raise ConfigError(f"run.name: {run_dir} exists; `kat-stream run --resume {name}` goes on with it")
-    config = msgspec.structs.replace(config, run=msgspec.structs.replace(config.run, name=name))
-    config = choose_ports(config)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    _write(run_dir / "config.toml", dump(config))
+    try:
+        if (run_dir / "config.toml").exists():
+            raise ConfigError(f"run.name: {run_dir} exists; `kat-stream run --resume {name}` goes on with it")
+        config = msgspec.structs.replace(config, run=msgspec.structs.replace(config.run, name=name))
+        config = choose_ports(config)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _write(run_dir / "config.toml", dump(config))
+    except OSError as error:
+        raise StorageError(f"run.name: no folder {run_dir} can be made ({error.strerror or error})") from error
     return config, run_dir
 
 
 def reopen_run(run_dir: Path) -> Config:
     """The configuration of an existing run, with fresh ports where the old ones are taken."""
-    config = choose_ports(load_run(run_dir), moving=True)
+    config = load_run(run_dir)
+    check_training(config)
+    config = choose_ports(config, moving=True)
     _write(run_dir / "config.toml", dump(config))
     return config
 
@@ -57,8 +67,9 @@ def find_run(name: str, parent: Path = Path("runs")) -> Path:
         candidates = sorted(parent.glob("*/config.toml"), key=lambda path: path.stat().st_mtime, reverse=True)
         candidates = [path.parent for path in candidates[:1]]
     for candidate in candidates:
-        if (candidate / "config.toml").is_file():
-            return candidate
+        with suppress(OSError):  # a name that no file can have
+            if (candidate / "config.toml").is_file():
+                return candidate
     raise ConfigError(f"no run `{name}`: looked for config.toml in {', '.join(map(str, candidates)) or parent}")
 
 

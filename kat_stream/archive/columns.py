@@ -3,7 +3,8 @@
 Each field is a column of its type: token arrays lists of int32 or float32, nested structs Arrow structs, tuples lists,
 dicts lists of (key, value). In front of them stand the envelope's columns, which every topic has; `value` is the
 message as it was, so that nothing depends on this module to be exact. Invariant: every message gives one row; one that
-is no record of its topic has nulls in the record's columns. `run` is no column: it is the folder's name.
+is no record of its topic has nulls in the record's columns, and a field with a number beyond 64 bits is null. `run` is
+no column: it is the folder's name.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def table_of(messages: Sequence[Delivered]) -> pa.Table:
     arrays = [pa.array(values, kind.type) for values, kind in zip(_envelope(messages), ENVELOPE, strict=True)]
     names = list(ENVELOPE.names)
     for name, (field, column) in record_columns(topic.record).items():
-        arrays.append(column.build(_fields(records, field)))
+        arrays.append(_array(column, _fields(records, field)))
         names.append(name)
     return pa.table(arrays, names=names)
 
@@ -79,6 +80,22 @@ def record_columns(kind: type[Record]) -> Mapping[str, tuple[str, Column]]:
 def headers_of(pairs: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
     """The column `headers` back as a mapping."""
     return {pair["key"]: pair["value"] for pair in pairs}
+
+
+def _array(column: Column, values: Values) -> pa.Array:
+    """msgpack has unsigned integers of 64 bits, which no column holds: what has one is null."""
+    try:
+        return column.build(values)
+    except OverflowError:
+        return column.build([value if _fits(column, value) else None for value in values])
+
+
+def _fits(column: Column, value: Any) -> bool:
+    try:
+        column.build([value])
+    except OverflowError:
+        return False
+    return True
 
 
 def _record(message: Delivered, kind: type[Record]) -> Record | None:

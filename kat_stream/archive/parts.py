@@ -7,7 +7,8 @@
 Invariant: a change (new files, files that they replace, positions) happens wholly or not at all, at any kill. The new
 files are written and synced under hidden names; then `_commit.json` is replaced, which is the moment of the change;
 then files are renamed and removed, and whoever opens the archive next finishes that. A reader of ours goes by the
-commit; one that goes by file names alone (pandas, duckdb) sees a change a few milliseconds later.
+commit; one that goes by file names alone (pandas, duckdb) sees a change a few milliseconds later. A file never changes,
+and nobody but the writer removes one. Where the archive ends is the commit's word; files say it where that was lost.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import date
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -36,7 +37,8 @@ ABOUT = b"kat_stream.part"
 """Metadata of a file: {"log": id, "spans": {partition: [first offset, next offset]}, "flushes": [first, last]}."""
 POLL_S = 0.1
 LOOKS = 10
-"""How often to list files that another process merges meanwhile; one merge takes longer than one look."""
+"""Listings in a row that merges may outrun before it is an error; one merge takes longer than one look."""
+DAY_MS = 24 * 3600 * 1000
 Spans = Mapping[int, tuple[int, int]]
 
 
@@ -73,8 +75,10 @@ class Commit(msgspec.Struct, kw_only=True):
 
 
 def folder(directory: Path, topic: str, run: str, timestamp_ms: int) -> Path:
-    day = datetime.fromtimestamp(timestamp_ms / 1000, UTC).strftime("%Y-%m-%d")
-    return directory / topic / f"run={quote(run, safe='') or NO_RUN}" / f"day={day}"
+    """A time outside the calendar is of its first or last day: a producer's clock may say anything."""
+    days = date(1970, 1, 1).toordinal() + timestamp_ms // DAY_MS
+    day = date.fromordinal(min(max(days, date.min.toordinal()), date.max.toordinal()))
+    return directory / topic / f"run={quote(run, safe='') or NO_RUN}" / f"day={day.isoformat()}"
 
 
 def hidden(path: Path) -> Path:
@@ -100,11 +104,12 @@ def write_commit(directory: Path, commit: Commit) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(directory / "_commit.json")
-    _sync(directory)
 
 
 def finish(directory: Path, commit: Commit) -> None:
-    """Make the file names what the commit says; doing it again changes nothing."""
+    """Make the file names what the commit says, once it is on disk itself; doing it again changes nothing."""
+    if commit.add or commit.remove:
+        _sync(directory)
     for name in commit.add:
         with suppress(FileNotFoundError):
             hidden(directory / name).rename(directory / name)
@@ -124,27 +129,47 @@ def recover(directory: Path) -> Commit:
 
 
 def parts(directory: Path, topic: str) -> list[Part]:
-    """The files of a topic as of the last commit, in the order of their first flush. DataError: no archive's file.
+    """The files of a topic as of the last commit, in the order of their first flush.
 
-    Looks again where an archiver merged files between the list and the look.
+    Looks again where an archiver merged files between the list and the look. DataError: a file is no archive's, or one
+    that the last commit made is gone.
     """
     for _ in range(LOOKS):
-        with suppress(FileNotFoundError):
-            return _parts_now(directory, topic)
+        commit = read_commit(directory)
+        try:
+            return _parts_of(directory, topic, commit)
+        except FileNotFoundError as error:
+            if read_commit(directory) == commit:
+                raise DataError(f"{directory}: the archive has lost a file: {error}") from error
     raise DataError(f"{directory / topic}: its files change faster than they can be listed")
 
 
-def _parts_now(directory: Path, topic: str) -> list[Part]:
-    commit = read_commit(directory)
-    removed = {directory / name for name in commit.remove}
-    found = set((directory / topic).glob("run=*/day=*/part-*.parquet")) - removed
-    unfinished = [directory / name for name in commit.add if name.startswith(f"{topic}/")]
-    described = [describe(path) for path in sorted(found)]
-    described += [describe(hidden(path)) for path in unfinished if path not in found and hidden(path).exists()]
+def _parts_of(directory: Path, topic: str, commit: Commit) -> list[Part]:
+    found = named(directory, topic) - {directory / name for name in commit.remove}
+    added = {directory / name for name in commit.add if name.startswith(f"{topic}/")}
+    described = [*map(describe, sorted(found)), *map(_describe_added, sorted(added - found))]
+    return in_order(described)
+
+
+def _describe_added(path: Path) -> Part:
+    """A file of the last commit that had not its name yet; the writer may give it the name meanwhile."""
+    try:
+        return describe(hidden(path))
+    except FileNotFoundError:
+        return describe(path)
+
+
+def named(directory: Path, topic: str) -> set[Path]:
+    """The files of a topic that have their names; DataError for an archive of another layout."""
     foreign = next(iter((directory / topic).glob("part-*.parquet")), None)
     if foreign is not None:
         raise DataError(f"{foreign}: an archive of kat-stream 0.1.0 or a foreign file; this build reads run=*/day=*")
-    return sorted(described, key=lambda part: (part.flushes, part.path.name))
+    return set((directory / topic).glob("run=*/day=*/part-*.parquet"))
+
+
+def in_order(found: Iterable[Part]) -> list[Part]:
+    """By their first flush."""
+    return sorted(found, key=lambda part: (part.flushes, part.path.name))
 
 
 def describe(path: Path) -> Part:
@@ -178,12 +203,15 @@ def last_flush(directory: Path) -> int:
 
 
 def archived_positions(directory: Path, log: str, topics: Iterable[str]) -> dict[tuple[str, int], int]:
-    """(topic, partition) -> the first offset of this log that the archive has not dealt with."""
+    """(topic, partition) -> the first offset of this log that the archive has not dealt with.
+
+    The commit says it; files are looked at only where it was lost or is of another log. DataError as `parts`.
+    """
     commit = read_commit(directory)
+    if commit.log == log and commit.next:
+        return {(topic, number): offset for topic in topics for number, offset in commit.next.get(topic, {}).items()}
     after: dict[tuple[str, int], int] = {}
     for topic in topics:
-        for partition, offset in commit.next.get(topic, {}).items() if commit.log == log else ():
-            after[topic, partition] = offset
         for part in parts(directory, topic):
             for partition, (_, offset) in part.spans.items() if part.log == log else ():
                 after[topic, partition] = max(offset, after.get((topic, partition), 0))

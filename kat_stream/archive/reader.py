@@ -1,12 +1,15 @@
 """Reading an archive: messages as the log would hand them out, or only the columns that a question needs.
 
-Invariant: every message once, those of a partition in the order of their offsets; at most one row group a file of a few
-is in memory (`ROW_GROUP_BYTES` of values each). A file that is merged away under a reader is read to its end.
+Invariant: every message once, those of a partition in the order of their offsets; only files whose flushes overlap are
+open together, nearly always one alone, with one row group of each in memory (`ROW_GROUP_BYTES` of values). A file that
+is merged away while it is open is read to its end; one that is gone before is found again in what it became, and a
+reader goes on after the last offset that it handed out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from heapq import merge
 from pathlib import Path
@@ -17,12 +20,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kat_stream.archive.columns import ENVELOPE, headers_of
-from kat_stream.archive.parts import Part, parts
+from kat_stream.archive.parts import LOOKS, Part, parts
+from kat_stream.errors import DataError
 from kat_stream.log.base import Delivered, Position
 from topics import CATALOGUE, topic_named
 
-RETRIES = 5
-"""Listings that a merge may outrun before a missing file is an error."""
 _KEPT = [name for name in ENVELOPE.names if name not in ("traceparent", "record")]
 """Both are headers, too."""
 
@@ -46,52 +48,85 @@ def read_archive(
     """Every archived message once, topics in pipeline order; of one topic by log, then each partition in order.
 
     `only`: of topics whose records have a group those of one group; of other topics all. DataError for a file that is
-    no archive.
+    no archive, or files that change faster than they can be read.
     """
     for topic in topics if topics is not None else [topic.name for topic in CATALOGUE]:
-        wanted = only if topic_named(topic).partition_by == "group_id" else None
-        for overlapping in _sequences(_opened(directory, topic)):
-            yield from _once(merge(*(_messages(one, wanted) for one in overlapping), key=_place))
+        yield from _once(directory, topic, only if topic_named(topic).partition_by == "group_id" else None)
 
 
 def read_rows(directory: Path, topic: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows of a topic with only these columns (`a.b` for a field of a struct), and `run` from the folder's name.
 
-    The same row may come twice where files overlap; rows of different files come in no order.
+    The same row may come twice where files overlap or are merged meanwhile; rows of different files come in no order.
+    DataError as `read_archive`.
     """
-    for one in _opened(directory, topic):
-        run = one.part.run
+    read: set[Path] = set()
+    for (one,) in _opened(directory, topic, lambda part: part.path not in read, _one_by_one):
         there = [name for name in columns if name.partition(".")[0] in one.file.schema_arrow.names]
         for number in range(one.file.num_row_groups):
             for row in one.file.read_row_group(number, columns=there).to_pylist():
-                yield {"run": run, **row}
+                yield {"run": one.part.run, **row}
+        read.add(one.part.path)
 
 
-def _opened(directory: Path, topic: str) -> list[_Open]:
-    """All files of a topic, open: what is removed from now on can still be read."""
-    for attempt in range(RETRIES):
-        try:
-            return [_Open(part, pq.ParquetFile(part.path)) for part in parts(directory, topic)]
-        except FileNotFoundError:
-            if attempt == RETRIES - 1:
-                raise
-    raise AssertionError("unreachable")
+def _once(directory: Path, topic: str, only: GroupFilter | None) -> Iterator[Delivered]:
+    after: dict[tuple[str, int], int] = {}  # (log, partition) -> the first offset that was not dealt with
+
+    def unread(part: Part) -> bool:
+        return any(end > after.get((part.log, number), 0) for number, (_, end) in part.spans.items())
+
+    for together in _opened(directory, topic, unread, _sequences):
+        log = together[0].part.log
+        for message in merge(*(_messages(one, only) for one in together), key=_place):
+            _, number, offset = message.position
+            if offset >= after.get((log, number), 0):
+                after[log, number] = offset + 1
+                yield message
+        for number, (_, end) in (span for one in together for span in one.part.spans.items()):
+            after[log, number] = max(end, after.get((log, number), 0))
 
 
-def _sequences(files: Sequence[_Open]) -> Iterator[list[_Open]]:
+def _opened(
+    directory: Path,
+    topic: str,
+    unread: Callable[[Part], bool],
+    groups: Callable[[Sequence[Part]], Iterable[Sequence[Part]]],
+) -> Iterator[list[_Open]]:
+    """Group after group of the files that are unread, open for its turn. Where one is gone, all are listed again."""
+    looks = 0
+    while looks < LOOKS:
+        looks += 1
+        for files in groups([part for part in parts(directory, topic) if unread(part)]):
+            with ExitStack() as stack:
+                try:
+                    together = [_Open(part, stack.enter_context(pq.ParquetFile(part.path))) for part in files]
+                except FileNotFoundError:
+                    break
+                looks = 0
+                yield together
+        else:
+            return
+    raise DataError(f"{directory / topic}: its files change faster than they can be read")
+
+
+def _one_by_one(files: Sequence[Part]) -> Iterable[Sequence[Part]]:
+    return ([part] for part in files)
+
+
+def _sequences(files: Sequence[Part]) -> Iterator[list[Part]]:
     """The files of each log in turn; those that share flushes together, which is nearly always one alone.
 
     A flush whose messages are of two days has two files.
     """
-    for log in dict.fromkeys(one.part.log for one in files):
-        together: list[_Open] = []
+    for log in dict.fromkeys(part.log for part in files):
+        together: list[Part] = []
         last = -1
-        for one in (one for one in files if one.part.log == log):
-            if together and one.part.flushes[0] > last:
+        for part in (part for part in files if part.log == log):
+            if together and part.flushes[0] > last:
                 yield together
                 together = []
-            together.append(one)
-            last = max(last, one.part.flushes[1])
+            together.append(part)
+            last = max(last, part.flushes[1])
         yield together
 
 
@@ -123,15 +158,6 @@ def _delivered(table: pa.Table) -> Iterator[Delivered]:
         *(table[name].to_pylist() for name in _KEPT), strict=True
     ):
         yield Delivered(Position(topic, partition, offset), key, value, headers_of(headers), timestamp_ms)
-
-
-def _once(messages: Iterable[Delivered]) -> Iterator[Delivered]:
-    """Without the repetitions, which are neighbours."""
-    before: Position | None = None
-    for message in messages:
-        if message.position != before:
-            before = message.position
-            yield message
 
 
 def _place(message: Delivered) -> Position:

@@ -1,7 +1,8 @@
 """Writing an archive: messages are collected, written in files, and small files are merged into larger ones.
 
 Invariant: a message is archived once over any number of restarts, and after a restart nothing is read again that was
-dealt with, other runs' messages included: positions change in the same commit as the files.
+dealt with, other runs' messages included: positions change in the same commit as the files. What a file says of itself
+is read once: after that a merge lists names, however many files there are.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from kat_stream.archive.parts import (
     Part,
     about,
     archived_positions,
+    describe,
     described,
     finish,
     folder,
     hidden,
+    in_order,
     last_flush,
-    parts,
+    named,
     recover,
     write_commit,
 )
@@ -74,6 +77,7 @@ class ArchiveWriter:
         self._next = archived_positions(directory, log_id, [topic.name for topic in CATALOGUE])
         self._saved = dict(self._next)
         self._flush = last_flush(directory)
+        self._known: dict[str, dict[Path, Part]] = {}
 
     def next_offsets(self) -> dict[tuple[str, int], int]:
         """(topic, partition) -> the first offset that was not dealt with; partitions never seen are absent."""
@@ -130,7 +134,7 @@ class ArchiveWriter:
         self._finish()
         merged = 0
         for topic in CATALOGUE:
-            for files in _mergeable(parts(self.directory, topic.name), self.log_id, all_small):
+            for files in _mergeable(self._parts(topic.name), self.log_id, all_small):
                 if give_up():
                     return merged
                 self._merge(files)
@@ -138,6 +142,13 @@ class ArchiveWriter:
                 # Arrow keeps what it took, and what merges take grows for hours with their files.
                 pa.default_memory_pool().release_unused()
         return merged
+
+    def _parts(self, topic: str) -> list[Part]:
+        """The files of a topic; all have their names here, for the last change is finished."""
+        before = self._known.get(topic, {})
+        now = {path: before.get(path) or describe(path) for path in named(self.directory, topic)}
+        self._known[topic] = now
+        return in_order(now.values())
 
     def _merge(self, files: Sequence[Part]) -> None:
         schema = _schema_of(files, self.log_id)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,20 @@ def register(subparsers: Any) -> None:
     state_dir = f"its data and settings (default: {STATE_DIR})"
     for parser in (up_parser, down_parser, status_parser):
         parser.add_argument("--state-dir", type=Path, default=STATE_DIR, help=state_dir)
+
+
+@contextmanager
+def running_meanwhile() -> Iterator[str]:
+    """This machine's own broker, and its address; stopped afterwards if it was not up before: others may use it."""
+    from kat_stream.log import broker
+
+    was_up = broker.status(STATE_DIR).running
+    bootstrap = broker.up(STATE_DIR)
+    try:
+        yield bootstrap
+    finally:
+        if not was_up:
+            broker.down(STATE_DIR)
 
 
 def up(args: argparse.Namespace) -> int:

@@ -6,14 +6,14 @@ Invariant: a command that reads a run takes the same options with the same meani
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from kat_stream.errors import ConfigError
+from kat_stream.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from kat_stream.config import Config, LogSection, SecuritySection
@@ -68,6 +68,23 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
 def add_run_option(parser: argparse.ArgumentParser) -> None:
     text = "a run's folder, its name, or `latest` (default: latest)"
     parser.add_argument("--run", default="", metavar="RUN", help=text)
+
+
+def count(text: str) -> int:
+    """How many of something, as argparse's `type`: at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: expected at least 1")
+    return number
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What goes wrong with files at a path that the user named is a StorageError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{error.filename or path}: cannot be written ({error.strerror or error})") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kat_stream.cli.common import add_command, add_group
+from kat_stream.cli.common import add_command, add_group, count, writing
 from kat_stream.cli.eval import SPECS
 from kat_stream.cli.plugins import add_list
 
@@ -35,8 +35,8 @@ def _register_check(group: Any) -> None:
     )
     parser.add_argument("dataset", metavar="SPEC", help=SPECS)
     parser.add_argument("--sandbox", default="", help="see: kat-stream sandboxes list (default: rollout.sandbox)")
-    parser.add_argument("--concurrency", type=int, default=2, metavar="N", help="tasks at once (default: 2)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N tasks")
+    parser.add_argument("--concurrency", type=count, default=2, metavar="N", help="tasks at once (default: 2)")
+    parser.add_argument("--limit", type=count, metavar="N", help="only the first N tasks")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting")
 
 
@@ -53,7 +53,7 @@ def _register_write(group: Any) -> None:
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="one directory a task is made in it")
     parser.add_argument("--split", choices=("train", "held-out"), default="train")
-    parser.add_argument("--count", type=int, default=20, metavar="N", help="number of tasks (default: 20)")
+    parser.add_argument("--count", type=count, default=20, metavar="N", help="number of tasks (default: 20)")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -81,7 +81,8 @@ async def _check(args: argparse.Namespace) -> list[Finding]:
 def write(args: argparse.Namespace) -> int:
     from kat_stream.env.mend import generate, write_task
 
-    for task in generate(args.split, args.count, args.seed):
-        write_task(task, args.directory / task.task_id.replace("/", "-"))
+    with writing(args.directory):
+        for task in generate(args.split, args.count, args.seed):
+            write_task(task, args.directory / task.task_id.replace("/", "-"))
     print(f"{args.count} tasks in {args.directory}")
     return 0

@@ -20,7 +20,7 @@ def register(subparsers: Any) -> None:
         help="train the small policy that ships with the package on small repositories",
         description="Evaluates a small policy on held-out repositories, trains it by agents in sandboxes and\n"
         "evaluates it again. With --log memory everything runs in this process; with --log kafka a real\n"
-        "Apache Kafka is started (Java and Maven are needed, Docker is not) and every service is a process.\n"
+        "Apache Kafka runs meanwhile (Java and Maven are needed, Docker is not) and every service is a process.\n"
         "With --scaffold the same tasks are learnt through an unmodified agent program and its own prompt.\n"
         "The small policy is taught to speak through it first; the result is kept in .kat/policies.",
         epilog="examples:\n"
@@ -40,10 +40,9 @@ def register(subparsers: Any) -> None:
 def demo(args: argparse.Namespace) -> int:
     import msgspec
 
-    from kat_stream.cli.broker import STATE_DIR
+    from kat_stream.cli.broker import running_meanwhile
     from kat_stream.cli.run import conduct
     from kat_stream.config import load
-    from kat_stream.log import broker
     from kat_stream.runs import create_run
 
     asked = [f"run.seed={args.seed}", *args.set]
@@ -51,13 +50,10 @@ def demo(args: argparse.Namespace) -> int:
     if args.log == "memory":
         config, run_dir = create_run(config)
         return conduct("demo", config, run_dir, resume=False)
-    bootstrap = broker.up(STATE_DIR)
-    config = msgspec.structs.replace(config, log=msgspec.structs.replace(config.log, url=f"kafka:{bootstrap}"))
-    config, run_dir = create_run(config)
-    try:
+    with running_meanwhile() as bootstrap:
+        config = msgspec.structs.replace(config, log=msgspec.structs.replace(config.log, url=f"kafka:{bootstrap}"))
+        config, run_dir = create_run(config)
         return conduct("demo", config, run_dir, resume=False)
-    finally:
-        broker.down(STATE_DIR)
 
 
 def _shell(config: Config) -> Config:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kat_stream.cli.common import add_command
+from kat_stream.cli.common import add_command, count, writing
 
 if TYPE_CHECKING:
     from kat_stream.config import Config
@@ -41,8 +41,8 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--agent", required=True, help="oracle, nop, shell, ...; see: kat-stream scaffolds list")
     parser.add_argument("--model", default="demo", metavar="DIR", help="Hugging Face directory, or `demo`")
     parser.add_argument("--sandbox", default="", help="see: kat-stream sandboxes list (default: rollout.sandbox)")
-    parser.add_argument("--concurrency", type=int, default=2, metavar="N", help="tasks at once (default: 2)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N tasks")
+    parser.add_argument("--concurrency", type=count, default=2, metavar="N", help="tasks at once (default: 2)")
+    parser.add_argument("--limit", type=count, metavar="N", help="only the first N tasks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write [{task, reward, outcome, seconds}, ...]")
     parser.add_argument("--config", type=Path, metavar="FILE", help="sampling, engine and sandbox settings")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting")
@@ -56,9 +56,13 @@ def eval_(args: argparse.Namespace) -> int:
     from kat_stream.config import load
 
     overrides = [*args.set, *([f"rollout.sandbox={args.sandbox}"] if args.sandbox else [])]
+    if args.json:
+        with writing(args.json):  # before an evaluation of hours, of which there would be no record
+            args.json.open("a").close()
     results = anyio.run(_evaluate, args, load(args.config, overrides))
     if args.json:
-        args.json.write_text(json.dumps([result.as_row() for result in results], indent=1) + "\n")
+        with writing(args.json):
+            args.json.write_text(json.dumps([result.as_row() for result in results], indent=1) + "\n")
     print(closing(results))
     return 1 if any(result.reward is None for result in results) or not results else 0
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kat_stream.cli.common import Where, add_command, add_log_options, add_run_argument, table, where
+from kat_stream.cli.common import Where, add_command, add_log_options, add_run_argument, count, table, where
 
 if TYPE_CHECKING:
     from kat_stream.env.manager.export import Export, Report
@@ -51,8 +51,8 @@ def _where_help() -> str:
 def _add_rules(parser: argparse.ArgumentParser) -> None:
     orders = ("completed", "thread", "branch")
     parser.add_argument("--order", choices=orders, default="completed", help="of turns (default: completed)")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="leave out turns whose path is longer")
-    parser.add_argument("--max-turns", type=int, metavar="N", help="leave out what comes behind N turns on a path")
+    parser.add_argument("--max-tokens", type=count, metavar="N", help="leave out turns whose path is longer")
+    parser.add_argument("--max-turns", type=count, metavar="N", help="leave out what comes behind N turns on a path")
     parser.add_argument(
         "--drop-failed",
         nargs="?",

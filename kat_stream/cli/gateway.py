@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from kat_stream.cli.common import add_command, add_group, table
+from kat_stream.cli.common import add_command, add_group, count, table
 
 if TYPE_CHECKING:
     from kat_stream.gateway.verify import Report
@@ -29,7 +29,7 @@ def register(subparsers: Any) -> None:
         examples=["gateway verify demo", "gateway verify /models/Qwen3-8B --conversations 500"],
     )
     parser.add_argument("model", metavar="MODEL_DIR", help="a Hugging Face directory with a tokenizer, or `demo`")
-    parser.add_argument("--conversations", type=int, default=200, metavar="N", help="to generate (default: 200)")
+    parser.add_argument("--conversations", type=count, default=200, metavar="N", help="to generate (default: 200)")
     parser.add_argument("--seed", type=int, default=0)
 
 

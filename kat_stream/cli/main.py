@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from kat_stream.cli.common import Formatter, add_debug
-from kat_stream.errors import ConfigError, KatError, LogUnavailable
+from kat_stream.errors import ConfigError, KatError, LogUnavailable, on_purpose
 
 COMMANDS = {
     "demo": "demo",
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except (KatError, BaseExceptionGroup) as error:
-        if args.debug or (known := _on_purpose(error)) is None:
+        if args.debug or (known := on_purpose(error)) is None:
             raise
         print(f"kat-stream {words[0]}: {known}", file=sys.stderr)
         return _exit_code(known)
@@ -111,13 +111,3 @@ def _register(module: str, subparsers: Any) -> None:
     name = f"kat_stream.cli.{module}"
     if find_spec(name) is not None:
         import_module(name).register(subparsers)
-
-
-def _on_purpose(error: BaseException) -> KatError | None:
-    """The KatError behind an error: itself, or the first of a task group that failed with nothing else."""
-    if isinstance(error, KatError):
-        return error
-    if isinstance(error, BaseExceptionGroup):
-        known = [_on_purpose(inner) for inner in error.exceptions]
-        return known[0] if all(known) else None
-    return None

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kat_stream.cli.common import add_command, add_run_argument, table
+from kat_stream.cli.common import add_command, add_run_argument, count, table
 from kat_stream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def register(subparsers: Any) -> None:
         ],
     )
     add_run_argument(parser)
-    parser.add_argument("--step", type=int, required=True, metavar="N", help="the optimizer step, from 1")
+    parser.add_argument("--step", type=count, required=True, metavar="N", help="the optimizer step, from 1")
     parser.add_argument("--lineage", default="", metavar="L", help="of this lineage (default: the surviving branch)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write batch.npz, groups/, weights/ and step.json there"

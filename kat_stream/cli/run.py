@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,47 +34,48 @@ def register(subparsers: Any) -> None:
     parser.add_argument("config", nargs="?", type=Path, help="TOML file; without it, the defaults")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run: a folder, a name or `latest`")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run")
+    parser.add_argument("--dry-run", action="store_true", help="print the complete configuration and stop")
     parser.set_defaults(handler=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from kat_stream.config import dump, load
+    from kat_stream.config import load
     from kat_stream.env.scaffolds.registry import check_scaffolds
     from kat_stream.errors import ConfigError
-    from kat_stream.runs import create_run, find_run, reopen_run
+    from kat_stream.runs import create_run, find_run, load_run, reopen_run
 
     if args.resume:
         if args.config or args.set:
             raise ConfigError("--resume takes its configuration from the run's folder; leave CONFIG and --set out")
         run_dir = find_run(args.resume)
+        if args.dry_run:
+            return _print(load_run(run_dir))
         config = reopen_run(run_dir)
         with _broker_of(config.log.url):
             return conduct("run", config, run_dir, resume=True)
     config = load(args.config, args.set)
     if args.dry_run:
-        print(dump(config), end="")
-        return 0
+        return _print(config)
     check_scaffolds((config.data.scaffold, *config.sampler.scaffold))
     config, run_dir = create_run(config)
     return conduct("run", config, run_dir, resume=False)
 
 
-@contextmanager
-def _broker_of(url: str) -> Iterator[None]:
-    """If the run's log is this machine's own broker (`kat-stream broker up`) and it is down, it runs meanwhile."""
-    from kat_stream.cli.broker import STATE_DIR
+def _print(config: Config) -> int:
+    from kat_stream.config import check_training, dump
+
+    check_training(config)
+    print(dump(config), end="")
+    return 0
+
+
+def _broker_of(url: str) -> AbstractContextManager[object]:
+    """If the run's log is this machine's own broker (`kat-stream broker up`), it runs meanwhile."""
+    from kat_stream.cli.broker import STATE_DIR, running_meanwhile
     from kat_stream.log import broker
 
-    status = broker.status(STATE_DIR)
-    ours = status.bootstrap != "" and url == f"kafka:{status.bootstrap}" and not status.running
-    if ours:
-        broker.up(STATE_DIR)
-    try:
-        yield
-    finally:
-        if ours:
-            broker.down(STATE_DIR)
+    bootstrap = broker.status(STATE_DIR).bootstrap
+    return running_meanwhile() if bootstrap and url == f"kafka:{bootstrap}" else nullcontext()
 
 
 def conduct(title: str, config: Config, run_dir: Path, *, resume: bool) -> int:
@@ -99,10 +99,11 @@ def close(title: str, result: Result, run_dir: Path) -> int:
     from kat_stream.observe.plot import write_plots
     from kat_stream.observe.sources import archived_state
 
-    state = archived_state(run_dir)
-    if result.interrupted and result.error is None:  # who pressed Ctrl-C waits for no picture: matplotlib takes seconds
-        print(f"{title}: stopped at step {state.steps_done}; go on with: kat-stream run --resume {run_dir}")
+    if result.interrupted and result.error is None:  # who pressed Ctrl-C waits for no picture and no whole archive
+        steps = archived_state(run_dir, ("train.steps",)).steps_done
+        print(f"{title}: stopped at step {steps}; go on with: kat-stream run --resume {run_dir}")
         return INTERRUPTED
+    state = archived_state(run_dir)
     write_plots(state, run_dir)
     if result.error is not None:
         print(f"{title}: stopped: {result.error}", file=sys.stderr)

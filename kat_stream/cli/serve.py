@@ -24,7 +24,9 @@ def register(subparsers: Any) -> None:
         serve,
         help="run one service of a run as a process of its own",
         description="Joins a run on Kafka with one more process of a service: its partitions are shared out anew. "
-        "Stop it with Ctrl-C or SIGTERM: it hands its partitions over and nothing is lost. "
+        "Stop it with Ctrl-C or SIGTERM: it hands its partitions over and nothing is lost; one that `kat-stream run` "
+        "started is started again by it. The exit code is 0 if it was asked to stop or its work is done (the sampler's "
+        "is, at the end of the schedule), 75 if the log was away. "
         "`kat-stream serve SERVICE --help` says what a service reads, writes and commits.",
         examples=["serve rollout", "serve verifier --run runs/mine --member verifier-2"],
     )
@@ -53,6 +55,7 @@ def _header(module: str) -> str:
 def serve(args: argparse.Namespace) -> int:
     from kat_stream.runs import find_run
     from kat_stream.service import load_service
+    from kat_stream.signals import DONE, SUPERVISOR
     from kat_stream.telemetry import setup_logging
 
     service = load_service(args.service)
@@ -60,11 +63,12 @@ def serve(args: argparse.Namespace) -> int:
     member = args.member or f"{args.service}-{uuid.uuid4().hex[:6]}"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     setup_logging()
-    anyio.run(_serve, service, run_dir, member)
-    return 0
+    done = anyio.run(_serve, service, run_dir, member)
+    return DONE if done and SUPERVISOR in os.environ else 0
 
 
-async def _serve(service: Any, run_dir: Path, member: str) -> None:
+async def _serve(service: Any, run_dir: Path, member: str) -> bool:
+    """Run it to its end; whether it ended because its work is done, and not because it was asked to stop."""
     from kat_stream.errors import ConfigError
     from kat_stream.runs import load_run, open_run_log, registered
     from kat_stream.service import Context
@@ -86,8 +90,10 @@ async def _serve(service: Any, run_dir: Path, member: str) -> None:
                 group.start_soon(stop_on_signal, ctx.stopping)
                 group.start_soon(stop_with_supervisor, ctx.stopping)
                 await service.run(ctx)
+                done = not ctx.stopping.is_set()
                 group.cancel_scope.cancel()
     finally:
         with anyio.CancelScope(shield=True):
             await log.close()
         metrics.shutdown()
+    return done

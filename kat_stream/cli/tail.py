@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from kat_stream.cli.common import Where, add_command, add_log_options, add_run_option, where
+from kat_stream.cli.common import Where, add_command, add_log_options, add_run_option, count, where
 
 if TYPE_CHECKING:
     from kat_stream.log import Delivered
@@ -42,8 +42,8 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--rollout", metavar="ID", default="", help="only records that speak of this rollout")
     parser.add_argument("--json", action="store_true", help="whole records as JSON, token arrays as numbers")
-    count = "stop after N records; with --from latest on an archive, the last N"
-    parser.add_argument("-n", type=int, metavar="N", help=count)
+    stop = "stop after N records; with --from latest on an archive, the last N"
+    parser.add_argument("-n", type=count, metavar="N", help=stop)
     add_run_option(parser)
     add_log_options(parser)
 

@@ -41,8 +41,10 @@ def register(subparsers: Any) -> None:
 def trace(args: argparse.Namespace) -> int:
     import anyio
 
-    from kat_stream.errors import DataError
+    from kat_stream.errors import ConfigError, DataError
 
+    if not args.id:
+        raise ConfigError("ID is empty: it is the id of a rollout or of a group")
     place = where(args)
     story = anyio.run(_collect, args.id, place)
     if story.known:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kat_stream.cli.common import add_command, add_log_options, add_run_argument, broker_log, table, where
 
 if TYPE_CHECKING:
+    from kat_stream.observe.ledger import Ledger
     from kat_stream.retention import Trim
 
 
@@ -22,8 +24,9 @@ def register(group: Any) -> None:
         description="Removes the oldest messages of turns, trajectories, scores and batches from the broker, up to the "
         "least of: where the archive ends, the positions in the oldest kept checkpoint, what every consumer group has "
         "committed, and the first turn of a group in flight. Prints what bounds each topic. Runs beside this one (in "
-        "the same parent folder) that have a group on the broker bound it too; runs elsewhere are not known here. The "
-        "account of the run stays exact: it is read from the archive first.",
+        "the same parent folder) that have a group on the broker bound it too, with their archives, checkpoints and "
+        "groups in flight; runs elsewhere are not known here. The account of the run stays exact: it is read from the "
+        "archive first.",
         examples=["topics trim latest --dry-run", "topics trim runs/mine"],
     )
     add_run_argument(parser)
@@ -41,13 +44,16 @@ def trim(args: argparse.Namespace) -> int:
 
 async def _trim(args: argparse.Namespace) -> list[Trim]:
     from kat_stream.log.kafka import KafkaLog
-    from kat_stream.observe.sources import read_ledger
+    from kat_stream.observe.sources import open_source, read_ledger
     from kat_stream.retention import carry_out, plan
 
     place, log = where(args), broker_log(args)
     assert place.run_dir is not None and isinstance(log, KafkaLog)  # both have been asked for
-    async with place.source() as source:
-        account = await read_ledger(source)
+
+    async def account(run_dir: Path) -> Ledger:
+        async with open_source(run_dir, place.url, place.security, archive_will_do=False) as source:
+            return await read_ledger(source)
+
     await log.start()
     try:
         trims = await plan(log, place.run_dir, account)

@@ -1,7 +1,8 @@
 """What the account of a run needs of each record, and nothing else: token arrays and patches are skipped, not decoded.
 
 Owns which topics the account reads. Invariant: a head has its record's fields by the same names, so that the ledger
-takes either; read from columns or from bytes it is the same head. Pure.
+takes either; read from columns or from bytes it is the same head, but for a record whose own number here is beyond 64
+bits, which has no column. Pure.
 """
 
 from __future__ import annotations
@@ -77,15 +78,25 @@ def columns_of(topic: str) -> list[str]:
 
 
 def head_of_row(topic: str, row: Mapping[str, Any]) -> Head | None:
-    """None for a row that is no record of its topic: its columns are null."""
-    if any(row.get(name, "") is None for name in HEADS[topic].__struct_fields__):
+    """None for a row that is no record of its topic: its columns are null, those of fields without a default too."""
+    plain = _without_nulls(row)
+    if any(field.required and field.name not in plain for field in msgspec.structs.fields(HEADS[topic])):
         return None
-    plain = dict(row)
     for name in ("metrics", "positions"):  # dicts are lists of pairs in columns
         if name in plain:
             plain[name] = {pair["key"]: pair["value"] for pair in plain[name]}
     tag = {"record": header_of(topic_named(topic).record)}
     return msgspec.convert(plain | tag, HEADS[topic])  # type: ignore[return-value]
+
+
+def _without_nulls(value: Any) -> Any:
+    """A column that an older build did not have yet is null where its file was merged: the field has its default."""
+    match value:
+        case dict():
+            return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+        case list():
+            return [_without_nulls(inner) for inner in value]
+    return value
 
 
 def head_of(delivered: Delivered) -> Head | None:

@@ -225,10 +225,10 @@ def archived_records(run_dir: Path, topics: Sequence[str] = ALL_TOPICS) -> Itera
             yield record, delivered.timestamp_ms
 
 
-def archived_state(run_dir: Path) -> RunState:
-    """What a run has done, from its archive."""
+def archived_state(run_dir: Path, topics: Sequence[str] = ALL_TOPICS) -> RunState:
+    """What a run has done, from these topics of its archive."""
     state = RunState(run=load_run(run_dir).run.name)
-    for record, timestamp_ms in archived_records(run_dir):
+    for record, timestamp_ms in archived_records(run_dir, topics):
         state.apply(record, timestamp_ms)
     return state
 

@@ -1,7 +1,8 @@
 """The life of one rollout across all topics, told for people. Pure: records in, lines out.
 
 Invariants: the story depends on the set of records, not on their order or repetition; token counts and log-probs are
-those of the records, and text is only what the records hold or what `decode` makes of their token ids.
+those of the records, and text is only what the records hold or what `decode` makes of their token ids. A record whose
+arrays are damaged is one line that says so.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class RolloutTrace:
         """The story. `tokens`: ids and log-probs too; `decode`: token ids to text, to show what the agent was told."""
         yield from self._head()
         for timestamp_ms, record in self._events():
-            first, *rest = self._tell(record, tokens, decode)
+            first, *rest = self._shown(record, tokens, decode)
             yield f"{clock(timestamp_ms)} {first}"
             yield from rest
         yield f"fate: {_fate(self.fate)}"
@@ -107,6 +108,14 @@ class RolloutTrace:
         yield f"  for {purpose}: sample {request.sample + 1} of {request.group_size} of group {request.group_id}"
         yield f"  task {task.task_id} of {task.dataset}, agent {task.scaffold}, graded by {task.verifier.name}:"
         yield from block(task.instruction, "    ")
+
+    def _shown(self, record: Record, tokens: bool, decode: Decode | None) -> list[str]:
+        """As `_tell`; a record whose arrays cannot be read is one line, for the rest of the story stands."""
+        try:
+            return self._tell(record, tokens, decode)
+        except (ValueError, OverflowError) as error:
+            what = f"turn {record.index}" if isinstance(record, Turn) else type(record).__name__
+            return [f"{what} cannot be shown: {one_line(str(error))}"]
 
     def _tell(self, record: Record, tokens: bool, decode: Decode | None) -> list[str]:
         match record:
@@ -151,15 +160,15 @@ def _key(record: Record) -> object:
     """Equal for two deliveries of one event, different for two events."""
     match record:
         case Trajectory():
-            return Trajectory, record.attempt, record.outcome
+            return Trajectory, record.attempt, record.outcome, record.life
         case TrainStep():
             return TrainStep, record.lineage, record.step
         case Reward():
-            return Reward, record.verifier, record.verifier_version, record.status
+            return Reward, record.verifier, record.verifier_version, record.status, record.life
         case LedgerEntry():
             return LedgerEntry, record.state
         case Score():
-            return Score, record.kind, record.scorer, record.version
+            return Score, record.kind, record.scorer, record.version, record.life
     return type(record)
 
 

@@ -7,7 +7,7 @@ Memory holds the groups of the steps that were asked for, nothing else: callers 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
 from kat_stream.errors import BatchError, DataError, DecodeError
 from kat_stream.log import Delivered
@@ -26,14 +26,15 @@ async def groups_of(source: Source, steps: Sequence[TrainStep]) -> list[list[Pac
     for step in steps:
         if len(step.batches) != len(step.groups):
             raise DataError(f"step {step.step} does not say where its groups lie: an earlier build made it")
-    wanted = {place: group for step in steps for place, group in zip(step.batches, step.groups, strict=True)}
-    found: dict[Place, list[tuple[int, PackedBatch]]] = defaultdict(list)
-    async for delivered in _messages(source, wanted):
+    wanted = {named for step in steps for named in zip(step.batches, step.groups, strict=True)}
+    places = {place for place, _ in wanted}  # in two in-memory logs one place may be that of two groups
+    found: dict[tuple[Place, str], list[tuple[int, PackedBatch]]] = defaultdict(list)
+    async for delivered in _messages(source, places):
         place = delivered.position.partition, delivered.position.offset
-        group = _group(delivered, source.run) if place in wanted else None
-        if group is not None and group.group_id == wanted[place]:
-            found[place].append((delivered.timestamp_ms, group))
-    return [[_chosen(found[place], step, i, source) for i, place in enumerate(step.batches)] for step in steps]
+        group = _group(delivered, source.run) if place in places else None
+        if group is not None and (place, group.group_id) in wanted:
+            found[place, group.group_id].append((delivered.timestamp_ms, group))
+    return [[_chosen(found, step, i, source) for i in range(len(step.batches))] for step in steps]
 
 
 def _group(delivered: Delivered, run: str) -> PackedBatch | None:
@@ -51,9 +52,12 @@ def _group(delivered: Delivered, run: str) -> PackedBatch | None:
     return record
 
 
-def _chosen(found: list[tuple[int, PackedBatch]], step: TrainStep, index: int, source: Source) -> PackedBatch:
+def _chosen(
+    found: Mapping[tuple[Place, str], list[tuple[int, PackedBatch]]], step: TrainStep, index: int, source: Source
+) -> PackedBatch:
     """A run on the in-memory log numbers offsets anew when it goes on: then the newest before the step is meant."""
-    before = [one for one in found if one[0] <= step.unix_s * 1000] or found
+    there = found.get((step.batches[index], step.groups[index]), [])
+    before = [one for one in there if one[0] <= step.unix_s * 1000] or there
     if not before:
         partition, offset = step.batches[index]
         place = f"{TOPIC}[{partition}]@{offset}"
@@ -61,7 +65,7 @@ def _chosen(found: list[tuple[int, PackedBatch]], step: TrainStep, index: int, s
     return max(before, key=lambda one: one[0])[1]
 
 
-async def _messages(source: Source, wanted: dict[Place, str]) -> AsyncIterator[Delivered]:
+async def _messages(source: Source, wanted: Collection[Place]) -> AsyncIterator[Delivered]:
     """Of a live log what lies between the first and the last place of each partition; of an archive everything.
 
     The archive has what the log has not any more (`kat-stream topics trim`).
@@ -81,6 +85,6 @@ async def _messages(source: Source, wanted: dict[Place, str]) -> AsyncIterator[D
                 return
 
 
-async def _trimmed(source: LogSource, wanted: dict[Place, str]) -> bool:
+async def _trimmed(source: LogSource, wanted: Collection[Place]) -> bool:
     begins = await source.log.beginning_offsets(TOPIC)
     return any(at < begins[partition] for partition, at in wanted)

@@ -25,8 +25,19 @@ from topics import (
 )
 from topics.record import pack_floats, pack_ints
 
-ABSURD = (0, -1, 1 << 31, -(1 << 31), (1 << 63) - 1, -(1 << 63))
+ABSURD = (0, -1, 1 << 31, -(1 << 31), (1 << 63) - 1, -(1 << 63), 1 << 63, (1 << 64) - 1)
 NUMBERS = (float("nan"), float("inf"), float("-inf"), -1e308, 1e308, 0.0)
+HEADERS = (
+    b"",
+    b"0",
+    b"-1",
+    b"2000",
+    b"9" * 400,
+    b"9" * 5000,
+    b"\xff\xfe",
+    b"00-\xff-00-01",
+    b"00-" + b"z" * 32 + b"-0-1",
+)
 TEXTS = ("", "bad", "\x00", "☃" * 40, "a.b.c", ".5", "lineage.-3", "\u202e", "x" * 5000)
 
 
@@ -78,7 +89,9 @@ def _samples(group: str) -> list[Record]:
 def _broken(chance: random.Random, record: Record) -> Message:
     """A message whose bytes, headers or place were damaged."""
     message = seal(record)
-    damage: Callable[[random.Random, Message], Message] = chance.choice((_flipped, _cut, _long, _deep, _mislabelled))
+    damage: Callable[[random.Random, Message], Message] = chance.choice(
+        (_flipped, _cut, _long, _deep, _mislabelled, _headers)
+    )
     return damage(chance, message)
 
 
@@ -112,6 +125,13 @@ def _mislabelled(chance: random.Random, message: Message) -> Message:
     name = chance.choice((b"Reward/1", b"Trajectory/1", b"Trajectory/999", b"", b"\xff\xfe", b"PackedBatch/1"))
     partition = chance.randrange(topic_of(Reward).partitions) if message.topic in ("trajectories", "rewards") else 0
     return Message(message.topic, partition, message.key, message.value, {**message.headers, "record": name})
+
+
+def _headers(chance: random.Random, message: Message) -> Message:
+    """A header that the loop itself reads, as another program may have written it."""
+    name = chance.choice(("traceparent", "attempt", "stage", "due", "replayed", "another"))
+    headers = {**message.headers, name: chance.choice(HEADERS)}
+    return Message(message.topic, message.partition, message.key, message.value, headers)
 
 
 def _contradicting(chance: random.Random, record: Record) -> Message:

@@ -100,9 +100,10 @@ def _complete(path: Path) -> Iterator[Path]:
     hidden = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield hidden
-        hidden.replace(path)
+        try:
+            yield hidden
+            hidden.replace(path)
+        finally:
+            hidden.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        hidden.unlink(missing_ok=True)

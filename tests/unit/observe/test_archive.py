@@ -6,16 +6,18 @@ import random
 import shutil
 from pathlib import Path
 
+import msgspec
 import pyarrow as pa
 import pytest
 
-from kat_stream.archive import ArchiveWriter, GroupFilter, claimed, parts, read_archive, read_rows
+from kat_stream.archive import ArchiveWriter, GroupFilter, claimed, read_archive, read_rows
 from kat_stream.archive import writer as writing
 from kat_stream.archive.columns import record_columns
 from kat_stream.errors import ArchiveInUse, DataError
 from kat_stream.log.base import Delivered, Position
-from tests.observe_kit import FabricatedRun
-from topics import CATALOGUE
+from kat_stream.log.message import seal
+from tests.observe_kit import START_MS, FabricatedRun, request, turns
+from topics import CATALOGUE, Record
 
 ORDER = {topic.name: place for place, topic in enumerate(CATALOGUE)}
 
@@ -41,6 +43,11 @@ def archive(directory: Path, delivered: list[Delivered], log_id: str = "") -> li
     taken = [writer.add(one) for one in delivered]
     writer.flush()
     return taken
+
+
+def message_of(record: Record, offset: int, timestamp_ms: int) -> Delivered:
+    sealed = seal(record)
+    return Delivered(Position(sealed.topic, 0, offset), sealed.key, sealed.value, dict(sealed.headers), timestamp_ms)
 
 
 def test_everything_comes_back_in_order(tmp_path: Path, small_run: FabricatedRun) -> None:
@@ -102,6 +109,31 @@ def test_bytes_that_are_no_record_are_kept(tmp_path: Path) -> None:
     assert list(read_archive(tmp_path)) == [garbage]
     (row,) = read_rows(tmp_path, "turns", ["record", "rollout_id", "sampled_ids", "spans"])
     assert row == {"run": "", "record": "Turn/99", "rollout_id": None, "sampled_ids": None, "spans": None}
+
+
+def test_a_number_that_no_column_holds_costs_its_field_and_nothing_else(tmp_path: Path) -> None:
+    asked = request("demo-t000001", 0, 1)
+    good, odd = turns(asked)
+    records = [good, msgspec.structs.replace(odd, index=2**63), msgspec.structs.replace(odd, prefix_len=2**64 - 1)]
+    messages = [message_of(record, offset, START_MS) for offset, record in enumerate(records)]
+    archive(tmp_path, messages)
+    assert list(read_archive(tmp_path)) == messages
+    rows = list(read_rows(tmp_path, "turns", ["index", "prefix_len", "finish_reason"]))
+    assert [(row["index"], row["prefix_len"], row["finish_reason"]) for row in rows] == [
+        (0, 0, "stop"),
+        (None, 7, "stop"),
+        (1, None, "stop"),
+    ]
+
+
+def test_a_clock_outside_the_calendar_stops_nothing(tmp_path: Path) -> None:
+    (turn, _) = turns(request("demo-t000001", 0, 1))
+    clocks = (-(2**62), -1, START_MS, 253_402_300_800_000, 2**62)
+    messages = [message_of(turn, offset, clock) for offset, clock in enumerate(clocks)]
+    archive(tmp_path, messages)
+    assert read(tmp_path) == messages
+    days = {path.name for path in (tmp_path / "turns" / "run=demo").iterdir()}
+    assert days == {"day=0001-01-01", "day=1969-12-31", "day=2026-09-21", "day=9999-12-31"}
 
 
 def test_columns_can_be_queried_without_decoding(tmp_path: Path, small_run: FabricatedRun) -> None:
@@ -248,24 +280,3 @@ def test_every_record_has_columns_and_every_field_is_one() -> None:
     for topic in CATALOGUE:
         fields = {field for field, _ in record_columns(topic.record).values()}
         assert fields == set(topic.record.__struct_fields__) - {"run"}
-
-
-def test_a_reader_looks_again_where_files_were_merged_after_it_listed_them(
-    tmp_path: Path, small_run: FabricatedRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another process's `lag` or `ledger` on a run that is live."""
-    writer = ArchiveWriter(tmp_path)
-    for one in small_run.delivered():
-        writer.add(one)
-        writer.flush()
-    listed, describe = iter([True]), parts.describe
-
-    def merged_meanwhile(path: Path) -> parts.Part:
-        if next(listed, False):
-            writer.merge(all_small=True)
-        return describe(path)
-
-    monkeypatch.setattr(parts, "describe", merged_meanwhile)
-    found = parts.archived_positions(tmp_path, writer.log_id, [topic.name for topic in CATALOGUE])
-    assert next(listed, None) is None
-    assert found == {place: offset for place, offset in writer.next_offsets().items() if offset}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kat_stream.archive import ArchiveWriter, read_archive
+from kat_stream.archive import ArchiveWriter, parts, read_archive
 from kat_stream.archive import writer as settings
 from kat_stream.log.base import Delivered
 from tests.observe_kit import FabricatedRun
@@ -92,3 +92,29 @@ def test_a_death_at_every_step(tmp_path: Path, small_run: FabricatedRun, monkeyp
         assert not list(directory.rglob(".part*"))
         step += 1
     assert step > 25
+
+
+def test_a_disk_that_fails_at_the_moment_of_a_change_loses_nothing(
+    tmp_path: Path, small_run: FabricatedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit is in its place and names files: whatever fails from there on, they are not given up."""
+    messages = small_run.delivered()
+    writer = ArchiveWriter(tmp_path)
+    for one in messages[: len(messages) // 2]:
+        writer.add(one)
+    writer.flush()
+    for one in messages[len(messages) // 2 :]:
+        writer.add(one)
+    sync = parts._sync
+
+    def broken(directory: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    for change in (writer.flush, lambda: writer.merge(all_small=True)):
+        monkeypatch.setattr(parts, "_sync", broken)
+        with pytest.raises(OSError, match="Input/output"):
+            change()
+        monkeypatch.setattr(parts, "_sync", sync)
+        assert by_position(list(read_archive(tmp_path))) == by_position(messages)
+    ArchiveWriter(tmp_path)
+    assert by_position(list(read_archive(tmp_path))) == by_position(messages)

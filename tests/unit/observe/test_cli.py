@@ -8,13 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from kat_stream.archive import ArchiveWriter
 from kat_stream.cli import main
 from kat_stream.cli.main import build_parser
-from kat_stream.config import Config, dump
 from tests import observe_kit as fab
 from tests.observe_kit import FabricatedRun
 from topics import CATALOGUE
@@ -46,23 +44,6 @@ def all_commands(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -
             for name, inner in action.choices.items():
                 found += all_commands(inner, (*words, name))
     return found
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path, small_run: FabricatedRun, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A finished run on the in-memory log, in the folder where `latest` looks."""
-    directory = tmp_path / "runs" / "demo"
-    directory.mkdir(parents=True)
-    config = Config()
-    (directory / "config.toml").write_text(
-        dump(msgspec.structs.replace(config, run=msgspec.structs.replace(config.run, name="demo")))
-    )
-    writer = ArchiveWriter(directory / "archive")
-    for delivered in small_run.delivered():
-        writer.add(delivered)
-    writer.flush()
-    monkeypatch.chdir(tmp_path)
-    return directory
 
 
 @pytest.mark.parametrize("words", all_commands(build_parser()), ids=" ".join)

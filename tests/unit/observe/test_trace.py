@@ -6,9 +6,13 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+import pytest
+
 from kat_stream.observe.trace import RolloutTrace
 from tests import observe_kit as fab
 from tests.observe_kit import FabricatedRun
+from topics import PackedBatch
 
 TRAINED = """\
 rollout demo-t000001-1
@@ -81,6 +85,17 @@ def test_why_a_rollout_is_in_no_step(small_run: FabricatedRun) -> None:
     assert story(small_run.records, "demo-t000004-1").endswith("fate: in flight (requested)")
 
 
+def test_both_lives_of_a_rollout_that_ran_twice_are_told() -> None:
+    asked = fab.request("demo-t000001", 0, 1)
+    records: list[Any] = [asked]
+    for life, score in (("a", 0.0), ("b", 1.0)):
+        records.append(msgspec.structs.replace(fab.trajectory(asked), life=life))
+        records.append(msgspec.structs.replace(fab.reward(asked, score), life=life))
+    told = story([(record, fab.START_MS + n) for n, record in enumerate(records)], asked.rollout_id)
+    assert told.count(" ended: submitted") == 2
+    assert told.index(" graded 0 by") < told.index(" graded 1 by")
+
+
 def test_a_failure_that_only_the_ledger_knows_is_told_once() -> None:
     run = fab.FabricatedRun()
     run.train_group(1, ["failed entry"])
@@ -97,11 +112,42 @@ def test_an_unknown_rollout_is_not_known(small_run: FabricatedRun) -> None:
 
 
 def test_terminal_control_characters_never_reach_the_terminal() -> None:
-    import msgspec
-
     asked = fab.request("demo-t000001", 0, 1)
     evil = msgspec.structs.replace(fab.turns(asked)[0], content="ls \x1b[2J\x07\nrm\r")
     told = story([(asked, fab.START_MS), (evil, fab.START_MS + 1)], asked.rollout_id)
     assert "\x1b" not in told
     assert "\x07" not in told
     assert "    > ls �[2J�\n    > rm�" in told
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_turn_whose_arrays_are_damaged_is_one_line_of_the_story(tokens: bool) -> None:
+    asked = fab.request("demo-t000001", 0, 1)
+    first, second = fab.turns(asked)
+    cut = msgspec.structs.replace(first, logprobs=first.logprobs[:-3])
+    told = story(
+        [(asked, fab.START_MS), (cut, fab.START_MS + 1), (second, fab.START_MS + 2)], asked.rollout_id, tokens=tokens
+    )
+    assert " turn 0 cannot be shown: bytes length not a multiple of item size\n" in told
+    assert " turn 1: prompt 2 new tokens after 7 of turn 0" in told
+
+
+def test_a_turn_with_too_few_log_probs_is_told_but_not_its_tokens() -> None:
+    asked = fab.request("demo-t000001", 0, 1)
+    short = msgspec.structs.replace(fab.turns(asked)[0], logprobs=b"")
+    assert "sampled 3 from a.0" in story([(asked, fab.START_MS), (short, fab.START_MS)], asked.rollout_id)
+    assert "turn 0 cannot be shown" in story(
+        [(asked, fab.START_MS), (short, fab.START_MS)], asked.rollout_id, tokens=True
+    )
+
+
+def test_a_batch_whose_arrays_are_damaged_is_one_line_of_the_story(small_run: FabricatedRun) -> None:
+    records = [
+        (msgspec.structs.replace(r, rows=(msgspec.structs.replace(r.rows[0], advantage=b"\0"),)), ms)
+        if isinstance(r, PackedBatch) and r.rows
+        else (r, ms)
+        for r, ms in small_run.records
+    ]
+    told = story(records, "demo-t000001-1")
+    assert " PackedBatch cannot be shown: " in told
+    assert told.endswith("fate: trained in step 1")
