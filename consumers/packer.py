@@ -4,8 +4,9 @@ In:      trajectories, rewards, scores (if a scorer runs); policy.versions (to k
 Out:     batches, ledger (packed, filtered, stale, failed, cancelled, evaluated), groups.closed
 Key:     group_id
 Commits: the low-watermark of open groups, in the transaction that writes the batch
-Fails:   a record that cannot be read is a dead letter; a turn that cannot be trained is a counted filter; a group that
-         lacks members long after its requests' deadline is closed as failed (incomplete)
+Fails:   a record that cannot be read is a dead letter; a turn that cannot be trained is a counted filter, and so is a
+         group whose batch is larger than its topic allows (too_large); a group that lacks members long after its
+         requests' deadline is closed as failed (incomplete)
 
 A group is closed once: every group that was closed is known for as long as the run lasts (some 150 bytes a group, read
 back from groups.closed after a restart), so a message that comes late closes nothing a second time.
@@ -24,12 +25,14 @@ from kat_stream import telemetry
 from kat_stream.config import ScorerSection
 from kat_stream.errors import DataError, DecodeError
 from kat_stream.log.base import Delivered, Position
+from kat_stream.log.message import seal
 from kat_stream.log.outcome import Emit, Hold, Outcome
 from kat_stream.log.stages import run_transform
 from kat_stream.policy import max_positions
 from kat_stream.rl.group import GroupRules, pack_group
 from kat_stream.rl.incomplete import Listening, incomplete_batch
 from kat_stream.rl.scores import ScoreRules
+from kat_stream.rl.step import without_rows
 from kat_stream.service import Context
 from kat_stream.versions import Versions
 from topics import GroupClosed, LedgerEntry, PackedBatch, Record, Reward, Score, Trajectory, partition_of
@@ -40,6 +43,8 @@ log = logging.getLogger(__name__)
 
 VERSION_READY_S = 180.0
 CLOSED = "groups.closed"
+Life = tuple[str, str]
+"""Of a rollout: rollout_id, and `life` as its trajectory, rewards and scores name it."""
 
 
 class Packer:
@@ -100,45 +105,60 @@ class OpenGroup:
     """When it was first heard of, by `Listening.listened_s`."""
     written_s: float
     """The time that its first message bears, seconds since the epoch."""
-    trajectories: dict[str, Trajectory] = field(default_factory=dict)
-    rewards: dict[str, Reward] = field(default_factory=dict)
-    scores: dict[str, list[Score]] = field(default_factory=dict)
+    trajectories: dict[Life, Trajectory] = field(default_factory=dict)
+    rewards: dict[Life, Reward] = field(default_factory=dict)
+    scores: dict[Life, list[Score]] = field(default_factory=dict)
     positions: list[Position] = field(default_factory=list)
     graded_s: float | None = None
     """When nothing but scores was missing any more, by `Listening.listened_s`."""
 
     def take(self, record: Trajectory | Reward | Score) -> None:
-        """The first one counts."""
+        """The first one of each life counts."""
+        life = record.rollout_id, record.life
         match record:
             case Trajectory():
-                self.trajectories.setdefault(record.rollout_id, record)
+                self.trajectories.setdefault(life, record)
             case Reward():
-                self.rewards.setdefault(record.rollout_id, record)
+                self.rewards.setdefault(life, record)
             case Score():
-                known = self.scores.setdefault(record.rollout_id, [])
+                known = self.scores.setdefault(life, [])
                 if record.kind not in {score.kind for score in known}:
                     known.append(record)
 
     def scored(self, kinds: frozenset[str]) -> bool:
         """Whether every member that is graded has each of these kinds of score, be it one without log-probs."""
         return all(
-            kinds <= {score.kind for score in self.scores.get(member.rollout_id, ())}
-            for member in self.trajectories.values()
+            kinds <= {score.kind for score in member.own(self.scores) or ()}
+            for member in self.members()
             if member.gradable
         )
 
     def finished(self) -> list[tuple[Trajectory, Reward | None]] | None:
         """Every member with its reward, in the order of samples; None while one is missing."""
-        members = sorted(self.trajectories.values(), key=lambda trajectory: trajectory.request.sample)
+        members = self.members()
         if not members or len(members) < members[0].request.group_size:
             return None
-        if any(member.gradable and member.rollout_id not in self.rewards for member in members):
+        if not all(map(self._is_decided, members)):
             return None
-        return [(member, self.rewards.get(member.rollout_id)) for member in members]
+        return [(member, member.own(self.rewards)) for member in members]
+
+    def members(self) -> list[Trajectory]:
+        """One trajectory of each rollout, in the order of samples: the first that is decided, before any that is not.
+
+        A rollout whose worker was killed runs again, and whether its first life will have a reward is not known.
+        """
+        counts: dict[str, Trajectory] = {}
+        for trajectory in sorted(self.trajectories.values(), key=self._is_decided, reverse=True):
+            counts.setdefault(trajectory.rollout_id, trajectory)
+        return sorted(counts.values(), key=lambda trajectory: trajectory.request.sample)
+
+    def _is_decided(self, trajectory: Trajectory) -> bool:
+        """Whether it has a reward of its own, or none will ever come."""
+        return not trajectory.gradable or trajectory.own(self.rewards) is not None
 
 
 class PackerHandler:
-    """Holds the messages of open groups; the first trajectory, reward and score of a rollout count.
+    """Holds the messages of open groups; of a rollout that ran twice one trajectory counts, with what is said of it.
 
     `rollout_s`: how long a rollout may last from its request on. `wait_s`: how long a group that lacks only scores is
     held. After a restart both begin anew. `partitions`: of each topic that is partitioned by group.
@@ -226,8 +246,9 @@ class PackerHandler:
             del self.open[partition][group_id]
             log.warning("%s: %d messages of no rollout are passed over", group_id, len(group.positions))
             return Emit(done=group.positions)
-        batch = incomplete_batch(list(group.trajectories.values()))
-        log.error("%s: %d of %d members came", group_id, len(group.trajectories), len(batch.members))
+        members = group.members()
+        batch = incomplete_batch(members)
+        log.error("%s: %d of %d members came", group_id, len(members), len(batch.members))
         telemetry.INCOMPLETE.inc()
         return self._closing(partition, batch)
 
@@ -236,7 +257,8 @@ class PackerHandler:
         finished = group.finished()
         if finished is None or not self._has_scores(partition, group):
             return None
-        batch = pack_group(finished, self.versions.head, self.versions.forks, self.rules, group.scores)
+        scores = {member.rollout_id: member.own(group.scores) or () for member, _ in finished}
+        batch = _fitting(pack_group(finished, self.versions.head, self.versions.forks, self.rules, scores))
         for member in batch.members:
             telemetry.PACKED.labels(member.fate).inc()
         return self._closing(partition, batch)
@@ -259,6 +281,16 @@ class PackerHandler:
     def _gave_time(self, partition: int, group: OpenGroup) -> bool:
         """Whether a group that lacks only scores has been held for long enough."""
         return group.graded_s is not None and self.time[partition].listened_s - group.graded_s > self.wait_s
+
+
+def _fitting(batch: PackedBatch) -> PackedBatch:
+    """The batch, or one without rows if the topic does not take it: fewer members would bias the group's advantages."""
+    try:
+        seal(batch)
+    except DataError as error:
+        log.error("%s: too large to be learnt from: %s", batch.group_id, error)
+        return without_rows(batch, f"too_large: {error}")
+    return batch
 
 
 def _closed_group(delivered: Delivered, run: str) -> str | None:

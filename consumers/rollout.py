@@ -34,6 +34,8 @@ GATEWAY_BACK_S = 60.0
 """For a gateway that died to be started again, or another to answer for it."""
 MOST_CONNECTIONS = 4096
 """Of all agents of this worker to the gateways."""
+LEAST_ATTEMPTS = 5
+"""Before a request is a dead letter. A failed rollout is none: its handler ends it, before the loop gives it up."""
 DRAIN_S = 3.0
 """How long rollouts of a lost partition may finish before they are cancelled; they run again elsewhere."""
 
@@ -54,17 +56,7 @@ class Rollout:
             handler = RolloutHandler(ctx.run, runner, config.attempts)
             try:
                 await backend.reap()
-                await run_work(
-                    ctx.log,
-                    ("rollout.requests",),
-                    group=ctx.group("rollout"),
-                    member=ctx.member,
-                    handler=handler,
-                    stopping=ctx.stopping,
-                    max_in_flight=config.in_flight,
-                    drain_s=DRAIN_S,
-                    dead_letters=ctx.dead_letters,
-                )
+                await work(ctx, handler)
             finally:
                 await runner.close()
                 await backend.close()
@@ -94,6 +86,22 @@ class RolloutHandler:
         telemetry.ROLLOUTS.labels(trajectory.outcome).inc()
         telemetry.ROLLOUT_SECONDS.observe(trajectory.seconds)
         return Emit(*_records(trajectory, reward))
+
+
+async def work(ctx: Context, handler: RolloutHandler) -> None:
+    """Requests to rollouts until the service must stop."""
+    await run_work(
+        ctx.log,
+        ("rollout.requests",),
+        group=ctx.group("rollout"),
+        member=ctx.member,
+        handler=handler,
+        stopping=ctx.stopping,
+        max_in_flight=ctx.config.rollout.in_flight,
+        drain_s=DRAIN_S,
+        max_attempts=max(LEAST_ATTEMPTS, handler.attempts),
+        dead_letters=ctx.dead_letters,
+    )
 
 
 def _records(trajectory: Trajectory, reward: Reward | None) -> list[Record]:

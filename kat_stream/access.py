@@ -61,7 +61,7 @@ SERVICES: dict[str, Access] = {
         dead_letters=True,
     ),
     "trainer": Access(
-        reads=("batches", "policy.versions", "ledger", "train.steps"),
+        reads=("batches", "policy.versions", "rollout.requests", "rewards", "ledger", "train.steps"),
         writes=("policy.versions", "train.steps", "ledger"),
         transactional=True,
         dead_letters=True,

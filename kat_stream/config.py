@@ -1,7 +1,8 @@
 """Typed configuration: TOML in, frozen structs out; every key is known, documented here and checked.
 
-Invariant: an unknown or mistyped key is a ConfigError that names the file, the key and the nearest valid one; a loaded
-configuration is complete (every default is in it), so `--dry-run` prints exactly what would run.
+Invariant: an unknown or mistyped key is a ConfigError that names the file, the key and the nearest valid one, a number
+outside its range (kat_stream.ranges) one that names file, key, value and bound; a loaded configuration is complete
+(every default is in it), so `--dry-run` prints exactly what would run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import msgspec
 
 from kat_stream import toml
 from kat_stream.errors import ConfigError
+from kat_stream.ranges import Context, Count, CountOrNone, Port, Positive, PositiveOrZero, Share, refusal
 from kat_stream.rl.settings import (
     Aggregation,
     ClipBand,
@@ -39,7 +41,7 @@ class RunSection(Section, frozen=True, kw_only=True):
     directory: str = "runs"
     """Parent of the run's folder."""
     seed: int = 0
-    steps: int = 40
+    steps: CountOrNone = 40
     """Optimizer steps to make."""
 
 
@@ -61,15 +63,15 @@ class SecuritySection(Section, frozen=True, kw_only=True):
 class LogSection(Section, frozen=True, kw_only=True):
     url: str = "memory:"
     """`memory:` (one process) or `kafka:host:port[,host:port]` (one process a service)."""
-    partitions: int = GROUP_PARTITIONS
+    partitions: Count = GROUP_PARTITIONS
     """Of each topic that is partitioned by group: so many workers of a stage share it at most. Chosen before the first
     run on a broker; another number is refused afterwards."""
     security: SecuritySection = SecuritySection()
-    dead_letters_most: int = 20
+    dead_letters_most: CountOrNone = 20
     """A stage stops once more than so many messages of the window are dead letters, ..."""
-    dead_letters_share: float = 0.5
+    dead_letters_share: Share = 0.5
     """... and more than this share of all that it handled in it."""
-    dead_letters_window_s: float = 60.0
+    dead_letters_window_s: Positive = 60.0
     static_member: bool = False
     """A service that comes back under its `--member` name keeps its partitions. Only where the platform guarantees one
     live holder of a name (a StatefulSet's pod): two of one name take the partitions from each other for ever."""
@@ -78,7 +80,7 @@ class LogSection(Section, frozen=True, kw_only=True):
 class BlobsSection(Section, frozen=True, kw_only=True):
     url: str = ""
     """Where values too large for the log lie: `file:DIRECTORY` or `s3://BUCKET/PREFIX`; empty: the run's own folder."""
-    limit_bytes: int = 900_000
+    limit_bytes: CountOrNone = 900_000
     """Values over this go there; a broker takes 1 MiB by default."""
 
 
@@ -99,21 +101,22 @@ class SamplerSection(Section, frozen=True, kw_only=True):
     scaffold: dict[str, float] = {}
     """Agents and their weights, as in {codex = 1, shell = 3}: the members of each group are shared out among them, and
     compared with those of their own agent. Empty: all run under data.scaffold."""
-    group_size: int = 8
-    groups_per_step: int = 8
-    staleness: int = 2
+    group_size: Count = 8
+    groups_per_step: Count = 8
+    staleness: CountOrNone = 2
     """Policy versions that may be made between the sampling of a rollout and its training."""
-    temperature: float = 1.0
-    max_new_tokens: int = 40
-    max_turns: int = 6
-    max_context: int = 1024
-    rollout_timeout_s: float = 900.0
+    temperature: PositiveOrZero = 1.0
+    """A run that trains takes 1, or 0 (greedy): the learner scores at 1. `kat-stream eval` takes any."""
+    max_new_tokens: Count = 40
+    max_turns: Count = 6
+    max_context: Context = 1024
+    rollout_timeout_s: Positive = 900.0
     """From the request to the agent's end, waiting included. A task's own limit should be well below."""
     eval_before: bool = True
     eval_after: bool = True
-    eval_every: int = 0
+    eval_every: CountOrNone = 0
     """Optimizer steps between evaluations while training goes on; 0: none."""
-    eval_tasks: int = 48
+    eval_tasks: Count = 48
     """Tasks of an evaluation while training goes on; before and after all held-out tasks are used."""
 
 
@@ -121,14 +124,14 @@ class RolloutSection(Section, frozen=True, kw_only=True):
     sandbox: str = "bwrap"
     allow_unsafe: bool = False
     """Permit a sandbox without isolation."""
-    in_flight: int = 16
+    in_flight: Count = 16
     """Rollouts at once in one worker."""
-    attempts: int = 3
+    attempts: Count = 3
     """Tries of one rollout when our side fails."""
 
 
 class VerifierSection(Section, frozen=True, kw_only=True):
-    in_flight: int = 4
+    in_flight: Count = 4
 
 
 class TeacherSection(Section, frozen=True, kw_only=True):
@@ -146,7 +149,7 @@ class ScorerSection(Section, frozen=True, kw_only=True):
     """Scores finished trajectories again: repeated prefills (MCLA), and teachers for distillation."""
 
     enabled: bool = False
-    repeats: int = 8
+    repeats: CountOrNone = 8
     """Prefills of each trajectory by the engines that sampled it, whose average is pi_old of the ratio; 0: none."""
     reduce: Literal["logprob_mean", "logmeanexp"] = "logprob_mean"
     """How repeats are averaged: mean of log-probs (report) | log of the mean probability."""
@@ -154,11 +157,11 @@ class ScorerSection(Section, frozen=True, kw_only=True):
     """Each repeat computes the whole path anew, instead of sharing what precedes the first sampled token."""
     missing: Literal["rollout", "filter"] = "rollout"
     """A rollout that got no score: train on the log-probs of its sampling, or leave it out and count it."""
-    wait_s: float = 30.0
+    wait_s: PositiveOrZero = 30.0
     """How long a group that is otherwise complete waits for its scores."""
-    in_flight: int = 4
+    in_flight: Count = 4
     """Trajectories at once."""
-    call_timeout_s: float = 60.0
+    call_timeout_s: Positive = 60.0
     """Of one prefill."""
     teachers: tuple[TeacherSection, ...] = ()
     """The first one wins ties; families that none was measured on are trained by RL alone."""
@@ -166,11 +169,11 @@ class ScorerSection(Section, frozen=True, kw_only=True):
 
 class GatewaySection(Section, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
-    port: int = 0
+    port: Port = 0
     """Port for agents; 0: chosen at start."""
-    control_port: int = 0
+    control_port: Port = 0
     """Port for workers; agents never reach it."""
-    more: tuple[tuple[int, int], ...] = ()
+    more: tuple[tuple[Port, Port], ...] = ()
     """port and control_port of further gateways, one process each (Kafka only); 0: chosen at start."""
     tools: str = "auto"
     """How the policy writes tool calls: auto (as its chat template shows) | none | hermes | qwen3-coder | llama3 |
@@ -181,10 +184,10 @@ class EngineSection(Section, frozen=True, kw_only=True):
     urls: tuple[str, ...] = ()
     """Running SGLang servers; empty: the embedded CPU engine is started."""
     host: str = "127.0.0.1"
-    port: int = 0
-    max_total_tokens: int = 65536
-    max_running: int = 64
-    threads: int = 1
+    port: Port = 0
+    max_total_tokens: Count = 65536
+    max_running: Count = 64
+    threads: Count = 1
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the embedded engine's weights, keys and values; the learner's are float32."""
     record_routing: bool = False
@@ -194,9 +197,9 @@ class EngineSection(Section, frozen=True, kw_only=True):
 
 
 class MegatronSection(Section, frozen=True, kw_only=True):
-    tensor_parallel: int = 1
+    tensor_parallel: Count = 1
     """Ranks that share every matrix."""
-    expert_parallel: int = 1
+    expert_parallel: Count = 1
     """Ranks that share the experts of a mixture; not with tensor_parallel."""
 
 
@@ -204,10 +207,10 @@ class TrainerSection(Section, frozen=True, kw_only=True):
     learner: Literal["torch", "megatron"] = "torch"
     """megatron: the same step on Megatron-Core (extra `megatron`), divided over `ranks` as its section says."""
     megatron: MegatronSection = MegatronSection()
-    learning_rate: float = 1e-3
-    warmup_steps: int = 5
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
+    learning_rate: PositiveOrZero = 1e-3
+    warmup_steps: CountOrNone = 5
+    weight_decay: PositiveOrZero = 0.0
+    grad_clip: Positive = 1.0
     loss: str = "turn_ratio"
     """See: kat-stream losses list."""
     level: Level = "turn"
@@ -239,23 +242,25 @@ class TrainerSection(Section, frozen=True, kw_only=True):
     entropy_coefficient: float = 0.0
     attention: Literal["auto", "segments", "padded", "dense", "flex", "flash"] = "segments"
     """How trees attend: auto (the cheapest of the next three by a measured cost model), flex and flash on GPUs."""
-    ranks: int = 1
+    ranks: Count = 1
     """Processes that share a step, each with its own copy of the model: trees are dealt to them by predicted cost."""
     sharding: Literal["none", "full"] = "none"
     """none: every rank holds the whole model; full: a share of weights, gradients and optimizer state (FSDP2)."""
-    updates: int = 1
+    updates: Count = 1
     """Optimizer steps that the groups of a step are shared out to, a tree in one of them. With denominator = train the
     ratio divides by the learner's log-probs from before the first (apart from the mask's, which are the engine's)."""
     routing_replay: bool = False
     """Route every token to the experts that the engine recorded; gates stay the learner's. Needs record_routing."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: Count = 8192
     """Unique tokens run at once; a larger tree runs in parts, with the same gradient."""
-    threads: int = 1
-    checkpoint_every: int = 5
-    keep_checkpoints: int = 2
-    keep_weights: int = 4
-    step_timeout_s: float = 600.0
-    """Longest wait for the groups of one step before the trainer says what it is waiting for."""
+    threads: Count = 1
+    checkpoint_every: Count = 5
+    keep_checkpoints: Count = 2
+    keep_weights: Count = 4
+    """Policy versions whose weights stay on disk, those of earlier lives of the trainer among them."""
+    step_timeout_s: Positive = 600.0
+    """Wait for a group of one step before the trainer says what it is waiting for and looks whether the run goes on:
+    it stops if nothing of it did for sampler.rollout_timeout_s and 15 minutes. Ranks may take so long for a step."""
 
     def ratio(self) -> RatioConfig:
         """The ratio's part; `ConfigError` if it is meaningless."""
@@ -288,20 +293,20 @@ class SftSection(Section, frozen=True, kw_only=True):
     """JSON lines of conversations: {"messages": [...], "tools": [...]}."""
     out: str = ""
     """Hugging Face directory to write."""
-    epochs: int = 1
-    batch: int = 16
+    epochs: Count = 1
+    batch: Count = 16
     """Conversations a step."""
-    learning_rate: float = 1e-5
-    warmup_steps: int = 10
+    learning_rate: PositiveOrZero = 1e-5
+    warmup_steps: CountOrNone = 10
 
 
 class ArchiverSection(Section, frozen=True, kw_only=True):
-    flush_s: float = 5.0
+    flush_s: Positive = 5.0
 
 
 class MetricsSection(Section, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
-    port: int = 0
+    port: Port = 0
     """/metrics of the process; 0: chosen at start."""
 
 
@@ -335,9 +340,7 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     try:
         config = msgspec.convert(table, Config)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {_humanise(str(error))}") from error
-    if config.log.partitions < 1:
-        raise ConfigError(f"{where}: log.partitions is {config.log.partitions}, expected at least 1")
+        raise ConfigError(f"{where}: {refusal(str(error), table) or _humanise(str(error))}") from error
     _check_trainer(where, config.trainer)
     if config.trainer.routing_replay and not config.engine.record_routing:
         raise ConfigError(f"{where}: [trainer] routing_replay needs engine.record_routing")
@@ -345,15 +348,23 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     return config
 
 
+def check_training(config: Config) -> None:
+    """`ConfigError` for what only a run that trains cannot have; other commands, and old runs, may."""
+    temperature = config.sampler.temperature
+    if temperature not in (0, 1):
+        raise ConfigError(
+            f"sampler.temperature is {temperature:g}: engines report log-probs at the temperature of sampling and the "
+            "learner scores at 1, so every ratio would be wrong; a run that trains takes 1, or 0 (greedy)"
+        )
+
+
 def _check_trainer(where: str, section: TrainerSection) -> None:
     """Said when the file is read, not when the trainer starts."""
     try:
-        if section.ranks < 1:
-            raise ConfigError(f"ranks is {section.ranks}, expected at least 1")
         if section.sharding == "full" and section.ranks == 1:
             raise ConfigError("sharding full needs ranks of at least 2")
-        if section.updates < 1:
-            raise ConfigError(f"updates is {section.updates}, expected at least 1")
+        if section.loss == "static_weights" and section.updates > 1:
+            raise ConfigError("loss static_weights is exact on-policy, where only the first of several updates is")
         _check_megatron(section)
         section.ratio()
         section.distillation()
@@ -370,7 +381,7 @@ def _check_megatron(section: TrainerSection) -> None:
         return
     if section.sharding != "none" or section.routing_replay:
         raise ConfigError("sharding and routing_replay are of the torch learner, learner is megatron")
-    if min(shares) < 1 or section.ranks % (shares[0] * shares[1]):
+    if section.ranks % (shares[0] * shares[1]):
         raise ConfigError(f"ranks is {section.ranks}, expected a multiple of megatron's {shares[0]} x {shares[1]}")
 
 
@@ -380,13 +391,8 @@ def _check_scorer(where: str, config: Config) -> None:
         raise ConfigError(f"{where}: [trainer] distillation_coefficient needs scorer.enabled and scorer.teachers")
     if not scorer.enabled:
         return
-    if scorer.repeats < 0 or (scorer.repeats == 0 and not scorer.teachers):
+    if scorer.repeats == 0 and not scorer.teachers:
         raise ConfigError(f"{where}: [scorer] repeats is {scorer.repeats} and there are no teachers: nothing to score")
-    if scorer.repeats and config.sampler.temperature != 1:
-        raise ConfigError(
-            f"{where}: [scorer] repeats are scored at temperature 1, sampler.temperature is "
-            f"{config.sampler.temperature}: they would be of another distribution"
-        )
     for teacher in scorer.teachers:
         wrong = [family for family in teacher.scores if family.count("/") != 1]
         if wrong:

@@ -145,7 +145,10 @@ class RequestRefused(GatewayError):
 
 
 class ContextOverflow(RequestRefused):
-    """A prompt of `tokens` tokens where `limit` is the longest; clients compact when they are told in known words."""
+    """A prompt of `tokens` tokens where `limit` is the longest; clients compact when they are told in known words.
+
+    `tokens` is what was counted: a prompt that is far too long is not counted to its end, and has more.
+    """
 
     def __init__(self, tokens: int, limit: int) -> None:
         super().__init__(f"a prompt of {tokens} tokens, at most {limit}", "messages", code="context_length_exceeded")
@@ -181,3 +184,13 @@ class DeadlineExceeded(KatError):
         super().__init__(f"{what}: nothing within {seconds:g} s")
         self.what = what
         self.seconds = seconds
+
+
+def on_purpose(error: BaseException) -> KatError | None:
+    """The KatError behind an error: itself, or the first of a task group that failed with nothing else; None: a bug."""
+    if isinstance(error, KatError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        known = [on_purpose(inner) for inner in error.exceptions]
+        return known[0] if all(known) else None
+    return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import anyio
 
+from kat_stream.errors import on_purpose
 from kat_stream.service import Context, load_service
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ class _Running:
 
 
 async def run_local(ctx: Context, services: Sequence[str] = SERVICES) -> None:
-    """Run until the sampler is finished or `ctx.stopping` is set; raises the error of a service that failed.
+    """Run until the sampler is finished or `ctx.stopping` is set; raises the error of a service that failed: the
+    KatError itself where one of its own tasks raised it.
 
     A scorer takes part only where the configuration asks for one.
     """
@@ -72,8 +74,9 @@ async def _supervise(service: _Running, all_stop: anyio.Event, failures: list[Ex
         with service.scope:
             await load_service(service.name).run(service.context)
     except Exception as error:  # whatever it is, it ends the run and is raised from run_local
-        log.error("%s stopped: %s: %s", service.name, type(error).__name__, error)
-        failures.append(error)
+        known = on_purpose(error) or error
+        log.error("%s stopped: %s: %s", service.name, type(known).__name__, known)
+        failures.append(known)
         all_stop.set()
     finally:
         service.ended.set()

@@ -1,4 +1,4 @@
-"""What a service process and its supervisor tell each other: stop, I am gone, I live.
+"""What a service process and its supervisor tell each other: stop, I am gone, I am done, I live.
 
 SIGINT, SIGTERM or the death of the supervisor ask a service to stop gracefully. The service's event loop beats once a
 second into a pipe that it inherited: no disk that may be full and no clock that may jump is part of it.
@@ -20,6 +20,8 @@ HEART = "KAT_STREAM_HEART"
 BEAT_S = 1.0
 AWAY = 75
 """Exit code of a service that ended because the log was away (EX_TEMPFAIL): not its fault, try again later."""
+DONE = 80
+"""Exit code of a supervised service whose work is done; 0 says only that it was asked to stop. None of sysexits.h."""
 
 
 async def stop_on_signal(stopping: anyio.Event, signalled: anyio.Event | None = None) -> None:

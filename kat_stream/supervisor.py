@@ -1,9 +1,10 @@
 """A whole run as OS processes, one a service: starts them, restarts what dies or hangs, says so, stops them in order.
 
 Invariant: a death is never silent: log, terminal and metric name it. A service that dies is started again after a
-growing pause; one that dies again and again stops the run with the last lines of its log, while one that ends because
-something outside is away (exit code AWAY: the broker) is given much longer. A service whose event loop does not beat
-(kat_stream.signals) is killed, which is a death like any other. The end of the sampler is the end of the run.
+growing pause; one that dies again and again, quickly or slowly, stops the run with the last lines of its log, while
+one that ends because something outside is away (exit code AWAY: the broker) is given much longer. A service whose event
+loop does not beat (kat_stream.signals) is killed, which is a death like any other. A sampler that says that its
+schedule is done (exit code DONE) ends the run; one that was only asked to stop is started again like any other.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from anyio.abc import Process
 from kat_stream import telemetry
 from kat_stream.config import Config
 from kat_stream.errors import ServiceDied
-from kat_stream.signals import AWAY, HEART, SUPERVISOR
+from kat_stream.signals import AWAY, DONE, HEART, SUPERVISOR
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ PROCESSES = (
 HURRY_S, FINISH_S = 2.2, 30.0
 """How long services may take to stop, twice: after Ctrl-C (under 5 s), and at the end of the schedule."""
 LOG_TAIL = 15
+NOT_ITS_FAULT = (0, AWAY, -signal.SIGTERM, -signal.SIGKILL)
+"""Ends from outside: asked to stop, something away, killed (by somebody, for want of memory, or by us when it hung)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,10 @@ class Patience:
     deaths: int = 6
     within_s: float = 60.0
     """So many deaths of one member within this time stop the run."""
+    failures: int = 10
+    """So many deaths in a row by a member's own fault stop the run, however long it lived in between, ..."""
+    proven_s: float = 3600.0
+    """... unless it lived so long: then the row begins anew."""
     away_s: float = 900.0
     """So long a member may end again and again because something outside is away."""
     first_beat_s: float = 300.0
@@ -81,6 +88,8 @@ class Member:
     """In a row, until now."""
     away_since: float | None = None
     """When the first of these ended because something was away."""
+    failures: int = 0
+    """Deaths by its own fault, in a row, until now."""
     stopping: bool = False
     finished: bool = False
     """The sampler: its schedule is done."""
@@ -121,20 +130,32 @@ class Member:
 
     def note_death(self, code: int, lived_s: float) -> str | None:
         """Count one end; the reason to give the member up, if there is one now."""
-        now = time.monotonic()
         if lived_s > self.patience.settled_s:
             self.short_lives, self.away_since = 0, None
+        if lived_s > self.patience.proven_s or code in NOT_ITS_FAULT:
+            self.failures = 0
         self.short_lives += 1
+        self.failures += code not in NOT_ITS_FAULT
         if code == AWAY:
-            self.away_since = self.away_since or now
-            away_s = now - self.away_since
-            return f"{self.name}: what it needs was away for {away_s:.0f} s" if away_s > self.patience.away_s else None
+            return self._away_for_too_long()
+        return self._died_too_often(code)
+
+    def _away_for_too_long(self) -> str | None:
+        now = time.monotonic()
+        self.away_since = self.away_since or now
+        away_s = now - self.away_since
+        return f"{self.name}: what it needs was away for {away_s:.0f} s" if away_s > self.patience.away_s else None
+
+    def _died_too_often(self, code: int) -> str | None:
+        now = time.monotonic()
         self.deaths.append(now)
         while now - self.deaths[0] > self.patience.within_s:
             self.deaths.popleft()
-        if len(self.deaths) < self.patience.deaths:
-            return None
-        return f"{self.name} died {len(self.deaths)} times within {self.patience.within_s:g} s, last {_how(code)}"
+        if len(self.deaths) >= self.patience.deaths:
+            return f"{self.name} died {len(self.deaths)} times within {self.patience.within_s:g} s, last {_how(code)}"
+        if self.failures >= self.patience.failures:
+            return f"{self.name} died {self.failures} times in a row, last {_how(code)}"
+        return None
 
     def pause_s(self) -> float:
         """Before the next start."""
@@ -174,7 +195,7 @@ async def _keep_alive(member: Member, stopping: anyio.Event, failures: list[Serv
         code, hung = await _live(member)
         if member.stopping or stopping.is_set():
             return
-        if code == 0 and member.service == "sampler":
+        if code == DONE and member.service == "sampler":
             log.info("the schedule is done")
             member.finished = True
             stopping.set()

@@ -135,14 +135,14 @@ class Sampler:
                 progress.eval_settled.add(record.rollout_id)
 
     async def _ask(self, ctx: Context, schedule: Schedule, train: list[Task], held_out: list[Task]) -> bool:
-        """Publish what is due now; False if there is nothing."""
+        """Publish what is due now; False if there is nothing, True if something else may be due by now."""
         progress = self.progress
         number = schedule.due_round(progress)
         if number is not None:
-            await self._engines_adopt(ctx)
-            between = 0 < number < schedule.steps
-            tasks = held_out[: schedule.eval_tasks] if between else held_out
-            await self._publish(list(schedule.evaluation(number, tasks, self._deadline(ctx))))
+            if await self._engines_adopt(ctx):
+                between = 0 < number < schedule.steps
+                tasks = held_out[: schedule.eval_tasks] if between else held_out
+                await self._publish(list(schedule.evaluation(number, tasks, self._deadline(ctx))))
             return True
         if any(schedule.blocks_training(number, progress) for number in progress.eval_asked):
             return False
@@ -165,20 +165,29 @@ class Sampler:
             self._note(request)
         await self.writer.commit([seal(record) for record in records], {})
 
-    async def _engines_adopt(self, ctx: Context) -> None:
-        """Wait until every engine samples from the newest version: an evaluation is of one policy."""
-        version = self.versions.head
+    async def _engines_adopt(self, ctx: Context) -> bool:
+        """Wait until every engine samples from the newest version: an evaluation is of one policy.
+
+        False if a newer one was published meanwhile, which engines may adopt at once without ever running this one. It
+        cannot go on so for long: while the sampler waits here it asks for no groups, and the trainer runs out of them.
+        """
+        head = self.versions.head
+
+        def outdated() -> bool:
+            return ctx.stopping.is_set() or self.versions.head != head
+
         async with aiohttp.ClientSession() as session:
             for url in ctx.engine_urls:
                 client = EngineClient(url, session)
 
                 async def adopted(client: EngineClient = client) -> bool:
                     try:
-                        return ctx.stopping.is_set() or (await client.info()).weight_version == version
+                        return outdated() or (await client.info()).weight_version == head
                     except EngineError:
                         return False
 
-                await wait_until(f"engine {url} to run {version}", adopted, deadline_s=ENGINE_ADOPTS_S)
+                await wait_until(f"engine {url} to run {head}", adopted, deadline_s=ENGINE_ADOPTS_S)
+        return not outdated()
 
     def _deadline(self, ctx: Context) -> float:
         return time.time() + ctx.config.sampler.rollout_timeout_s

@@ -25,3 +25,5 @@ class Reward(Record, frozen=True, kw_only=True, tag="Reward/1"):
     purpose: Literal["train", "eval"] = "train"
     round: int = 0
     seconds: float = 0.0
+    life: str = ""
+    """Of the trajectory that was graded; empty: an earlier build did not say, it may be any of the rollout's."""

@@ -25,3 +25,5 @@ class Score(Record, frozen=True, kw_only=True, tag="Score/1"):
     """Why there are no log-probs: no_turns | other_version | unmapped | engine: ...; empty: there are."""
     identical: bool = False
     """All repeats are equal to the bit: nothing was sampled, and averaging them is no benefit."""
+    life: str = ""
+    """Of the trajectory that was scored, as in a reward."""

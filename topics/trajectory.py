@@ -1,10 +1,12 @@
 """`trajectories`: a finished rollout, written by the rollout service; read by verifier, packer, archiver, viewers.
 
 `turns` is the whole tree in order of completion: a reader needs no other topic to train on it or to read it.
+A rollout may run twice, with another trajectory each time: what is said of one, a reward or a score, names its `life`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from topics.record import Record
@@ -44,7 +46,13 @@ class Trajectory(Record, frozen=True, kw_only=True, tag="Trajectory/1"):
     """Tail of the agent's own output."""
     seconds: float = 0.0
     sandbox_s: float = 0.0
+    life: str = ""
+    """Drawn anew each time that the rollout runs; empty: an earlier build did not say."""
 
     @property
     def gradable(self) -> bool:
         return self.outcome not in ("infra_error", "cancelled")
+
+    def own[T](self, said: Mapping[tuple[str, str], T]) -> T | None:
+        """What is said of this life, by (rollout_id, life), or else of no life in particular; None if nothing is."""
+        return said.get((self.rollout_id, self.life), said.get((self.rollout_id, "")))

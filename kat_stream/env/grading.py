@@ -18,7 +18,7 @@ from kat_stream.env.datasets import dataset_of
 from kat_stream.env.sandboxes.base import Sandbox, SandboxBackend
 from kat_stream.env.trajectories import apply_patch, sandbox_spec
 from kat_stream.env.verifiers import Verdict, Verifier, get_verifier
-from kat_stream.errors import ConfigError, VerifierError
+from kat_stream.errors import ConfigError, SandboxDied, SandboxError, VerifierError
 from topics import Reward, Trajectory
 
 _log = logging.getLogger(__name__)
@@ -58,8 +58,17 @@ class Grader:
 
 
 async def _judge(trajectory: Trajectory, verifier: Verifier, sandbox: Sandbox) -> Verdict:
+    """In the agent's own sandbox what cannot be graded is the agent's doing, or it would escape its 0 that way."""
     task = trajectory.request.task
-    return _unsubmitted(trajectory) or await verifier.grade(task, dataset_of(task).tests(task), sandbox)
+    if trajectory.outcome == "sandbox_died":
+        return Verdict(0.0, {}, f"nothing is left to be graded: {trajectory.detail}")
+    tests = dataset_of(task).tests(task)
+    try:
+        return _unsubmitted(trajectory) or await verifier.grade(task, tests, sandbox)
+    except SandboxDied:  # under the tests, which may be too large for it
+        raise
+    except SandboxError as error:
+        return Verdict(0.0, {}, f"the agent left a sandbox in which nothing can be graded: {error}")
 
 
 def _unsubmitted(trajectory: Trajectory) -> Verdict | None:
@@ -82,6 +91,7 @@ async def _recorded(trajectory: Trajectory, judge: Callable[[Verifier], Awaitabl
         verifier=spec.name,
         purpose=trajectory.request.purpose,
         round=trajectory.request.round,
+        life=trajectory.life,
     )
     try:
         verifier = get_verifier(spec.name)

@@ -71,8 +71,8 @@ class Account:
     steps: dict[tuple[str, int], TrainStep] = field(default_factory=dict)
     batches: list[tuple[int, int, PackedBatch]] = field(default_factory=list)
     """(partition, offset, batch)."""
-    turns: dict[str, tuple[Turn, ...]] = field(default_factory=dict)
-    """Of the first trajectory of each rollout, which is the one that counts."""
+    turns: dict[str, list[tuple[Turn, ...]]] = field(default_factory=dict)
+    """Of each trajectory of a rollout: of one that ran twice the batch does not say which counts."""
     dead: list[str] = field(default_factory=list)
 
     @classmethod
@@ -94,7 +94,7 @@ class Account:
             case PackedBatch():
                 self.batches.append((message.position.partition, message.position.offset, record))
             case Trajectory():
-                self.turns.setdefault(record.rollout_id, record.turns)
+                self.turns.setdefault(record.rollout_id, []).append(record.turns)
             case DeadLetter():
                 self.dead.append(f"{record.stage} {record.topic}[{record.partition}]@{record.offset}: {record.message}")
 
@@ -169,10 +169,9 @@ class Account:
         for step in survivors:
             limits = self.line(step.lineage)
             for rollout in step.trained:
-                spans = [span for turn in self.turns.get(rollout, ()) if turn.trainable for span in turn.spans]
-                old = [span.version for span in spans if _age(span.version, step.step - 1, limits) > BOUND]
-                if old or not spans:
-                    yield f"{rollout} (step {step.lineage}.{step.step}: {old or 'no turns on the log'})"
+                lives = [_too_old_in(turns, step.step - 1, limits) for turns in self.turns.get(rollout, [()])]
+                if all(lives):
+                    yield f"{rollout} (step {step.lineage}.{step.step}: {lives[0]})"
 
     def _disagreement(self, asked: set[str], ledger: Mapping[str, Fate]) -> Iterable[str]:
         mine = self.fates()
@@ -182,6 +181,13 @@ class Account:
                 yield f"{rollout} is {mine.get(rollout, 'in flight')}, not {state}"
         if ledger.keys() != self.asked:
             yield f"{len(ledger)} rollouts in the ledger, {len(self.asked)} were asked for"
+
+
+def _too_old_in(turns: Iterable[Turn], head: int, limits: Mapping[str, float]) -> list[str]:
+    """What must not be trained in one trajectory; empty if it may be trained."""
+    spans = [span for turn in turns if turn.trainable for span in turn.spans]
+    old = [span.version for span in spans if _age(span.version, head, limits) > BOUND]
+    return old if spans else ["no turns on the log"]
 
 
 def _age(version: str, head: int, limits: Mapping[str, float]) -> float:

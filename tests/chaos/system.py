@@ -37,7 +37,6 @@ SETTINGS = {
     "sampler.groups_per_step": "2",
     "sampler.staleness": "2",
     "sampler.eval_before": "false",
-    "sampler.temperature": "1.5",
     "sampler.rollout_timeout_s": "120.0",
     "sampler.max_context": "512",
     "rollout.in_flight": "3",
@@ -46,7 +45,7 @@ SETTINGS = {
     "trainer.checkpoint_every": "2",
     "trainer.step_timeout_s": "180.0",
 }
-"""A policy that hardly changes, sampled hot so that groups differ: nearly every step has something to learn."""
+"""A policy that hardly changes and mends two tasks of five: groups differ, nearly every step has something to learn."""
 
 
 def private_world() -> None:

@@ -56,6 +56,16 @@ def conversation(sample: int, **fields: object) -> Trajectory:
     return trajectory(asked, one, two, **fields)
 
 
+LIVES = (
+    (0, "a", "turn_limit"),
+    (0, "b", "submitted"),
+    (1, "a", "turn_limit"),
+    (1, "b", "submitted"),
+    (2, "a", "submitted"),
+)
+"""Sample, life, outcome."""
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """Scores 1, 0, none (the grader failed), and one that cannot be read; the first was delivered twice."""
@@ -172,6 +182,33 @@ def test_a_log_that_is_still_written_is_exported_as_it_stands(tmp_path: Path) ->
     report = anyio.run(live)
     assert (report.rows, report.kept, dict(report.fates)) == (2, 4, {"written": 2})
     assert pq.read_table(tmp_path / "out" / "train.parquet")["score"].to_pylist() == [1.0, None]
+
+
+def test_a_rollout_that_ran_twice_is_written_once_with_the_grade_of_its_own_life(tmp_path: Path) -> None:
+    """Sample 0 lost the reward of its first life; of sample 1 the second was graded first; of sample 2 one is gone."""
+    how = Export(plugins.load(GROUP, "linear"), Policy("demo"), Rules())
+    said = [(0, 1.0, "b"), (1, 1.0, "b"), (1, 0.0, "a"), (2, 1.0, "gone")]
+    records = [conversation(sample, life=life, outcome=outcome) for sample, life, outcome in LIVES]
+    records += [reward(request(sample=sample, size=4), score, life=life) for sample, score, life in said]
+
+    async def live() -> Report:
+        log = MemoryLog()
+        await log.start()
+        try:
+            await log.apply_topics(CATALOGUE)
+            await log.publish(*records, deadline_s=10)
+            return await export(LogSource(log, "memory:", RUN), how, tmp_path / "out")
+        finally:
+            await log.close()
+
+    report = anyio.run(live)
+    rows = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
+    found = {(row["rollout_id"], row["outcome"], row["score"]) for row in rows}
+    assert report.fates == {"written": 3} and found == {
+        (f"{RUN}-t000000-0", "submitted", 1.0),
+        (f"{RUN}-t000000-1", "turn_limit", 0.0),
+        (f"{RUN}-t000000-2", "submitted", None),
+    }
 
 
 @pytest.mark.parametrize(

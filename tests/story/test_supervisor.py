@@ -21,7 +21,7 @@ from kat_stream.supervisor import Patience, supervise
 from kat_stream.telemetry import DEATHS
 from tests.chaos.system import member_pid
 from tests.story.conftest import kat
-from topics import CATALOGUE
+from topics import CATALOGUE, PolicyVersion
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
 
@@ -131,6 +131,44 @@ def test_a_service_that_dies_again_and_again_ends_the_run_with_its_last_words(ru
         anyio.run(scenario)
     assert str(died.value).startswith("sampler died 3 times within 600 s, last exit code")
     assert "nowhere" in str(died.value)
+
+
+def test_only_a_sampler_whose_schedule_is_done_ends_the_run(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = run_dir / "config.toml"
+    config.write_text(config.read_text().replace("eval_after = true", "eval_after = false"))
+    loaded = load(config)
+
+    async def finish_training() -> None:
+        log = open_log(loaded.log.url)
+        await log.start()
+        last = PolicyVersion(
+            run=loaded.run.name, model="m", lineage="a", number=loaded.run.steps, path="", checksum=""
+        )  # fmt: skip
+        try:
+            await log.publish(last)
+        finally:
+            await log.close()
+
+    async def scenario() -> None:
+        stopping = anyio.Event()
+        async with anyio.create_task_group() as group:
+            group.start_soon(supervise, run_dir, stopping, ("sampler",))
+            first = await _new_pid(run_dir, "sampler", 0)
+            with anyio.fail_after(60):  # until then the signal would kill it
+                while "training tasks" not in (run_dir / "logs" / "sampler.log").read_text():
+                    await anyio.sleep(0.05)
+            os.kill(first, signal.SIGTERM)
+            await _new_pid(run_dir, "sampler", first)
+            assert not stopping.is_set() and "the schedule is done" not in caplog.text
+            await finish_training()
+            with anyio.fail_after(60):
+                await stopping.wait()
+
+    with caplog.at_level(logging.INFO):
+        anyio.run(scenario)
+    assert "sampler died (exit code 0)" in caplog.text
+    assert "the schedule is done" in caplog.text
+    assert kat("serve", "sampler", "--run", run_dir).returncode == 0, "for a shell, what is done is done"
 
 
 def test_services_without_a_broker_are_tried_for_longer_and_then_named(run_dir: Path) -> None:

@@ -2,12 +2,17 @@
 
 import tomllib
 from pathlib import Path
+from typing import get_type_hints
 
 import msgspec
 import pytest
 
-from kat_stream.config import Config, dump, load
+import kat_stream.demo
+from kat_stream.cli.main import main
+from kat_stream.config import Config, check_training, dump, load
 from kat_stream.errors import ConfigError
+from kat_stream.rl.settings import PenaltyConfig, RatioConfig
+from kat_stream.runs import create_run, load_run, reopen_run
 
 
 def test_a_dumped_configuration_loads_as_itself(tmp_path: Path) -> None:
@@ -35,6 +40,86 @@ def test_a_mistake_names_file_key_and_the_nearest_valid_one(tmp_path: Path, text
         load(path)
     assert str(path) in str(caught.value)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("trainer.keep_checkpoints=0", "trainer.keep_checkpoints is 0, expected at least 1"),
+        ("trainer.keep_checkpoints=-1", "trainer.keep_checkpoints is -1, expected at least 1"),
+        ("trainer.checkpoint_every=0", "trainer.checkpoint_every is 0, expected at least 1"),
+        ("trainer.keep_weights=0", "trainer.keep_weights is 0, expected at least 1"),
+        ("trainer.step_timeout_s=0", "trainer.step_timeout_s is 0, expected more than 0"),
+        ("trainer.megatron.tensor_parallel=0", "trainer.megatron.tensor_parallel is 0, expected at least 1"),
+        ("sampler.group_size=0", "sampler.group_size is 0, expected at least 1"),
+        ("sampler.groups_per_step=0", "sampler.groups_per_step is 0, expected at least 1"),
+        ("sampler.staleness=-3", "sampler.staleness is -3, expected at least 0"),
+        ("sampler.eval_tasks=0", "sampler.eval_tasks is 0, expected at least 1"),
+        ("sampler.rollout_timeout_s=nan", "sampler.rollout_timeout_s is nan, expected more than 0"),
+        ("log.dead_letters_share=1.5", "log.dead_letters_share is 1.5, expected at most 1"),
+        ("gateway.more=[[0, 0], [0, 70000]]", "gateway.more[1][1] is 70000, expected at most 65535"),
+    ],
+)
+def test_a_number_outside_its_range_is_refused_with_key_value_and_bound(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, [override])
+    assert str(caught.value) == f"defaults: {expected}"
+
+
+def test_every_number_that_is_a_setting_has_a_range_or_any_number_is_meant() -> None:
+    """A new setting is not forgotten. The loss's numbers are checked together (kat_stream.rl.settings)."""
+    of_the_loss = {field for kind in (RatioConfig, PenaltyConfig) for field in kind.__annotations__}
+    of_the_loss |= {"distillation_coefficient", "distillation_clip"}
+    free = {
+        f"{section}.{field.encode_name}"
+        for section, kind in get_type_hints(Config).items()
+        for field in msgspec.structs.fields(kind)
+        if field.type in (int, float) and field.name not in of_the_loss
+    }
+    assert free == {"run.seed"}
+
+
+@pytest.mark.parametrize("name", ["demo", "codex", "mini-swe-agent"])
+def test_the_configurations_that_ship_load(name: str) -> None:
+    assert load(Path(kat_stream.demo.__path__[0]) / f"{name}.toml").run.steps > 0
+
+
+@pytest.mark.parametrize(
+    "override", ["run.steps=0", "sampler.staleness=0", "sampler.eval_every=0", "scorer.wait_s=0", "metrics.port=0"]
+)
+def test_nothing_is_a_number_where_it_means_something(override: str) -> None:
+    load(None, [override])
+
+
+def test_a_run_that_trains_samples_at_the_temperature_at_which_the_learner_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any other would make every ratio wrong and say nothing; `eval` and looking at an old run may have it."""
+    hot = load(None, ["sampler.temperature=0.7", f"run.directory='{tmp_path}'", "run.name='r'"])
+    with pytest.raises(ConfigError, match=r"sampler\.temperature is 0\.7: .*every ratio would be wrong"):
+        create_run(hot)
+    assert list(tmp_path.iterdir()) == []
+    assert main(["run", "--dry-run", "--set", "sampler.temperature=0.7"]) != 0
+    said = capsys.readouterr()
+    assert "sampler.temperature is 0.7" in said.err and said.out == ""
+    for temperature in (0, 1):
+        check_training(load(None, [f"sampler.temperature={temperature}"]))
+
+
+def test_an_old_run_that_was_sampled_hot_does_not_go_on(tmp_path: Path) -> None:
+    _, folder = create_run(load(None, [f"run.directory='{tmp_path}'", "run.name='r'"]))
+    settings = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(settings.replace("temperature = 1.0", "temperature = 0.7"))
+    assert load_run(folder).sampler.temperature == 0.7
+    with pytest.raises(ConfigError, match="a run that trains takes 1"):
+        reopen_run(folder)
+
+
+def test_static_weights_with_several_updates_are_refused() -> None:
+    settings = ['trainer.loss="static_weights"', 'trainer.denominator="train"']
+    load(None, settings)
+    with pytest.raises(ConfigError, match=r"\[trainer\] loss static_weights is exact on-policy"):
+        load(None, [*settings, "trainer.updates=2"])
 
 
 @pytest.mark.parametrize("override", ["steps=3", "run.steps", "run.stepz=3"])

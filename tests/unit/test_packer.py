@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import permutations
 
 import anyio
 import msgspec
@@ -12,12 +13,15 @@ from hypothesis import strategies as st
 
 from consumers.packer import PackerHandler
 from kat_stream.log.base import Delivered, Position
+from kat_stream.log.message import seal
 from kat_stream.log.outcome import Emit, Hold
 from kat_stream.rl.group import GroupRules
 from kat_stream.rl.incomplete import GRACE_S
+from kat_stream.rl.scores import ScoreRules
 from kat_stream.versions import Versions
 from tests.unit.records import RUN, request, reward, trajectory, turn
 from topics import GroupClosed, LedgerEntry, PackedBatch, PolicyVersion, Record, encode, header_of, partition_of
+from topics.record import ints
 
 RULES = GroupRules(staleness=2, budget_tokens=256)
 ROLLOUT_S = 600.0
@@ -85,6 +89,71 @@ def test_a_group_waits_for_the_last_reward_and_then_names_every_held_message() -
     batches, done = anyio.run(feed, handler(), stream)
     assert len(batches) == 1
     assert done == {message.position for message in stream}
+
+
+def large(group: str) -> list[Record]:
+    """A group whose batch is larger than its topic allows, though each of its records is not."""
+    found: list[Record] = []
+    for sample in range(2):
+        asked = request(group, sample, 2)
+        found += [trajectory(asked, turn(asked, [1, 2], [5 + sample] * 400_000)), reward(asked, float(sample))]
+    return found
+
+
+@pytest.mark.parametrize("waits_for_scores", [False, True])
+def test_a_group_whose_batch_is_too_large_is_closed_and_its_members_are_filtered(waits_for_scores: bool) -> None:
+    made = handler()
+    if waits_for_scores:
+        made.rules = replace(RULES, scores=ScoreRules(repeats=True, required=False))
+    stream = [delivered(record, offset) for offset, record in enumerate(large(GROUPS[0]))]
+    batches, done = anyio.run(feed, made, stream)
+    if waits_for_scores:
+        assert batches == []
+        listen(made, made.wait_s + 1)
+        closed = late(made)
+        assert closed is not None
+        batches = [record for record in closed.records if isinstance(record, PackedBatch)]
+        done = set(closed.done)
+    (batch,) = batches
+    seal(batch)
+    assert batch.rows == () and done == {message.position for message in stream}
+    for member in batch.members:
+        assert member.fate == "filtered" and member.reason.startswith("too_large: batches: ")
+    assert anyio.run(feed, made, stream)[0] == []
+
+
+def lives() -> list[Record]:
+    """A rollout that ran twice, with what was said of each life: the first one failed, the second is right."""
+    asked = request(GROUPS[0], 0, 2)
+    first = trajectory(asked, turn(asked, [1, 2], [50], name="first"), life="first")
+    second = trajectory(asked, turn(asked, [1, 2], [60], name="second"), life="second")
+    return [first, second, reward(asked, 0.0, life="first"), reward(asked, 1.0, life="second")]
+
+
+def packed(stream: Sequence[Record]) -> tuple[set[int], float | None]:
+    """The sampled tokens and the score of the rollout that ran twice; what of it comes late closes nothing."""
+    other = request(GROUPS[0], 1, 2)
+    records = [trajectory(other, turn(other, [1, 2], [7])), reward(other, 0.5), *stream]
+    batches, _ = anyio.run(feed, handler(), [delivered(record, offset) for offset, record in enumerate(records)])
+    (batch,) = batches
+    assert [member.fate for member in batch.members] == ["packed", "packed"]
+    return {id_ for row in batch.rows for id_ in ints(row.ids)} & {50, 60}, batch.members[0].reward
+
+
+@pytest.mark.parametrize("stream", list(permutations(lives())), ids=lambda _: "")
+def test_a_rollout_that_ran_twice_is_packed_with_the_reward_of_its_own_life(stream: Sequence[Record]) -> None:
+    assert packed(stream) in [({50}, 0.0), ({60}, 1.0)]
+
+
+@pytest.mark.parametrize("stream", list(permutations([*lives()[:2], lives()[3]])), ids=lambda _: "")
+def test_a_life_whose_reward_was_lost_does_not_hold_the_group(stream: Sequence[Record]) -> None:
+    """Its worker graded in place, and was killed between trajectory and reward."""
+    assert packed(stream) == ({60}, 1.0)
+
+
+def test_a_reward_of_an_earlier_build_goes_to_the_first_life() -> None:
+    first, second = lives()[:2]
+    assert packed([first, second, reward(request(GROUPS[0], 0, 2), 1.0)]) == ({50}, 1.0)
 
 
 @pytest.mark.parametrize("outcome", ["infra_error", "cancelled"])

@@ -117,6 +117,30 @@ GROWN: dict[str, Record] = {
     "Turn/1 with routed_experts": msgspec.structs.replace(
         turn(ASKED, [1, 2, 3], [4, 5]), routed_experts=b"\x01\x00\x02\x00\x03\x00\x04\x00"
     ),
+    "Trajectory/1 with life": trajectory(ASKED, turn(ASKED, [1, 2, 3], [4, 5]), life="l"),
+    "Reward/1 with life": reward(ASKED, 0.5, life="l"),
+    "Score/1 with life": Score(
+        run=RUN,
+        group_id="g",
+        rollout_id="g-0",
+        scorer="t",
+        version="a.1",
+        turn_ids=(),
+        repeats=0,
+        logprobs=b"",
+        life="l",
+    ),
+    "DeadLetter/1 with left_out": DeadLetter(
+        run=RUN,
+        stage="s",
+        topic="turns",
+        partition=1,
+        offset=2,
+        error_type="E",
+        message="m",
+        value=b"",
+        left_out=50_000_000,
+    ),
     "Turn/1 with claim": msgspec.structs.replace(
         turn(ASKED, [1, 2, 3], [4, 5]),
         claim="c",

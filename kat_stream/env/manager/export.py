@@ -1,6 +1,7 @@
 """The rollouts of a run through a format into a folder.
 
-Owns which records count: the first trajectory of a rollout, as for the packer, and its first reward that is a grade.
+Owns which records count: of a rollout that ran twice the first trajectory that was graded or cannot be, as for the
+packer, and of its own rewards the first that is a grade.
 Invariant: what is not in the file is counted by why; a rollout that cannot be written is named, never an exception.
 """
 
@@ -20,6 +21,9 @@ from kat_stream.env.manager.where import Condition
 from kat_stream.errors import DataError, RequestRefused
 from kat_stream.observe.sources import Source, read_records
 from topics import Reward, Trajectory
+
+Grades = dict[tuple[str, str], float]
+"""Scores by rollout_id and life."""
 
 
 @dataclass(slots=True)
@@ -68,26 +72,36 @@ class Export:
 async def export(source: Source, how: Export, directory: Path) -> Report:
     """Write DIRECTORY/train.parquet; StorageError if that cannot be."""
     report = Report()
-    scores = await _scores(source)
+    grades = await _grades(source)
     with open_rows(directory, {**COMMON, **how.format.columns}) as writer:
-        async for made in _trajectories(source):
-            for row in how.rows(made, scores.get(made.rollout_id), report):
+        async for made in _trajectories(source, grades):
+            for row in how.rows(made, made.own(grades), report):
                 writer.add(row)
     report.rows = writer.count
     return report
 
 
-async def _scores(source: Source) -> dict[str, float]:
-    scores: dict[str, float] = {}
+async def _grades(source: Source) -> Grades:
+    grades: Grades = {}
     async for record, _ in read_records(source, ("rewards",)):
         if isinstance(record, Reward) and record.status == "graded":
-            scores.setdefault(record.rollout_id, record.score)
-    return scores
+            grades.setdefault((record.rollout_id, record.life), record.score)
+    return grades
 
 
-async def _trajectories(source: Source) -> AsyncIterator[Trajectory]:
+async def _trajectories(source: Source, grades: Grades) -> AsyncIterator[Trajectory]:
+    """One of each rollout; one that has no grade while another has comes at the end, if that other is gone."""
+    graded = {rollout_id for rollout_id, _ in grades}
     seen: set[str] = set()
+    passed: dict[str, Trajectory] = {}
     async for record, _ in read_records(source, ("trajectories",)):
-        if isinstance(record, Trajectory) and record.rollout_id not in seen:
+        if not isinstance(record, Trajectory) or record.rollout_id in seen:
+            continue
+        if record.gradable and record.rollout_id in graded and record.own(grades) is None:
+            passed.setdefault(record.rollout_id, record)
+        else:
             seen.add(record.rollout_id)
+            yield record
+    for record in passed.values():
+        if record.rollout_id not in seen:
             yield record
