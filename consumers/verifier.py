@@ -4,21 +4,27 @@ In:      trajectories
 Out:     rewards
 Key:     group_id
 Commits: a trajectory when its reward is acknowledged
-Fails:   a grader that breaks is tried again, then writes a reward with status "failed": no score, never 0
+Fails:   a grader that breaks is tried again twice, then writes a reward with status "failed": no score, never 0
 """
 
 from __future__ import annotations
 
 from kat_stream import telemetry
 from kat_stream.env.grading import Grader
+from kat_stream.errors import DeadlineExceeded, SandboxDied, SandboxUnavailable, VerifierError
 from kat_stream.log.base import Delivered
-from kat_stream.log.outcome import Emit, Outcome
+from kat_stream.log.outcome import Emit, Outcome, Retry
+from kat_stream.log.retries import attempt_of
 from kat_stream.log.stages import run_work
 from kat_stream.sandboxing import open_backend
 from kat_stream.service import Context
 from topics import Trajectory
 
 DRAIN_S = 3.0
+ATTEMPTS = 3
+"""Of one grading; below those after which the loop makes a message a dead letter: a failed grading is a reward."""
+# Another time may be a better one. A sandbox that died may have been killed with others by a host without memory.
+_TRIED_AGAIN = {kind.__name__ for kind in (SandboxUnavailable, SandboxDied, DeadlineExceeded, VerifierError)}
 
 
 class Verifier:
@@ -54,5 +60,8 @@ class VerifierHandler:
         if not trajectory.gradable or trajectory.request.task.verifier.in_place:
             return Emit()
         reward = await self.grader.grade(trajectory)
+        attempt = attempt_of(delivered)
+        if reward.status == "failed" and reward.error_class in _TRIED_AGAIN and attempt < ATTEMPTS:
+            return Retry(0.5 * attempt, f"{reward.error_class}: {reward.evidence}")
         telemetry.GRADED.labels(reward.status).inc()
         return Emit(reward)

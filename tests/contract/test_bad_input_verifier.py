@@ -10,8 +10,13 @@ import anyio
 import msgspec
 import pytest
 
+from consumers.verifier import ATTEMPTS, VerifierHandler
 from kat_stream.config import Config
-from kat_stream.log import Log, MemoryLog, Message
+from kat_stream.env.grading import Grader
+from kat_stream.env.sandboxes import Sandbox, SandboxSpec
+from kat_stream.env.sandboxes.bwrap import BwrapBackend
+from kat_stream.errors import SandboxUnavailable
+from kat_stream.log import Log, MemoryLog, Message, run_work
 from kat_stream.log.message import seal
 from kat_stream.service import Context, load_service
 from tests.contract.env_kit import finished, first_task, harbor_task, needs_bwrap
@@ -93,3 +98,41 @@ async def test_bad_trajectories_and_a_good_one(tmp_path: Path) -> None:
     letters = [d.record() for d in await everything(log, "dead.letters")]
     assert [letter.value for letter in letters if isinstance(letter, DeadLetter)] == [*unreadable, sealed.value]
     assert {letter.error_type for letter in letters if isinstance(letter, DeadLetter)} == {"DecodeError"}
+
+
+class Crowded(BwrapBackend):
+    """A machine that has room for a sandbox only from the `room_at`th time on that it is asked."""
+
+    def __init__(self, room_at: int) -> None:
+        super().__init__()
+        self.asked, self._room_at = 0, room_at
+
+    async def create(self, spec: SandboxSpec, *, owner: str = "") -> Sandbox:  # type: ignore[override]
+        self.asked += 1
+        if self.asked < self._room_at:
+            raise SandboxUnavailable("no room for a moment")
+        return await super().create(spec, owner=owner)
+
+
+@pytest.mark.parametrize(("room_at", "status", "asked"), [(ATTEMPTS, "graded", 3), (99, "failed", 3)])
+async def test_a_grader_that_breaks_is_tried_again_and_ends_as_a_reward(
+    tmp_path: Path, room_at: int, status: str, asked: int
+) -> None:
+    harbor_task(tmp_path / "tasks")
+    log = MemoryLog()
+    await log.apply_topics(CATALOGUE)
+    await log.publish(finished(first_task(f"harbor:{tmp_path}/tasks"), PATCH))
+    sandboxes, stopping = Crowded(room_at), anyio.Event()
+    handler = VerifierHandler(RUN, Grader(sandboxes))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(
+            lambda: run_work(log, ("trajectories",), group="v", member="v-1", handler=handler, stopping=stopping)
+        )
+        with anyio.fail_after(WAIT_S):
+            while not (rewards := await everything(log, "rewards")):
+                await anyio.sleep(0.05)
+        stopping.set()
+    await sandboxes.close()
+    assert [(r.status, r.score) for r in (d.record() for d in rewards)] == [(status, float(status == "graded"))]  # type: ignore[attr-defined]
+    assert sandboxes.asked == asked
+    assert not await everything(log, "dead.letters")

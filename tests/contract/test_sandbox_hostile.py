@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ import pytest
 from kat_stream.env.sandboxes import Sandbox, SandboxSpec
 from kat_stream.env.sandboxes.bwrap import BwrapBackend
 from kat_stream.env.sandboxes.seccomp import denied_calls
-from kat_stream.errors import SandboxDied, SandboxError
+from kat_stream.errors import SandboxDied, SandboxError, SandboxUnavailable
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="cgroups need root")
@@ -234,6 +235,22 @@ def test_a_fork_bomb_in_the_background_ends_with_the_sandbox() -> None:
     attack(scenario, SandboxSpec(pids=64))
 
 
+def test_a_daemon_that_leaves_orphans_finds_room_for_more_while_nobody_runs_a_command() -> None:
+    # Four times as many as there is room for; then it calls, for to ask it something would be a command.
+    orphans = "for i in $(seq 240); do (: &); sleep 0.02; done 2>/work/errors"
+    call = 'python3 -c "import socket; socket.create_connection((\\"127.0.0.1\\", 8080))"'
+
+    async def scenario(sandbox: Sandbox) -> None:
+        with await sandbox.listen() as listener:
+            await sandbox.exec(f"setsid sh -c '{orphans}; {call}' </dev/null >/dev/null 2>&1 &", timeout_s=10)
+            caller, _ = await asyncio.wait_for(asyncio.get_running_loop().sock_accept(listener), 30)
+            caller.close()
+        await still_works(sandbox)
+        assert await sandbox.read_file("/work/errors", 100) == b""
+
+    attack(scenario, SandboxSpec(pids=60, network="gateway"))
+
+
 def test_killing_everything_kills_only_the_command() -> None:
     async def scenario(sandbox: Sandbox) -> None:
         for killer in ("pkill -9 .; kill -9 1; kill -9 -1; sleep 9", "kill -STOP 1; kill -STOP -1", "kill -TERM 1"):
@@ -380,6 +397,32 @@ def test_destroy_leaves_nothing() -> None:
         assert traces(f"{os.getpid()}-") == []
         # The stage's namespace stays open for the next sandbox.
         assert descriptors() <= before + 1
+        await backend.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_start_that_lacks_descriptors_leaves_nothing() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def start(backend: BwrapBackend, limit: int) -> bool:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        try:
+            await (await backend.create(SandboxSpec())).destroy()
+        except SandboxUnavailable:
+            return False
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return True
+
+    async def main() -> None:
+        backend = BwrapBackend()
+        assert await start(backend, soft)
+        before = limit = descriptors()
+        while not await start(backend, limit):
+            assert (descriptors(), traces(f"{os.getpid()}-")) == (before, [])
+            limit += 1
+        assert limit > before
         await backend.close()
 
     asyncio.run(asyncio.wait_for(main(), 60))

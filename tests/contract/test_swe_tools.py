@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kat_stream.env.sandboxes.base import Sandbox, SandboxSpec
+from kat_stream.env.scaffolds.base import Limits
+from kat_stream.env.scaffolds.commands import observe
 from kat_stream.env.scaffolds.editor import FILE_LIMIT, Edit, Editor, Refused, _inserted, numbered
 from kat_stream.env.scaffolds.swe_wording import EDITOR, NO_CALL, SUBMIT
 from kat_stream.errors import SandboxDied
@@ -95,10 +97,40 @@ async def test_what_cannot_be_edited_is_told_and_changes_nothing(case: str) -> N
         assert (await sandbox.exec("sha256sum * | diff - /tmp/before", timeout_s=20)).exit_code == 0
 
 
+async def test_an_edit_for_which_the_disk_has_no_room_leaves_the_file_as_it_was() -> None:
+    old = "line\n" * 200_000 + "mark\n"
+    async with editor(a=old) as (tool, sandbox):
+        await sandbox.exec("ln -s new link", timeout_s=10)
+        await tool.run(edit("str_replace", old_str="mark", new_str="m" * 3_000_000))
+        await tool.run(edit("str_replace", old_str="m" * 3_000_000, new_str="mark"))
+        await sandbox.exec("cat /dev/zero > filler", timeout_s=20)
+        for refused in (
+            edit("str_replace", old_str="mark", new_str="m" * 300_000),
+            edit("undo_edit"),
+            edit("create", "/work/new", file_text="x" * 300_000),
+            edit("create", "/work/link", file_text="x" * 300_000),
+        ):
+            with pytest.raises(Refused, match=r"cannot be written: .*No space left on device$"):
+                await tool.run(refused)
+        assert await sandbox.read_file("a", 4_000_000) == old.encode()
+        assert (await sandbox.exec("ls; readlink link", timeout_s=10)).stdout == b"a\nfiller\nlink\nnew\n"
+        await sandbox.exec("rm filler", timeout_s=10)
+        await tool.run(edit("undo_edit"))
+        assert len(await sandbox.read_file("a", 5_000_000)) == len(old) - 4 + 3_000_000
+
+
 async def test_an_old_str_that_is_everywhere_in_a_large_file_is_refused_at_once() -> None:
     async with editor(a="e\n" * 500_000) as (tool, _):
         with pytest.raises(Refused, match=r"lines \[1, 2, 3, 4, 5, 6, 7, 8, 9, 10\]"):
             await tool.run(edit("str_replace", old_str="e", new_str="x"))
+
+
+async def test_what_is_seen_of_a_long_output_ends_as_the_output_does() -> None:
+    async with editor() as (_, sandbox):
+        limits = Limits(max_turns=1, max_new_tokens=1, max_context=4096, seconds=60.0)
+        seen = await observe(sandbox, "seq 1 200000; echo FAILED=3; exit 1", limits)
+        assert seen.startswith("1\n2\n")
+        assert seen.endswith("\n199999\n200000\nFAILED=3\n[exit 1]")
 
 
 async def test_a_sandbox_that_is_gone_is_no_refusal() -> None:

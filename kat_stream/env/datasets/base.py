@@ -128,6 +128,16 @@ def read_tree(root: Path, *, without: frozenset[str] = frozenset()) -> dict[str,
     return files
 
 
+def read_text(path: Path) -> str:
+    """A file of UTF-8 text; TaskError if it is missing, cannot be read or holds something else."""
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise TaskError(f"{path}: missing") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path}: {error}") from error
+
+
 def read_file(path: Path) -> tuple[bytes, int]:
     """One regular file as (content, permission bits); TaskError if it is a link, a device or cannot be read."""
     if path.is_symlink() or not path.is_file():

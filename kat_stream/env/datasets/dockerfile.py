@@ -1,29 +1,32 @@
 """The part of a Dockerfile that is data: what is copied where, the work directory and the environment variables.
 
 Owns the decision whether an image has to be built. Invariant: an instruction that needs a build (RUN, COPY --from, ADD
-of a URL or archive, a second stage) is a TaskError that names file, line and instruction; nothing is ever skipped
-silently that would change the work tree. The base image of FROM is replaced by the sandbox's own system.
+of a URL or archive, a second stage) or cannot be understood is a TaskError that names file, line and instruction;
+nothing is ever skipped silently that would change the work tree. The base image of FROM is replaced by the sandbox's
+own system: its variables are those that a sandbox has by itself, and any other that is not set here is a TaskError.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kat_stream.env.datasets.base import read_file, read_tree
-from kat_stream.errors import TaskError
+from kat_stream.env.datasets.base import Files, read_file, read_tree
+from kat_stream.env.datasets.dockerignore import Dockerignore
+from kat_stream.env.datasets.dockerwords import expand, split
+from kat_stream.env.sandboxes.base import ENVIRONMENT, check_variables
+from kat_stream.errors import ConfigError, TaskError
 
 # They describe the image and leave the work tree as it is; the sandbox has its own user, command and health.
 _WITHOUT_EFFECT = frozenset(
     ["USER", "LABEL", "CMD", "ENTRYPOINT", "EXPOSE", "MAINTAINER", "STOPSIGNAL", "HEALTHCHECK", "SHELL"]
 )
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 
 @dataclass
@@ -63,6 +66,7 @@ class _Reader:
         self.image = Image()
         self._path = path
         self._context = path.parent.resolve()
+        self._ignore = Dockerignore(path)
         self._arguments: dict[str, str] = {}
         self._stages = 0
         self._at = ""
@@ -86,19 +90,37 @@ class _Reader:
             raise TaskError(f"{self._at}: a second stage needs an image build, which this reader does not do")
 
     def _variables(self, instruction: str, rest: str) -> None:
-        values = self.image.env if instruction == "ENV" else self._arguments
-        if instruction == "ENV" and "=" not in rest.split(" ", 1)[0]:
-            name, _, value = rest.partition(" ")
-            values[name] = self._expand(value.strip())
-            return
-        for assignment in shlex.split(rest):
-            name, _, value = assignment.partition("=")
-            values[name] = self._expand(value)
+        """As in Docker, all assignments of one instruction see the variables as they were before it."""
+        values = self._assignments(rest) if instruction == "ENV" else self._defaults(rest)
+        try:
+            check_variables(values)
+        except ConfigError as error:
+            raise TaskError(f"{self._at}: {error}") from error
+        (self.image.env if instruction == "ENV" else self._arguments).update(values)
+
+    def _assignments(self, rest: str) -> dict[str, str]:
+        words = split(rest)
+        if words and "=" not in words[0]:
+            name, *value = rest.split(maxsplit=1)
+            words = [f"{name}={value[0]}"] if value else []
+        pairs = [word.partition("=") for word in words]
+        if not words or not all(mark for _, mark, _ in pairs):
+            raise TaskError(f"{self._at}: {rest!r} is not name=value")
+        return {self._expand(name): self._expand(value) for name, _, value in pairs}
+
+    def _defaults(self, rest: str) -> dict[str, str]:
+        """Nobody gives arguments to a build that does not take place: one without a default keeps an earlier one."""
+        pairs = [word.partition("=") for word in split(rest)]
+        return {name: self._expand(value) if mark else self._arguments.get(name, "") for name, mark, value in pairs}
 
     def _expand(self, text: str) -> str:
-        text = text.strip().strip('"')
-        known = {**self._arguments, **self.image.env}
-        return _VARIABLE.sub(lambda found: known.get(found[1] or found[2], ""), text)
+        try:
+            value = expand(text, {**ENVIRONMENT, **self._arguments, **self.image.env})
+        except ValueError as error:
+            raise TaskError(f"{self._at}: {error}") from error
+        if "\0" in value:
+            raise TaskError(f"{self._at}: {value!r} holds a NUL byte")
+        return value
 
     def _copy(self, rest: str) -> None:
         mode = None
@@ -117,10 +139,15 @@ class _Reader:
     def _words(self, rest: str) -> list[str]:
         if "<<" in rest:
             raise TaskError(f"{self._at}: a here-document is not supported")
+        if not rest.startswith("["):
+            return split(rest)
         try:
-            return [str(word) for word in json.loads(rest)] if rest.startswith("[") else shlex.split(rest)
+            words = json.loads(rest)
         except ValueError as error:
             raise TaskError(f"{self._at}: {error}") from error
+        if not all(isinstance(word, str) for word in words):
+            raise TaskError(f"{self._at}: {rest} is not a list of strings")
+        return list(words)
 
     def _flag(self, flag: str) -> int | None:
         name, _, value = flag.partition("=")
@@ -133,19 +160,34 @@ class _Reader:
     def _place(self, source: str, target: str, into: bool, mode: int | None) -> None:
         if "://" in source or (self._at.endswith("ADD") and source.endswith(_ARCHIVES)):
             raise TaskError(f"{self._at}: {source}: only plain files of the build context can be copied")
-        for path in self._matches(source):
-            inside = read_tree(path) if path.is_dir() else {"": read_file(path)}
+        for path, inside in self._found(source).items():
             base = posixpath.join(target, path.name) if into and path.is_file() else target
             for relative, (content, bits) in inside.items():
                 place = posixpath.join(base, relative) if relative else base
                 self.image.files[place] = (content, bits if mode is None else mode)
 
+    def _found(self, source: str) -> dict[Path, Files]:
+        """What a source of COPY names, each with the files at or below it by their names relative to it."""
+        found = {path: self._inside(path) for path in self._matches(source)}
+        found = {path: inside for path, inside in found.items() if inside or not self._left_out(path)}
+        if not found:
+            raise TaskError(f"{self._at}: {source} is not in {self._context}, or .dockerignore leaves it out")
+        return found
+
     def _matches(self, source: str) -> list[Path]:
         pattern = posixpath.normpath(source.lstrip("/") or ".")
-        found = [self._context] if pattern == "." else sorted(self._context.glob(pattern))
-        if not found:
-            raise TaskError(f"{self._at}: {source} is not in {self._context}")
+        try:
+            found = [self._context] if pattern == "." else sorted(self._context.glob(pattern))
+        except ValueError as error:
+            raise TaskError(f"{self._at}: {source}: {error}") from error
         for path in found:
             if not path.resolve().is_relative_to(self._context):
                 raise TaskError(f"{self._at}: {source} leaves {self._context}")
         return found
+
+    def _inside(self, path: Path) -> Files:
+        inside = read_tree(path) if path.is_dir() else {"": read_file(path)}
+        return {name: file for name, file in inside.items() if not self._left_out(path / name)}
+
+    def _left_out(self, path: Path) -> bool:
+        return self._ignore.leaves_out(os.path.relpath(path, self._context))

@@ -18,7 +18,11 @@ GATEWAY_PORT = 8080
 """TCP port on 127.0.0.1 inside the sandbox on which agents find the gateway."""
 
 OUTPUT_LIMIT = 1 << 20
-"""Bytes kept of each output stream of one command unless the caller asks for another number."""
+"""Bytes kept of each output stream of one command, half from its beginning and half from its end, unless the caller
+asks for another number."""
+
+ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/home/agent", "LANG": "C.UTF-8"}
+"""What commands find set, HOME below `root`, unless the spec or their caller sets it otherwise."""
 
 TIMED_OUT = 124
 """Exit code of a command that was stopped at its timeout, as timeout(1) gives it."""
@@ -58,7 +62,11 @@ class SandboxSpec:
 
 @dataclass(frozen=True)
 class ExecResult:
-    """The end of one command. `exit_code` is 128+n after signal n and 124 after a timeout; `seconds` is wall time."""
+    """The end of one command. `exit_code` is 128+n after signal n and 124 after a timeout; `seconds` is wall time.
+
+    `truncated`: a stream was longer than its limit, and between its first and its last half stands a line that says how
+    many bytes were left out.
+    """
 
     exit_code: int
     stdout: bytes

@@ -15,10 +15,11 @@ import os
 import shlex
 import shutil
 import subprocess
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from kat_stream.env.sandboxes.base import SandboxSpec
+from kat_stream.env.sandboxes.base import ENVIRONMENT, SandboxSpec
 from kat_stream.env.sandboxes.bwrap_sandbox import INSIDE, BwrapSandbox, Parts
 from kat_stream.env.sandboxes.cgroups import Cgroup, Hierarchy
 from kat_stream.env.sandboxes.owners import is_orphan, new_name
@@ -42,7 +43,6 @@ _CONCURRENT_STARTS = 4  # more only queue for the CPU: research/sandboxes.md 5
 _OPEN_FILES = 1024
 _BLOCK = 512  # bytes; the unit of `ulimit -f`
 _HIDDEN_SIZE = 4096
-_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/home/agent", "LANG": "C.UTF-8"}
 _ISOLATION = (
     "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session", "--as-pid-1",
     "--hostname", "sandbox", "--clearenv", "--cap-drop", "ALL",
@@ -106,8 +106,12 @@ class BwrapBackend:
             directory = self._make_directory(name)
             try:
                 return await self._start(name, directory, spec, owner)
-            except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
-                shutil.rmtree(directory, ignore_errors=True)
+            except BaseException as error:  # also when cancelled: nothing stays behind, and it is raised again
+                # It is empty, and this takes no descriptor, of which there may be none left.
+                with suppress(OSError):
+                    directory.rmdir()
+                if isinstance(error, OSError):
+                    raise SandboxUnavailable(f"cannot start a sandbox: {error}") from error
                 raise
 
     async def reap(self) -> int:
@@ -184,33 +188,25 @@ class BwrapBackend:
 
     def _spawn(self, name: str, spec: SandboxSpec, group: Cgroup | None) -> tuple[subprocess.Popen[bytes], int]:
         stage = self._stages.get(spec.mounts) if self._root else host_stage(self._etc, self._runs, spec.mounts)
-        info, info_inside = os.pipe()
-        arguments = _memory_file(b"")
-        filters = _memory_file(self._filter)
-        passed = (arguments, filters, info_inside)
-        options = [*bwrap_options(stage, name, spec), "--seccomp", str(filters), "--info-fd", str(info_inside)]
-        os.write(arguments, "\0".join(options).encode(errors="surrogateescape"))
-        os.lseek(arguments, 0, os.SEEK_SET)
-        command = ["/bin/sh", "-c", self._launch_script(stage, spec, group, arguments)]
-        pipe = subprocess.PIPE
-        try:
+        with ExitStack() as kept, ExitStack() as passed_on:
+            info, info_inside = os.pipe()
+            kept.callback(os.close, info)
+            passed_on.callback(os.close, info_inside)
+            filters = _memory_file(self._filter, passed_on)
+            options = [*bwrap_options(stage, name, spec), "--seccomp", str(filters), "--info-fd", str(info_inside)]
+            arguments = _memory_file("\0".join(options).encode(errors="surrogateescape"), passed_on)
             process = subprocess.Popen(
-                command,
-                stdin=pipe,
-                stdout=pipe,
+                ["/bin/sh", "-c", self._launch_script(stage, spec, group, arguments)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 bufsize=0,
-                pass_fds=passed,
+                pass_fds=(arguments, filters, info_inside),
                 cwd="/",
                 env={},
                 process_group=0,  # a terminal's Ctrl-C is for this process: it must not reach into sandboxes
             )
-        except OSError as error:
-            os.close(info)
-            raise SandboxUnavailable(f"cannot start bwrap: {error}") from error
-        finally:
-            for descriptor in passed:
-                os.close(descriptor)
+            kept.pop_all()
         return process, info
 
     def _launch_script(self, stage: Stage, spec: SandboxSpec, group: Cgroup | None, arguments: int) -> str:
@@ -222,36 +218,59 @@ class BwrapBackend:
         enter = ""
         if stage.namespace is not None:
             enter = f"nsenter --mount={stage.namespace} --setuid {self._uid} --setgid {self._gid} "
-        path = "PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin; export PATH"
+        path = f"PATH={ENVIRONMENT['PATH']}; export PATH"
         return "\n".join([*joins, *limits, path, f"exec {enter}bwrap --args {arguments} -- {SHELL}"])
 
 
 def bwrap_options(stage: Stage, name: str, spec: SandboxSpec) -> list[str]:
     """The arguments of bwrap that make the new root; later ones lie over earlier ones."""
     size = str(spec.disk_mb << 20)
+    # Sorted, a directory comes before those inside it.
+    writable = sorted({ENVIRONMENT["HOME"], spec.workdir, *spec.writable})
+    hidden = [directory for directory in _hidden(writable) if directory not in writable]
     options = [*_ISOLATION, "--ro-bind", "/usr", "/usr"]
-    # What the host's administrator put into /usr/local is no part of the system (docker clients, project tools with
-    # secrets in them); a toolchain that lives there is shown by naming it in `mounts`.
-    options += ["--size", str(_HIDDEN_SIZE), "--tmpfs", "/usr/local", "--remount-ro", "/usr/local"]
+    for directory in hidden:
+        options += ["--size", str(_HIDDEN_SIZE), "--tmpfs", directory, *_system_inside(directory)]
     for path, target in system_links().items():
         options += ["--symlink", target, path]
     options += ["--ro-bind", stage.etc, "/etc", "--proc", "/proc", "--dev", "/dev"]
     # bwrap's /dev is a tmpfs without a limit.
     options += ["--size", size, "--perms", "1777", "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
     options += ["--size", size, "--perms", "1777", "--tmpfs", "/tmp"]
-    for directory in dict.fromkeys(("/home/agent", spec.workdir, *spec.writable)):
+    for directory in writable:
         options += ["--size", size, "--tmpfs", directory]
     options += ["--ro-bind", f"{stage.runs}/{name}", INSIDE]
     for mount in stage.mounts:
         options += ["--ro-bind", mount.source, mount.target]
-    for variable, value in {**_ENVIRONMENT, **spec.env}.items():
+    for variable, value in {**ENVIRONMENT, **spec.env}.items():
         options += ["--setenv", variable, value]
-    return [*options, "--remount-ro", "/", "--chdir", spec.workdir]
+    for directory in (*hidden, "/"):
+        options += ["--remount-ro", directory]
+    return [*options, "--chdir", spec.workdir]
 
 
-def _memory_file(content: bytes) -> int:
+def _hidden(writable: Sequence[str]) -> list[str]:
+    """Directories of the host's /usr that an empty one covers, in which places for others are made.
+
+    What the host's administrator put into /usr/local is no part of the system (docker clients, project tools with
+    secrets in them); a toolchain that lives there is shown by naming it in `mounts`. Nor are sources in /usr/src.
+    """
+    inside = {path.split("/")[2] for path in writable if path.startswith("/usr/")}
+    above = ["/usr"] if any(not Path("/usr", name).exists() for name in inside) else []
+    return [*above, "/usr/local", *(["/usr/src"] if "src" in inside else [])]
+
+
+def _system_inside(directory: str) -> list[str]:
+    """Options that show the host's /usr in the empty one that covers it, entry by entry."""
+    if directory != "/usr":
+        return []
+    return [word for path in sorted(Path("/usr").iterdir()) for word in ("--ro-bind", str(path), str(path))]
+
+
+def _memory_file(content: bytes, owner: ExitStack) -> int:
     """Anonymous file at offset 0; every sandbox gets its own, since processes share the offset of an inherited one."""
     descriptor = os.memfd_create("kat-stream", os.MFD_CLOEXEC)
+    owner.callback(os.close, descriptor)
     os.write(descriptor, content)
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor

@@ -43,6 +43,7 @@ INSIDE = "/run/kat-stream"
 _STOP_DEADLINE_S = 3.0
 _ROUND_S = 0.002
 _END_DEADLINE_S = 30.0
+_REAP_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class BwrapSandbox(FileTransfer, Life):
         self._names = itertools.count()
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(spec.wall_s, self._kill, f"its wall time of {spec.wall_s:g} s is over")
+        self._reaping: asyncio.TimerHandle | None = None
 
     def adopt(self, pid: int) -> None:
         """Take hold of process 1, by a handle that no other process can get the number of."""
@@ -129,12 +131,27 @@ class BwrapSandbox(FileTransfer, Life):
             if not answer.done():
                 await whole(self._stop(answer, before))
             output = collect()
+            self._reap_later()
         code = TIMED_OUT if timed_out else answer.result()
         seconds = time.monotonic() - began
         return ExecResult(code, output.stdout, output.stderr, timed_out, output.truncated, seconds)
 
     def _check_alive(self) -> None:
         self._server.check_alive()
+
+    def _reap_later(self) -> None:
+        if self._reaping is None:
+            self._reaping = asyncio.get_running_loop().call_later(_REAP_S, self._reap)
+
+    def _reap(self) -> None:
+        """Between commands the shell waits for nobody; daemons go on, and somebody has to collect what they leave."""
+        self._reaping = None
+        # While a command runs the shell reaps as it waits for it, and the command's end comes back to this.
+        if self._server.died_of or self._one.locked():
+            return
+        self._server.reap()
+        if self._members() - {self._child, self._parts.process.pid}:
+            self._reap_later()
 
     def _members(self) -> set[int]:
         """Host process ids of what runs inside now."""
@@ -177,6 +194,8 @@ class BwrapSandbox(FileTransfer, Life):
     async def _end(self) -> None:
         parts = self._parts
         self._timer.cancel()
+        if self._reaping is not None:
+            self._reaping.cancel()
         self._kill("it was destroyed")
         for listener in self._listeners:
             listener.close()

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kat_stream.env.sandboxes.base import (
+    ENVIRONMENT,
     GATEWAY_PORT,
     OUTPUT_LIMIT,
     TIMED_OUT,
@@ -41,7 +42,6 @@ from kat_stream.whole import whole
 _log = logging.getLogger(__name__)
 
 _SANDBOX, _COMMAND = "KAT_STREAM_SANDBOX", "KAT_STREAM_COMMAND"
-_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 _STOP_DEADLINE_S = 3.0
 _ROUND_S = 0.005
 _ARGUMENT_LIMIT = 100_000  # characters
@@ -251,7 +251,7 @@ class LocalSandbox(FileTransfer, Life):
     def _environment(self, env: Mapping[str, str], mark: str) -> dict[str, str]:
         """Nothing of ours goes in, for it holds keys; the marks make every descendant findable."""
         name, _, value = mark.partition("=")
-        base = {"PATH": _PATH, "LANG": "C.UTF-8", "HOME": f"{self.root}/home/agent", "TMPDIR": f"{self.root}/tmp"}
+        base = {**ENVIRONMENT, "HOME": self.root + ENVIRONMENT["HOME"], "TMPDIR": f"{self.root}/tmp"}
         return {**base, **self.spec.env, **env, _SANDBOX: self.id, name: value}
 
     async def _stop(self, process: subprocess.Popen[bytes], mark: str) -> None:

@@ -1,8 +1,8 @@
 """Reading what a command writes: bounded in memory, never blocking the loop, never blocking the command for ever.
 
-Owns the host's end of one output pipe. Invariant: at most `limit` bytes are kept, and whatever comes after them, or
-after the end of the command, is still read and thrown away, at a bounded rate, as long as anybody holds the other
-end.
+Owns the host's end of one output pipe. Invariant: of more than `limit` bytes the first and the last half are kept (and
+for a time _SLACK more), for an error stands at the end as a rule; whatever comes beyond `limit`, or after the end of
+the command, is still read, at a bounded rate, as long as anybody holds the other end.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 
 _CHUNK = 1 << 16  # bytes; also the capacity of a pipe, so the most that can be left in it after the end
+_SLACK = 1 << 20  # bytes more than the limit before the middle is dropped: each time, what is behind it moves
 _SURPLUS_PAUSE_S = 0.002  # 32 MB/s of surplus output costs the host a few percent of a core
 _LINGER_PAUSE_S = 0.02  # a daemon's log after its command ended: 3 MB/s
 
@@ -25,6 +26,8 @@ class OutputPipe:
         self._limit = limit
         self._when_full = when_full
         self._kept = bytearray()
+        self._left_out = 0
+        self._finished = False
         self._pause_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self.truncated = False
@@ -35,14 +38,21 @@ class OutputPipe:
         return self._fd >= 0
 
     def finish(self) -> bytes:
-        """What was written before now; later output is drained and dropped until `close` or the last writer is gone."""
+        """What was written before now, with a line in the place of what was left out.
+
+        Later output is drained and dropped until `close` or the last writer is gone.
+        """
         left = _CHUNK
         while self.open and left > 0 and (size := self._read_once()) > 0:
             left -= size
-        kept, self._kept, self._limit = bytes(self._kept), bytearray(), 0
+        self._drop_middle()
+        kept, self._kept, self._finished = self._kept, bytearray(), True
         self._when_full = None
         self._pause_s = _LINGER_PAUSE_S
-        return kept
+        if self._left_out:
+            middle = self._limit // 2
+            kept[middle:middle] = b"\n[%d bytes left out]\n" % self._left_out
+        return bytes(kept)
 
     def close(self) -> None:
         """Stop reading; a writer that is left gets EPIPE."""
@@ -71,11 +81,22 @@ class OutputPipe:
         if not data:
             self.close()
             return 0
-        room = self._limit - len(self._kept)
-        self._kept += data[:room] if room > 0 else b""
-        if len(data) > room:
-            self._overflow()
+        if not self._finished:
+            self._keep(data)
         return len(data)
+
+    def _keep(self, data: bytes) -> None:
+        self._kept += data
+        if len(self._kept) > self._limit:
+            self._overflow()
+        if len(self._kept) > self._limit + _SLACK:
+            self._drop_middle()
+
+    def _drop_middle(self) -> None:
+        surplus = max(len(self._kept) - self._limit, 0)
+        middle = self._limit // 2
+        del self._kept[middle : middle + surplus]
+        self._left_out += surplus
 
     def _overflow(self) -> None:
         self.truncated = True

@@ -101,7 +101,7 @@ class ShellServer:
         err = None if exchange.merge_stderr else self._make_pipe(f"{exchange.name}.err", exchange)
         source = self._make_file(f"{exchange.name}.in", exchange.stdin) if exchange.stdin else "/dev/null"
         errors = "2>&1" if err is None else f"2>{self._inside}/{exchange.name}.err"
-        line = f"( {exchange.script} ) <{source} >{self._inside}/{exchange.name}.out {errors}"
+        line = f"jobs; ( {exchange.script} ) <{source} >{self._inside}/{exchange.name}.out {errors}"
         return self.ask(line), lambda: self._collect(exchange.name, out, err)
 
     def program(self, name: str, command: str | Sequence[str], env: Mapping[str, str]) -> str:
@@ -111,6 +111,14 @@ class ShellServer:
             return exports + (f"exec /bin/sh -c {shlex.quote(text)}" if isinstance(command, str) else text)
         content = f"{exports}\n{text}\n".encode(errors="surrogateescape")
         return f"exec /bin/sh {self._make_file(f'{name}.sh', content)}"
+
+    def reap(self) -> None:
+        """Have the idle shell collect the dead whose parents are gone; `jobs` does that without a process of its own.
+
+        Each of them takes a place in the process table, and a shell that finds it full when it starts a command ends.
+        """
+        with suppress(OSError):  # it has ended, which the next command says
+            os.write(self._input, b"jobs\n")
 
     def check_alive(self) -> None:
         """SandboxDied if the conversation is over."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from kat_stream.env.sandboxes.base import Sandbox
+from kat_stream.env.sandboxes.base import ExecResult, Sandbox
 from kat_stream.errors import SandboxDied, SandboxError
 
 TIMEOUT_S = 30.0
@@ -25,6 +25,7 @@ PLACES = 10
 _NO_DIRECTORY = 46
 _LIST = f'[ -d "$1" ] || exit {_NO_DIRECTORY}; cd -- "$1" && find . -maxdepth 2 -not -path "*/.*" | sort'
 _WRITE = 'mkdir -p -- "$(dirname -- "$1")" && cat > "$1"'
+_REMOVE = 'rm -f -- "$(readlink -f -- "$1")"'
 
 
 class Refused(Exception):
@@ -64,7 +65,7 @@ class Editor:
                 return await self._undo(edit.path)
         text = await self._read(edit.path)
         changed, line = _replaced(text, edit) if edit.command == "str_replace" else _inserted(text, edit)
-        await self._write(edit.path, changed)
+        await self._write(edit.path, changed, text.encode())
         self._before.setdefault(edit.path, []).append(text)
         last = line + (edit.new_str or "").count("\n")
         return f"{edit.path} has been edited. It reads now:\n{numbered(changed, line - AROUND, last + AROUND)}"
@@ -83,32 +84,52 @@ class Editor:
         there = await self._sandbox.exec(self._script('[ -e "$1" ]', edit.path), timeout_s=TIMEOUT_S)
         if there.exit_code == 0:
             raise Refused(f"{edit.path} exists already; change it by str_replace or insert")
-        await self._write(edit.path, edit.file_text)
+        await self._write(edit.path, edit.file_text, None)
         return f"{edit.path} has been created."
 
     async def _undo(self, path: str) -> str:
         if not self._before.get(path):
             raise Refused(f"no edit of {path} is left to undo")
-        await self._write(path, self._before[path][-1])
+        await self._write(path, self._before[path][-1], await self._held(path))
         self._before[path].pop()
         return f"The last edit of {path} has been undone."
 
     async def _read(self, path: str) -> str:
+        held = await self._held(path)
+        if held is None:
+            raise Refused(f"{path} does not exist")
         try:
-            return (await self._sandbox.read_file(path, FILE_LIMIT)).decode()
-        except FileNotFoundError:
-            raise Refused(f"{path} does not exist") from None
+            return held.decode()
         except UnicodeDecodeError:
             raise Refused(f"{path} is not text in UTF-8") from None
+
+    async def _held(self, path: str) -> bytes | None:
+        """What is in a file; None if there is none."""
+        try:
+            return await self._sandbox.read_file(path, FILE_LIMIT)
+        except FileNotFoundError:
+            return None
         except SandboxDied:
             raise
         except SandboxError as error:
             raise Refused(str(error)) from None
 
-    async def _write(self, path: str, text: str) -> None:
-        done = await self._sandbox.exec(self._script(_WRITE, path), timeout_s=TIMEOUT_S, stdin=text.encode())
-        if done.exit_code != 0:
-            raise Refused(f"{path} cannot be written: {done.stderr.decode('utf-8', errors='replace').strip()[-300:]}")
+    async def _write(self, path: str, text: str, before: bytes | None) -> None:
+        """Write a file that held `before` (None: that was not there), and holds it again if it is Refused."""
+        done = await self._put(path, text.encode())
+        if done.exit_code == 0:
+            return
+        why = f"{path} cannot be written: {done.stderr.decode('utf-8', errors='replace').strip()[-300:]}"
+        # The writing began by making the file empty, which a full disk allows.
+        if before is None:
+            await self._sandbox.exec(self._script(_REMOVE, path), timeout_s=TIMEOUT_S)
+        else:
+            await self._put(path, before)
+        kept = await self._held(path) == before
+        raise Refused(why if kept else f"{why}; what it held before could not be put back")
+
+    async def _put(self, path: str, content: bytes) -> ExecResult:
+        return await self._sandbox.exec(self._script(_WRITE, path), timeout_s=TIMEOUT_S, stdin=content)
 
     def _script(self, script: str, path: str) -> list[str]:
         return ["/bin/sh", "-c", script, "sh", self._sandbox.root + path]
