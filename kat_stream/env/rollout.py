@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from kat_stream.env.datasets import Files, dataset_of
@@ -26,12 +27,14 @@ from topics.trajectory import Outcome
 
 _log = logging.getLogger(__name__)
 
-# Beside the agent's own time: create, lay out, take the patch, close. The sandbox ends itself after that.
+# Beside the agent's time, and in place the tests': create, lay out, take the patch, close. Then the sandbox ends.
 _OVERHEAD_S = 120.0
 _CREATE_TIMEOUT_S = 60.0
 # Longer than a gateway that died takes to be back, and to read a session from the log.
 _SESSION_TIMEOUT_S = 100.0
 _RELEASE_TIMEOUT_S = 110.0
+# What an agent or its sandbox says of itself is theirs, and so is its length; a record has room for so much of it.
+_DETAIL_CHARS = 2000
 # A rollout that could not even start its agent is no rollout.
 _LEAST_AGENT_S = 0.5
 _NO_SESSION = SessionEndpoint("", "")
@@ -57,6 +60,10 @@ class Sessions(Protocol):
     async def close(self, session_id: str) -> list[Turn]: ...
 
 
+def _new_life() -> str:
+    return uuid.uuid4().hex[:12]
+
+
 @dataclass
 class _State:
     """What a rollout holds while it goes on, and what it has found out."""
@@ -73,6 +80,7 @@ class _State:
     patch: bytes = b""
     log: str = ""
     reward: Reward | None = None
+    life: str = field(default_factory=_new_life)
 
 
 @dataclass(frozen=True)
@@ -151,9 +159,11 @@ class RolloutRunner:
         files = dataset_of(task).files(task)
         endpoint = await self._open_session(state)
         state.sandbox = sandbox = await self._create(state)
-        base = await lay_out(sandbox, task, files)
+        await lay_out(sandbox, task, files)
         end = await self._let_work(state, endpoint)
-        end = await self._harvest(state, files, base, end)
+        end = await self._harvest(state, files, end)
+        if task.verifier.in_place:
+            await self._grade_in_place(state, end)
         await self._close_session(state)
         return _with_turns(end, state.turns, state.request.sampling.max_turns)
 
@@ -174,10 +184,10 @@ class RolloutRunner:
         return SessionEndpoint(self._data_url + state.session.path, state.session.key)
 
     async def _create(self, state: _State) -> Sandbox:
-        needs = state.scaffold.needs()
+        needs, verifier = state.scaffold.needs(), state.request.task.verifier
         spec = sandbox_spec(
             state.request.task,
-            wall_s=state.agent_s + _OVERHEAD_S,
+            wall_s=state.agent_s + (verifier.timeout_s if verifier.in_place else 0.0) + _OVERHEAD_S,
             network="gateway" if needs.network else "none",
             mounts=needs.mounts,
             memory_mb=needs.memory_mb,
@@ -208,21 +218,26 @@ class RolloutRunner:
         state.log = result.log
         return _End(result.outcome, result.detail)
 
-    async def _harvest(self, state: _State, files: Files, base: str, end: _End) -> _End:
+    async def _harvest(self, state: _State, files: Files, end: _End) -> _End:
         """Take the patch; where that fails it is because of what the agent left behind."""
         if end.outcome in ("sandbox_died", "infra_error"):
             return end
         assert state.sandbox is not None
         try:
-            state.patch = await take_patch(state.sandbox, state.request.task, files, base)
-            if state.request.task.verifier.in_place:
-                graded = _record(state.request, 1, state, end, time.monotonic())
-                state.reward = await self._grader.grade_in_place(graded, state.sandbox)
+            state.patch = await take_patch(state.sandbox, state.request.task, files)
         except SandboxError as error:  # also one in which nothing can be started any more
             return _End("sandbox_died", str(error))
         except DataError as error:
-            return _End("agent_error", str(error))
+            # In place the patch is for people only: a program that was to be built may be larger than any patch.
+            return end if state.request.task.verifier.in_place else _End("agent_error", str(error))
         return end
+
+    async def _grade_in_place(self, state: _State, end: _End) -> None:
+        """Every rollout that can have a Reward has one after this: nobody else can grade it."""
+        assert state.sandbox is not None
+        graded = _record(state.request, 1, state, end, time.monotonic())
+        if graded.gradable:
+            state.reward = await self._grader.grade_in_place(graded, state.sandbox)
 
     async def _close_session(self, state: _State) -> None:
         session, state.session = state.session, None
@@ -272,12 +287,13 @@ def _record(request: RolloutRequest, attempt: int, state: _State | None, end: _E
         request=request,
         turns=state.turns if state else (),
         outcome=end.outcome,
-        detail=end.detail,
+        detail=end.detail[:_DETAIL_CHARS],
         error_class=end.error_class,
         patch=state.patch if state else b"",
         log=state.log if state else "",
         seconds=now - started,
         sandbox_s=now - state.created if state and state.created else 0.0,
+        life=state.life if state else _new_life(),
     )
 
 

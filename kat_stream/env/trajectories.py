@@ -1,13 +1,16 @@
 """The trajectory manager: a task's work tree goes into a sandbox and comes out as a patch.
 
-Owns the git baseline and the patch. Invariant: the patch is the difference to the task's own files, whatever the agent
-did to the repository in between (commits, `rm -rf .git`, a broken configuration), and no file of the sandbox is read
-by the host.
+Owns the patch, and the repository that a task without one gets to work in. Invariants: the patch is the difference to
+the task's own files, byte for byte, whatever the task's or the agent's repositories, git configuration and attributes
+say (commits, `rm -rf .git`, nested repositories, line endings); what the task ships is always in it, of what the agent
+made all but the files that a .gitignore or .git/info/exclude of the work tree keeps out, and nothing of a .git; no
+file of the sandbox is read by the host.
 """
 
 from __future__ import annotations
 
-import re
+import os
+import secrets
 import shlex
 from collections.abc import Mapping
 from typing import Literal
@@ -20,25 +23,51 @@ from topics import Task
 
 PATCH_LIMIT = 512 << 10
 """Bytes. A larger patch would not fit into a record; it is the agent's error (a build product, a generated file)."""
-WRITABLE = ("/logs", "/tests", "/solution")
-_IDENTITY = {
-    "GIT_AUTHOR_NAME": "kat-stream",
-    "GIT_AUTHOR_EMAIL": "env@kat-stream.invalid",
-    "GIT_AUTHOR_DATE": "1700000000 +0000",
-    "GIT_COMMITTER_NAME": "kat-stream",
-    "GIT_COMMITTER_EMAIL": "env@kat-stream.invalid",
-    "GIT_COMMITTER_DATE": "1700000000 +0000",
-    "GIT_CONFIG_NOSYSTEM": "1",
-    "HOME": "/tmp",
-}
+# A file system of its own, so that a full work tree or /tmp leaves room to take the patch.
+_REPOSITORIES = "/var/lib/kat-stream"
+WRITABLE = ("/logs", "/tests", "/solution", _REPOSITORIES)
 _GIT_TIMEOUT_S = 60.0
-_BASELINE = (
-    "git init -q -b main . && git add -A -f . && git commit -q --allow-empty -m 'The state to work on'"
-    " && git rev-parse HEAD"
+_IDENTITY = {"NAME": "kat-stream", "EMAIL": "env@kat-stream.invalid", "DATE": "1700000000 +0000"}
+_ENVIRONMENT = {
+    **{f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in _IDENTITY.items()},
+    # No configuration, attribute or list of ignored files but the repository's own.
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_CONFIG_GLOBAL": "/dev/null",
+    "GIT_CONFIG_COUNT": "0",
+    "GIT_ATTR_NOSYSTEM": "1",
+    "XDG_CONFIG_HOME": "/nonexistent",
+    "HOME": "/nonexistent",
+}
+# Git adds a repository within the work tree as a link to its commit, or not at all; one of whose directory the index
+# holds a file already it walks through like any other. This file is in no work tree, so no commit and no diff has it.
+_NESTED = (
+    "find . -mindepth 2 -name .git -prune -print0"
+    r" | sed -z 's|^\./\(.*\)/\.git$|100644 e69de29bb2d1d6434b8b29ae775ad8c2e48c5391\t\1/.git-|'"
+    " | git update-index -z --index-info"
 )
-_DIFF = "add -A . && git {where} diff --cached --binary --no-color --no-ext-diff --no-textconv --no-renames {base}"
-_RESCUE = "/tmp/.kat-baseline"
-_COMMIT = re.compile(rb"[0-9a-f]{40}(?:[0-9a-f]{24})?")
+# Git knows a repository by these directories, which may be empty; then they did not come with the files.
+_TASKS_REPOSITORY = "mkdir -p .git/objects .git/refs"
+_NEW_REPOSITORY = f"""set -e
+git init -q -b main .
+{_NESTED}
+git add -A -f .
+git commit -q --allow-empty -m 'The state to work on'
+"""
+# info/attributes goes before every .gitattributes: bytes stay what they are.
+_OPEN = """set -e
+mkdir -p "$GIT_DIR/info"
+git init -q --template=
+echo '* -text -ident -filter !working-tree-encoding !diff' >"$GIT_DIR/info/attributes"
+"""
+# With -N a new file is only named: the content of what may be a large build product is read where it is, once.
+_TAKE = f"""{_OPEN}
+git -c pack.compression=1 -c fastimport.unpackLimit=1 fast-import --quiet --depth=0
+git read-tree base
+if [ -f .git/info/exclude ]; then cat .git/info/exclude >"$GIT_DIR/info/exclude"; fi
+{_NESTED}
+git add -N .
+exec git diff --binary --no-color --no-ext-diff --no-textconv --no-renames base -- """
+_APPLY = f"{_OPEN}exec git apply --whitespace=nowarn "
 
 
 class PatchTooLarge(DataError):
@@ -75,26 +104,28 @@ def sandbox_spec(
     )
 
 
-async def lay_out(sandbox: Sandbox, task: Task, files: Files) -> str:
-    """Put the work tree into the sandbox; returns the commit that the patch will be taken against."""
+async def lay_out(sandbox: Sandbox, task: Task, files: Files) -> None:
+    """Put the work tree into the sandbox; one that comes without a repository gets one, for the agent to use."""
     await sandbox.put(files, task.environment.workdir)
-    if (commit := _head(files)) is not None:
-        return commit
-    done = await sandbox.exec(_BASELINE, timeout_s=_GIT_TIMEOUT_S, env=_IDENTITY)
-    commit_line = done.stdout.strip()
-    if done.exit_code != 0 or not _COMMIT.fullmatch(commit_line):
-        raise SandboxError(f"{task.task_id}: git baseline failed: {_said(done)}")
-    return commit_line.decode()
+    script = _TASKS_REPOSITORY if ".git/HEAD" in files else _NEW_REPOSITORY
+    done = await sandbox.exec(script, timeout_s=_GIT_TIMEOUT_S, env=_ENVIRONMENT)
+    if done.exit_code != 0:
+        raise SandboxError(f"{task.task_id}: no repository to work in: {_said(done)}")
 
 
-async def take_patch(sandbox: Sandbox, task: Task, files: Files, base: str) -> bytes:
-    """What changed in the work tree since `base`, as a binary git diff; empty if nothing did.
+async def take_patch(sandbox: Sandbox, task: Task, files: Files) -> bytes:
+    """What the agent changed in the task's files, as a binary git diff; empty if nothing.
 
-    PatchTooLarge above PATCH_LIMIT; DataError if the work tree cannot be read; SandboxDied if the sandbox is gone.
+    Where only some files are graded, what it did to those. PatchTooLarge above PATCH_LIMIT; DataError if the work tree
+    cannot be read; SandboxDied if the sandbox is gone.
     """
-    done = await _diff(sandbox, "", base)
-    if done.exit_code != 0 and not done.truncated:
-        done = await _rescue(sandbox, task, files)
+    done = await sandbox.exec(
+        _TAKE + shlex.join(_graded(task)),
+        timeout_s=_GIT_TIMEOUT_S,
+        stdin=_baseline(files),
+        env={**_repository(sandbox), "GIT_LITERAL_PATHSPECS": "1"},
+        output_limit=PATCH_LIMIT,
+    )
     if done.truncated:
         raise PatchTooLarge(f"the patch is larger than {PATCH_LIMIT} bytes")
     if done.exit_code != 0:
@@ -102,40 +133,35 @@ async def take_patch(sandbox: Sandbox, task: Task, files: Files, base: str) -> b
     return done.stdout
 
 
-async def _diff(sandbox: Sandbox, where: str, base: str) -> ExecResult:
-    command = f"git {where} " + _DIFF.format(where=where, base=base)
-    return await sandbox.exec(command, timeout_s=_GIT_TIMEOUT_S, env=_IDENTITY, output_limit=PATCH_LIMIT)
-
-
-async def _rescue(sandbox: Sandbox, task: Task, files: Files) -> ExecResult:
-    """The same difference against a fresh baseline elsewhere: the repository is gone, broken or on a full disk."""
-    plain = {path: file for path, file in files.items() if not path.startswith(".git/")}
-    await sandbox.put(plain, _RESCUE)
-    place = shlex.quote(sandbox.root + _RESCUE)
-    made = await sandbox.exec(f"cd {place} && {_BASELINE}", timeout_s=_GIT_TIMEOUT_S, env=_IDENTITY)
-    if made.exit_code != 0:
-        return made
-    where = f"--git-dir={place}/.git --work-tree={shlex.quote(sandbox.root + task.environment.workdir)}"
-    return await _diff(sandbox, where, made.stdout.strip().decode())
-
-
 async def apply_patch(sandbox: Sandbox, task: Task, patch: bytes) -> str:
     """Apply an agent's patch to the pristine work tree; returns why it does not apply, empty if it does."""
     if not patch:
         return ""
-    paths = task.verifier.options.get("include", "").splitlines()
-    include = " ".join(f"--include={shlex.quote(path)}" for path in paths)
-    command = f"git apply --whitespace=nowarn {include} -"
-    done = await sandbox.exec(command, timeout_s=_GIT_TIMEOUT_S, stdin=patch, env=_IDENTITY)
+    command = _APPLY + shlex.join([f"--include={path}" for path in _graded(task)] + ["-"])
+    done = await sandbox.exec(command, timeout_s=_GIT_TIMEOUT_S, stdin=patch, env=_repository(sandbox))
     return "" if done.exit_code == 0 else f"the patch does not apply: {_said(done)}"
 
 
-def _head(files: Files) -> str | None:
-    """The commit that a work tree's own `.git` stands on; None if there is no repository or its HEAD is packed."""
-    head = files.get(".git/HEAD", (b"", 0))[0].strip()
-    if head.startswith(b"ref: "):
-        head = files.get(f".git/{head[5:].decode('utf-8', errors='replace')}", (b"", 0))[0].strip()
-    return head.decode() if _COMMIT.fullmatch(head) else None
+def _graded(task: Task) -> list[str]:
+    """The only files that are graded; empty: all are."""
+    return task.verifier.options.get("include", "").splitlines()
+
+
+def _repository(sandbox: Sandbox) -> dict[str, str]:
+    """Git's environment for a new repository of ours beside the work tree, under a name that the agent cannot know."""
+    place = f"{sandbox.root}{_REPOSITORIES}/{secrets.token_hex(8)}"
+    return {**_ENVIRONMENT, "GIT_DIR": place, "GIT_WORK_TREE": "."}
+
+
+def _baseline(files: Files) -> bytes:
+    """The task's files as a branch `base`, for git fast-import."""
+    parts = [b"commit refs/heads/base\ncommitter <> 0 +0000\ndata 0\n"]
+    for path, (content, mode) in files.items():
+        if ".git" not in path.split("/"):
+            name = path.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+            head = f'M {"100755" if mode & 0o100 else "100644"} inline "{name}"\ndata {len(content)}\n'
+            parts += [os.fsencode(head), content, b"\n"]
+    return b"".join(parts)
 
 
 def _said(done: ExecResult) -> str:

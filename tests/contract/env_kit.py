@@ -18,8 +18,9 @@ import pytest
 from kat_stream.env.datasets import open_dataset
 from kat_stream.env.grading import Grader
 from kat_stream.env.rollout import RolloutRunner
-from kat_stream.env.sandboxes.base import SandboxBackend
+from kat_stream.env.sandboxes.base import Sandbox, SandboxBackend
 from kat_stream.env.sandboxes.bwrap import BwrapBackend
+from kat_stream.env.scaffolds import Limits, Needs, ScaffoldResult, SessionEndpoint
 from tests.contract.gateway_kit import World
 from topics import Reward, RolloutRequest, Sampling, Task, Trajectory
 
@@ -116,6 +117,35 @@ async def roll(sandboxes: SandboxBackend, wanted: RolloutRequest, gateway: World
 
 def runner_of(sandboxes: SandboxBackend, gateway: World | None) -> RolloutRunner:
     return RolloutRunner(sandboxes, gateway and gateway.control, gateway.server.data_url if gateway else "")
+
+
+class Doing:
+    """An agent without a model, which runs one command."""
+
+    name = "doing"
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def needs(self) -> Needs:
+        return Needs(session=False)
+
+    async def run(self, task: Task, session: SessionEndpoint, sandbox: Sandbox, limits: Limits) -> ScaffoldResult:
+        done = await sandbox.exec(self.command, timeout_s=limits.seconds, merge_stderr=True)
+        return ScaffoldResult("submitted" if done.exit_code == 0 else "agent_error", done.stdout.decode())
+
+    async def close(self) -> None:
+        pass
+
+
+async def done_and_graded(task: Task, does: str | Doing) -> tuple[Trajectory, Reward]:
+    """What comes of an agent, or of one that runs this command, with its Reward, in place or not as the task says."""
+    async with backend() as sandboxes:
+        runner = runner_of(sandboxes, None)
+        runner._scaffolds["doing"] = does if isinstance(does, Doing) else Doing(does)
+        trajectory, reward = await runner.run_graded(request(msgspec.structs.replace(task, scaffold="doing")))
+        await runner.close()
+        return trajectory, reward or await graded(sandboxes, trajectory)
 
 
 async def graded(sandboxes: SandboxBackend, trajectory: Trajectory) -> Reward:

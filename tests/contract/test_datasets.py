@@ -11,6 +11,7 @@ from kat_stream.env.datasets import dataset_of, open_dataset
 from kat_stream.env.datasets.base import Spec
 from kat_stream.env.datasets.mend import MendDataset
 from kat_stream.env.evaluation import Result, check, evaluate
+from kat_stream.env.sandboxes.base import ENVIRONMENT
 from kat_stream.errors import ConfigError, TaskError
 from tests.contract.env_kit import backend, exercise, harbor_task, needs_bwrap, write
 
@@ -19,6 +20,10 @@ pytestmark = pytest.mark.anyio
 BROKEN = {
     "no tests": ({"tests/test.sh": None}, "tests/test.sh: missing"),
     "broken toml": ({"task.toml": "version = "}, "task.toml:"),
+    "work among the tests": (
+        {"environment/Dockerfile": "FROM a\nWORKDIR /tests/x\n"},
+        "one that the tests have for themselves",
+    ),
     "no toml": ({"task.toml": None}, "task.toml: missing"),
     "no instruction": ({"instruction.md": None}, "instruction.md: missing"),
     "bad number": ({"task.toml": "[agent]\ntimeout_sec = 'soon'\n"}, "agent.timeout_sec = 'soon'"),
@@ -30,6 +35,20 @@ BROKEN = {
     "leaves": ({"environment/Dockerfile": "FROM a\nWORKDIR /app\nCOPY ../tests /app/\n"}, "leaves"),
     "absent": ({"environment/Dockerfile": "FROM a\nWORKDIR /app\nCOPY gone /app/\n"}, "gone is not in"),
     "elsewhere": ({"environment/Dockerfile": "FROM a\nWORKDIR /app\nCOPY repo /srv/\n"}, "outside the work directory"),
+    "unknown variable": (
+        {"environment/Dockerfile": "FROM a\nWORKDIR /app\nENV PATH=$GOPATH/bin:$PATH\n"},
+        "Dockerfile:3: ENV: $GOPATH is not set in this Dockerfile",
+    ),
+    "open quote": ({"environment/Dockerfile": "FROM a\nENV MSG=it's\n"}, "Dockerfile:2: ENV: it's: no closing '"),
+    "open brace": ({"environment/Dockerfile": "FROM a\nWORKDIR ${H:-/app\n"}, "no closing }"),
+    "other form": ({"environment/Dockerfile": "FROM a\nARG H=x\nWORKDIR /${H%x}\n"}, "only :-, -, :+ and +"),
+    "no name": ({"environment/Dockerfile": "FROM a\nENV a-b=1\n"}, "Dockerfile:2: ENV: environment variable 'a-b'"),
+    "no value": ({"environment/Dockerfile": "FROM a\nENV HERE\n"}, "Dockerfile:2: ENV: 'HERE' is not name=value"),
+    "stars": ({"environment/Dockerfile": "FROM a\nWORKDIR /app\nCOPY repo/**.txt ./\n"}, "COPY: repo/**.txt: "),
+    "nul": ({"environment/Dockerfile": 'FROM a\nWORKDIR /app\nCOPY ["a\\u0000b", "./"]\n'}, "holds a NUL byte"),
+    "numbers": ({"environment/Dockerfile": "FROM a\nWORKDIR /app\nCOPY [1, 2]\n"}, "is not a list of strings"),
+    "left out": ({"environment/.dockerignore": "repo\n"}, "Dockerfile:3: COPY: repo/ is not in"),
+    "wrong pattern": ({"environment/.dockerignore": "[\n"}, ".dockerignore: [: "),
     "url": ({"environment/Dockerfile": "FROM a\nADD ftp://host/x /app/\n"}, "only plain files"),
     "image only": (
         {"environment/Dockerfile": None, "task.toml": "[environment]\ndocker_image = 'x/y'\n"},
@@ -58,6 +77,22 @@ def test_a_link_in_the_environment_is_refused(tmp_path: Path) -> None:
         raise next(iter(open_dataset(f"harbor:{tmp_path}").scan()))  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("place", ["tests", "solution"])
+def test_a_link_among_tests_or_solution_is_found_before_any_rollout(tmp_path: Path, place: str) -> None:
+    (harbor_task(tmp_path) / place / "alias.sh").symlink_to("test.sh")
+    error = next(iter(open_dataset(f"harbor:{tmp_path}").scan()))
+    assert isinstance(error, TaskError)
+    assert f"{place}/alias.sh: not a regular file" in str(error)
+
+
+def test_an_id_may_hold_a_number_sign(tmp_path: Path) -> None:
+    harbor_task(tmp_path, "issue#12")
+    task = open_dataset(f"harbor:{tmp_path}").tasks()[0]
+    assert set(dataset_of(task).files(task)) == {"state.txt"}
+    with pytest.raises(TaskError, match="is not `dataset-spec#other`"):
+        dataset_of(msgspec.structs.replace(task, task_id="other"))
+
+
 def test_a_dockerfile_without_a_build_gives_the_work_tree(tmp_path: Path) -> None:
     dockerfile = """# comment
 FROM debian:bookworm-slim AS only
@@ -82,6 +117,41 @@ CMD ["sleep", "1"]
     files = dataset.files(task)
     assert files["bin/run.sh"] == (b"#!/bin/sh\n", 0o755)
     assert {"docs/a.txt", "docs/b.txt", "tree/state.txt", "tree/run.sh"} < set(files)
+
+
+VALUES = {
+    'ENV V="/root/.local/bin:$PATH"': f"/root/.local/bin:{ENVIRONMENT['PATH']}",
+    "ENV V=$HOME/x": "/home/agent/x",
+    "ENV V='x $HOME \"y\"'": 'x $HOME "y"',
+    'ENV V="it\'s \\$HOME \\a"': "it's $HOME \\a",
+    "ENV V=\\$HOME\\ x": "$HOME x",
+    "ENV V one 'two'  $N": "one two  7",
+    "ENV V=${N:-/app}": "7",
+    "ENV V=${NONE:-/a${N}}": "/a7",
+    "ENV V=${EMPTY:-x}${EMPTY-y}": "x",
+    "ENV V=${N:+set}${EMPTY:+x}${NONE:+y}${EMPTY+empty}": "setempty",
+    "ENV N=8 V=$N": "7",
+    "ARG N\nENV V=$N": "7",
+    "ARG GIVEN\nENV V=<$GIVEN>": "<>",
+    "ENV V=5$": "5$",
+}
+
+
+@pytest.mark.parametrize("line", VALUES)
+def test_quotes_and_variables_are_what_docker_makes_of_them(tmp_path: Path, line: str) -> None:
+    path = harbor_task(tmp_path, files={"environment/Dockerfile": f"FROM a\nARG N=7\nARG EMPTY=\n{line}\n"})
+    assert open_dataset(f"harbor:{path}").tasks()[0].environment.env["V"] == VALUES[line]
+
+
+def test_what_dockerignore_leaves_out_does_not_enter_the_work_tree(tmp_path: Path) -> None:
+    ignored = "# secrets\n/answer\n*/*.log\n**/cache\nkept\n!kept/[a-c].txt\n!repo/?.log\n.docker*\nDocker*\n"
+    dockerfile = "FROM a\nWORKDIR /app\nCOPY . .\n"
+    path = harbor_task(tmp_path, files={"environment/.dockerignore": ignored, "environment/Dockerfile": dockerfile})
+    inside = ["answer/a", "sub/answer", "repo/x.log", "repo/xy.log", "repo/deep/y.log", "a/b/cache/c", "cache/d"]
+    write(path / "environment", dict.fromkeys([*inside, "kept/a.txt", "kept/z.txt"], ""))
+    dataset = open_dataset(f"harbor:{path}")
+    files = set(dataset.files(dataset.tasks()[0]))
+    assert files == {"sub/answer", "repo/state.txt", "repo/x.log", "repo/deep/y.log", "kept/a.txt"}
 
 
 def test_limits_and_timeouts_come_from_task_toml(tmp_path: Path) -> None:
@@ -135,14 +205,25 @@ def test_a_broken_exercise_is_named(tmp_path: Path) -> None:
     exercise(tmp_path, "a-testless", test=[])
     write(exercise(tmp_path, "b-garbled"), {".meta/config.json": "{"})
     exercise(tmp_path, "c-outside", solution=["../../../../../etc/passwd"])
-    exercise(tmp_path, "d-sound")
-    entries = list(open_dataset(f"polyglot:{tmp_path}").scan())
-    reasons = ["files.test is empty", "config.json: ", "lies outside the exercise"]
-    for entry, reason in zip(entries, reasons, strict=False):
+    (exercise(tmp_path, "d-latin") / ".docs" / "instructions.md").write_bytes(b"caf\xe9\n")
+    exercise(tmp_path, "e-nul", editor=["a\0b"])
+    exercise(tmp_path, "f-editorless", editor=["gone.h"])
+    exercise(tmp_path, "g-unsolved", example=[".meta/gone.py"])
+    exercise(tmp_path, "h-sound")
+    *broken, sound = open_dataset(f"polyglot:{tmp_path}").scan()
+    reasons = [
+        "files.test is empty",
+        "config.json: ",
+        "lies outside the exercise",
+        "instructions.md: 'utf-8' codec",
+        "'a\\x00b' is not the name of a file",
+        "gone.h: not a regular file",
+        "gone.py: not a regular file",
+    ]
+    for entry, reason in zip(broken, reasons, strict=True):
         assert isinstance(entry, TaskError)
         assert reason in str(entry)
-    assert len(entries) == 4
-    assert not isinstance(entries[3], TaskError)
+    assert not isinstance(sound, TaskError)
 
 
 @needs_bwrap

@@ -54,7 +54,7 @@ async def test_a_good_rollout_of_mend_is_rewarded_and_its_turns_are_its_own() ->
         assert list(trajectory.turns) == await gateway.published()
         assert trajectory.patch.startswith(b"diff --git ")
         reward = await graded(sandboxes, trajectory)
-        assert (reward.status, reward.score) == ("graded", 1.0)
+        assert (reward.status, reward.score, reward.life) == ("graded", 1.0, trajectory.life)
         assert await gateway.control.sessions() == []
 
 
@@ -235,7 +235,9 @@ def _commands(sandbox: BwrapSandbox) -> set[str]:
 async def test_our_failures_are_typed(tmp_path: Path) -> None:
     harbor_task(tmp_path)
     task = first_task(f"harbor:{tmp_path}")
-    gone = msgspec.structs.replace(task, environment=msgspec.structs.replace(task.environment, files="harbor:/gone#x"))
+    gone = msgspec.structs.replace(
+        task, environment=msgspec.structs.replace(task.environment, files="harbor:/gone#fix-it")
+    )
     unknown = msgspec.structs.replace(task, scaffold="shel")
     async with backend() as sandboxes:
         assert (await roll(sandboxes, request(gone))).error_class == "ConfigError"
@@ -255,7 +257,7 @@ class Broken:
     def needs(self):
         return Needs(session=False)
     async def run(self, task, session, sandbox, limits):
-        raise ZeroDivisionError("a bug in somebody's plug-in")
+        raise ZeroDivisionError("a bug in somebody's plug-in" * 1_000_000)
     async def close(self):
         pass
 """
@@ -274,6 +276,7 @@ async def test_a_plug_in_that_raises_ends_its_own_rollout_only(tmp_path: Path, m
         absent = await roll(sandboxes, request(msgspec.structs.replace(task, scaffold="absent")))
         oracle = await roll(sandboxes, request(msgspec.structs.replace(task, scaffold="oracle")))
     assert (broken.outcome, broken.error_class) == ("infra_error", "ZeroDivisionError")
+    assert len(broken.detail) == 2000, "a record has room for so much"
     assert (absent.outcome, absent.error_class) == ("infra_error", "ConfigError")
     assert oracle.outcome == "submitted"
 
@@ -286,11 +289,13 @@ async def test_a_task_that_is_graded_in_place_is_graded_by_the_rollout(tmp_path:
     async with backend() as sandboxes, world(saying("touch /tmp/outside", "submit")) as gateway:
         runner = runner_of(sandboxes, gateway)
         trajectory, reward = await runner.run_graded(request(task))
+        again, _ = await runner.run_graded(request(task))
         await runner.close()
         assert reward is not None
         assert (reward.score, reward.rollout_id) == (0.5, trajectory.rollout_id)
-        again = await graded(sandboxes, finished(task))
-    assert (again.status, again.error_class) == ("failed", "ConfigError")
+        assert trajectory.life == reward.life != again.life
+        elsewhere = await graded(sandboxes, finished(task))
+    assert (elsewhere.status, elsewhere.error_class) == ("failed", "ConfigError")
 
 
 async def test_a_groups_rollouts_run_side_by_side() -> None:

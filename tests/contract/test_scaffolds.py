@@ -68,6 +68,7 @@ field = "info.end"
 [outcome.values]
 Done = "submitted"
 """
+FORGER = "open('/tmp/.agent/record.json', 'w').write({record})\n"
 MODULE = """
 from pathlib import Path
 from kat_stream.env.scaffolds.blackbox import BlackBox, read_description
@@ -125,6 +126,25 @@ async def test_a_black_box_that_fails_has_an_outcome_of_its_own(
         trajectory = await roll(sandboxes, request(task), gateway)
     assert trajectory.outcome == outcome, trajectory.detail
     assert detail in trajectory.detail
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ("""'{"info":{"end":"' + 'x' * 3_000_000 + '"}}'""", "x" * 200),
+        ("'[' * 100_000", "no record"),
+        ("""'{"info":{"end":["Done"]}}'""", "no record"),
+    ],
+)
+async def test_a_record_that_the_agent_wrote_itself_does_no_harm(
+    tmp_path: Path, probe: Path, record: str, said: str
+) -> None:
+    write(tmp_path / "cache" / "kat-stream" / "agents" / "probe" / "1", {"probe.py": FORGER.format(record=record)})
+    async with backend() as sandboxes, world(saying("ls")) as gateway:
+        trajectory = await roll(sandboxes, request(task_for(tmp_path, "probe")), gateway)
+    assert (trajectory.outcome, trajectory.error_class) == ("agent_error", "")
+    assert trajectory.detail == f"ended with {said!r} and exit code 0"
 
 
 @needs_bwrap

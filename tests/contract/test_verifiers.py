@@ -9,7 +9,15 @@ import msgspec
 import pytest
 
 from kat_stream.env.datasets import open_dataset
-from tests.contract.env_kit import backend, exercise, finished, first_task, graded, harbor_task, needs_bwrap
+from tests.contract.env_kit import (
+    backend,
+    exercise,
+    finished,
+    first_task,
+    graded,
+    harbor_task,
+    needs_bwrap,
+)
 from topics import Reward, Task
 
 pytestmark = [pytest.mark.anyio, needs_bwrap]
@@ -108,9 +116,18 @@ async def test_a_command_scores_by_its_exit_code(tmp_path: Path, command: str, s
     assert reward.evidence == f"[exit {int(score == 0)}]"
 
 
-async def test_a_command_that_cannot_be_run_is_failed(tmp_path: Path) -> None:
-    reward = await grade(with_command(tmp_path, "no-such-program"))
+@pytest.mark.parametrize("command", ["no-such-program", "A=1 no-such-program", '"$TESTS/absent.sh"', "/opt/no/program"])
+async def test_a_command_that_cannot_be_run_is_failed(tmp_path: Path, command: str) -> None:
+    reward = await grade(with_command(tmp_path, command))
     assert (reward.status, reward.error_class) == ("failed", "VerifierError")
+
+
+@pytest.mark.parametrize(
+    "command", ["sh -c 'exit 127'", "A=1 sh -c 'exit 126'", "./build.sh", "'/app/build.sh'", "sh state.txt"]
+)
+async def test_work_that_ends_as_if_it_could_not_be_run_scores_0(tmp_path: Path, command: str) -> None:
+    reward = await grade(with_command(tmp_path, command))
+    assert (reward.status, reward.score, reward.error_class) == ("graded", 0.0, "")
 
 
 async def test_a_timeout_is_the_works_own_only_where_the_task_says_so(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kat_stream.env.datasets.base import Files, Spec, read_tree, usable
+from kat_stream.env.datasets.base import Files, Spec, read_text, read_tree, usable
 from kat_stream.env.datasets.dockerfile import Image, read_dockerfile
 from kat_stream.errors import TaskError
 from topics import Environment, Task, VerifierSpec
@@ -21,6 +21,8 @@ from topics import Environment, Task, VerifierSpec
 _DEFAULT_WORKDIR = "/app"
 _UNITS_MB = {"": 1 / (1 << 20), "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
 _PIDS = 256
+# The verifier makes these empty before it puts the tests in.
+_CLEARED = ("/tests/", "/logs/verifier/")
 
 
 class HarborDataset:
@@ -50,11 +52,10 @@ class HarborDataset:
         return _inside(image, task.environment.workdir, self._path(task))
 
     def tests(self, task: Task) -> Files:
-        return read_tree(self._path(task) / "tests")
+        return _tests(self._path(task))
 
     def solution(self, task: Task) -> Files:
-        path = self._path(task) / "solution"
-        return read_tree(path) if path.is_dir() else {}
+        return _solution(self._path(task))
 
     def _path(self, task: Task) -> Path:
         for path in self._paths:
@@ -64,13 +65,15 @@ class HarborDataset:
 
     def _task(self, path: Path) -> Task:
         config = _Config(path / "task.toml")
-        instruction = _text(path / "instruction.md")
-        if not (path / "tests" / "test.sh").is_file():
+        instruction = read_text(path / "instruction.md")
+        if "test.sh" not in _tests(path):
             raise TaskError(f"{path / 'tests' / 'test.sh'}: missing; a task without tests cannot be graded")
         image = _image(path, "")
         reference = self._spec.reference(path.name)
         workdir = image.workdir if image.workdir != "/" else _DEFAULT_WORKDIR
         _inside(image, workdir, path)
+        if f"{workdir}/".startswith(_CLEARED):
+            raise TaskError(f"{path}: the work directory {workdir} is one that the tests have for themselves")
         return Task(
             run="",
             task_id=path.name,
@@ -83,7 +86,7 @@ class HarborDataset:
                 timeout_s=config.number("verifier", "timeout_sec", 600.0),
                 in_place=config.flag("verifier", "in_place"),
             ),
-            solution=reference if (path / "solution" / "solve.sh").is_file() else "",
+            solution=reference if "solve.sh" in _solution(path) else "",
             agent_timeout_s=config.number("agent", "timeout_sec", 600.0),
             metadata=config.labels(),
         )
@@ -95,7 +98,7 @@ class _Config:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._tables: dict[str, Any] = tomllib.loads(_text(path))
+            self._tables: dict[str, Any] = tomllib.loads(read_text(path))
         except tomllib.TOMLDecodeError as error:
             raise TaskError(f"{path}: {error}") from error
 
@@ -151,13 +154,12 @@ def _environment(config: _Config, reference: str, workdir: str, env: dict[str, s
     )
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except FileNotFoundError as error:
-        raise TaskError(f"{path}: missing") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path}: {error}") from error
+def _tests(path: Path) -> Files:
+    return read_tree(path / "tests")
+
+
+def _solution(path: Path) -> Files:
+    return read_tree(path / "solution")
 
 
 def _image(path: Path, workdir: str) -> Image:

@@ -26,7 +26,10 @@ def open_dataset(spec: str) -> Dataset:
 
 def dataset_of(task: Task) -> Dataset:
     """The dataset that a task's references point into (`spec#task_id`); TaskError if the reference is malformed."""
-    spec, mark, _ = task.environment.files.rpartition("#")
-    if not mark:
-        raise TaskError(f"{task.task_id}: environment.files {task.environment.files!r} is not `dataset-spec#task-id`")
+    # The id may hold a `#` itself.
+    spec = task.environment.files.removesuffix(f"#{task.task_id}")
+    if spec == task.environment.files:
+        raise TaskError(
+            f"{task.task_id}: environment.files {task.environment.files!r} is not `dataset-spec#{task.task_id}`"
+        )
     return open_dataset(spec)

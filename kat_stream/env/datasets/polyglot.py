@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from kat_stream.env.datasets.base import Files, Spec, read_file, read_tree, usable
+from kat_stream.env.datasets.base import Files, Spec, read_file, read_text, read_tree, usable
 from kat_stream.env.datasets.languages import LANGUAGES, Language
 from kat_stream.errors import ConfigError, TaskError
 from topics import Environment, Task, VerifierSpec
@@ -73,13 +73,12 @@ class PolyglotDataset:
 
     def tests(self, task: Task) -> Files:
         path = self._path(task)
-        lists = _lists(path)
-        return {name: read_file(path / name) for name in lists.test + lists.editor if name not in lists.solution}
+        return _tests(path, _lists(path))
 
     def solution(self, task: Task) -> Files:
         """`solve.sh` copies the reference files over the stubs."""
         path = self._path(task)
-        files = {f"files/{target}": read_file(path / source) for source, target in _reference(path).items()}
+        files = {f"files/{target}": file for target, file in _solution(path).items()}
         solve = f'cp -R "$(dirname "$0")/files/." {task.environment.workdir}/\n'
         return {"solve.sh": (solve.encode(), _SCRIPT), **files}
 
@@ -101,6 +100,9 @@ class PolyglotDataset:
 
     def _task(self, name: str, path: Path) -> Task:
         lists = _lists(path)
+        # What a grading or the oracle would miss is found now, and not at the end of a rollout.
+        _tests(path, lists)
+        _solution(path)
         reference = self._spec.reference(f"{name}/{path.name}")
         language = LANGUAGES[name]
         return Task(
@@ -153,9 +155,20 @@ def _lists(path: Path) -> _FileLists:
         if not getattr(lists, key):
             raise TaskError(f"{config}: files.{key} is empty; the exercise cannot be graded")
     for name in lists.solution + lists.test + lists.example + lists.editor:
+        if not name.isprintable():
+            raise TaskError(f"{config}: {name!r} is not the name of a file")
         if not (path / name).resolve().is_relative_to(path.resolve()):
             raise TaskError(f"{config}: {name} lies outside the exercise")
     return lists
+
+
+def _tests(path: Path, lists: _FileLists) -> Files:
+    return {name: read_file(path / name) for name in lists.test + lists.editor if name not in lists.solution}
+
+
+def _solution(path: Path) -> Files:
+    """The reference files under the names of those they replace."""
+    return {target: read_file(path / source) for source, target in _reference(path).items()}
 
 
 def _reference(path: Path) -> dict[str, str]:
@@ -186,7 +199,7 @@ def _gradable(lists: _FileLists) -> list[str]:
 
 def _instruction(path: Path, lists: _FileLists, language: Language) -> str:
     parts = [(path / ".docs" / name) for name in _INSTRUCTIONS]
-    texts = [part.read_text("utf-8").strip() for part in parts if part.is_file()]
+    texts = [read_text(part).strip() for part in parts if part.is_file()]
     if not texts:
         raise TaskError(f"{path / '.docs' / 'instructions.md'}: missing")
     files = ", ".join(_gradable(lists))

@@ -35,6 +35,8 @@ _HOME = "/tmp/.agent"
 _SCRIPT = f'mkdir -p {_HOME}; "$@" >{_HOME}/log 2>&1; code=$?; tail -c 16000 {_HOME}/log; exit $code'
 _OUTPUT_LIMIT = 1 << 14
 _OUTCOME_LIMIT = 1 << 24
+# Of how a program says it ended. The agent can write that record, too.
+_SAID_CHARS = 200
 # The runner's own clock fires first only if the sandbox does not keep this one.
 _MARGIN_S = 2.0
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -125,12 +127,12 @@ async def _said(sandbox: Sandbox, rule: Ending) -> str:
         value: Any = msgspec.json.decode(await sandbox.read_file(rule.file, _OUTCOME_LIMIT))
     except SandboxDied:
         raise
-    except (SandboxError, FileNotFoundError, msgspec.DecodeError):
-        # The agent may have deleted or broken it: then it has not said how it ended.
+    except (SandboxError, FileNotFoundError, msgspec.DecodeError, RecursionError):
+        # The agent may have deleted or broken it, or nested it beyond all measure: then it has not said how it ended.
         return ""
     for key in rule.field.split("."):
         value = value.get(key) if isinstance(value, dict) else None
-    return value if isinstance(value, str) else ""
+    return value[:_SAID_CHARS] if isinstance(value, str) else ""
 
 
 def _logged(rule: Ending, log: str) -> str:

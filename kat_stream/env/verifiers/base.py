@@ -35,7 +35,10 @@ class Verifier(Protocol):
     version: str
 
     async def grade(self, task: Task, tests: Files, sandbox: Sandbox) -> Verdict:
-        """Judge the work tree in `sandbox`; VerifierError if that is not possible."""
+        """Judge the work tree in `sandbox`; VerifierError if that is not possible.
+
+        SandboxError if the sandbox, as it was left, does not allow it: where an agent left it so, that is its score 0.
+        """
         ...
 
 

@@ -2,10 +2,15 @@
 
 Owns the options `tests_directory` (where the tests are put; default /tests; the command finds it as $TESTS) and
 `timeout` ("fail": running out of time is score 0, for tests that run the agent's own code; otherwise it is a failure of
-the verifier).
+the verifier). Invariant: a command whose program is not there, and is none that the work had to bring, is a
+VerifierError; with a program that is there, exit codes 126 and 127 are the work's like any other.
 """
 
 from __future__ import annotations
+
+import posixpath
+import re
+import shlex
 
 from kat_stream.env.datasets import Files
 from kat_stream.env.sandboxes.base import Sandbox
@@ -15,29 +20,34 @@ from topics import Task
 
 _TESTS = "/tests"
 _OUTPUT_LIMIT = 1 << 18
-# What `sh` answers when it cannot find or start the command itself.
+# What `sh` answers when it cannot find or start the command itself; the work's own code can end with these, too.
 _CANNOT_RUN = (126, 127)
+_LOOK_TIMEOUT_S = 10.0
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 
 
 class CommandVerifier:
     name = "command"
-    version = "1"
+    version = "2"
 
     async def grade(self, task: Task, tests: Files, sandbox: Sandbox) -> Verdict:
         spec = task.verifier
         directory = spec.options.get("tests_directory", _TESTS)
+        env = {"TESTS": sandbox.root + directory}
         await sandbox.put(tests, directory)
+        # Before the work's code runs, which may leave a sandbox in which nothing can be looked up.
+        startable = await _startable(task, sandbox, env)
         done = await sandbox.exec(
             spec.command,
             timeout_s=spec.timeout_s,
-            env={"TESTS": sandbox.root + directory},
+            env=env,
             merge_stderr=True,
             output_limit=_OUTPUT_LIMIT,
         )
         evidence = tail(done.stdout)
         if done.timed_out:
             return self._too_slow(task, evidence)
-        if done.exit_code in _CANNOT_RUN:
+        if done.exit_code in _CANNOT_RUN and not startable:
             raise VerifierError(f"{task.task_id}: {spec.command!r} cannot be run (exit {done.exit_code}): {evidence}")
         score = float(done.exit_code == 0)
         return Verdict(score, {"passed": score}, f"{evidence}[exit {done.exit_code}]")
@@ -47,3 +57,24 @@ class CommandVerifier:
         if task.verifier.options.get("timeout") != "fail":
             raise VerifierError(f"{task.task_id}: {message}: {evidence}")
         return Verdict(0.0, {"passed": 0.0}, f"{evidence}[{message}]")
+
+
+async def _startable(task: Task, sandbox: Sandbox, env: dict[str, str]) -> bool:
+    """Whether the command's program is there, or is a file of the work tree and so the work's to bring."""
+    program = _program(task.verifier.command)
+    workdir = task.environment.workdir
+    if "/" in program and "$" not in program:
+        path = posixpath.normpath(posixpath.join(workdir, program.strip("'\"")))
+        if path.startswith(f"{workdir}/"):
+            return True
+    look = await sandbox.exec(f"command -v {program}", timeout_s=_LOOK_TIMEOUT_S, env=env)
+    return look.exit_code == 0
+
+
+def _program(command: str) -> str:
+    """The first word that is no assignment, quoted as it was; empty where the words cannot be told apart."""
+    try:
+        words = shlex.split(command, posix=False)
+    except ValueError:
+        return ""
+    return next((word for word in words if not _ASSIGNMENT.match(word)), "")
