@@ -24,9 +24,7 @@ LONG_CHARS = 8192
 KNOWN_CHARS = 1024
 """Texts from here on are remembered: the first prompt of a task is the same for its whole group."""
 HEAD_CHARS = 8
-"""For each token of the context: a text that is longer than that is mostly too long."""
-_CUT = 64
-"""Tokens at the end of a head that are not counted: the text behind the cut may make other tokens of theirs."""
+"""For each token of the context: a text that is longer than that, and than its longest token, is mostly too long."""
 _ID = 4
 """Bytes of an id."""
 MEMORY_BYTES = 32 << 20
@@ -46,6 +44,8 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, *, aside: bool = False) -> None:
         self._backend = tokenizer.backend_tokenizer
+        self._reach = max(map(len, tokenizer.get_vocab()))
+        """Characters of the longest token: so far back may a text's end change the tokens before it."""
         self._aside = aside
         self._known: OrderedDict[str, bytes] = OrderedDict()
         """The newest last."""
@@ -67,9 +67,9 @@ class Encoder:
 
     async def make_ready(self, text: str, limit: int) -> None:
         """Afterwards `ids` knows the text for a while. ContextOverflow if its head alone has `limit` tokens."""
-        head = text[: HEAD_CHARS * limit]
+        head = text[: HEAD_CHARS * limit + self._reach]
         if len(head) < len(text):
-            tokens = len(await self._ready(head)) // _ID - _CUT
+            tokens = len(await self._ready(head)) // _ID - len(await self._ready(head[-self._reach :])) // _ID
             if tokens >= limit:
                 raise ContextOverflow(tokens, limit)
         await self._ready(text)

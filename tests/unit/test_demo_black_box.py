@@ -46,8 +46,8 @@ TAUGHT = {name: taught(name) for name in wording_names()}
 def test_a_call_is_read_as_the_command_and_costs_two_tokens_beside_it(name: str) -> None:
     wording = get_wording(name)
     for command in (*(command for task in TRAIN for command in task.solution), 'sed -i "1i a" b', "echo 'a>b'\n\\"):
-        rest, ((tool, arguments),) = hermes.parse(wording.call(command))
-        assert (rest, tool, json.loads(arguments)) == ("", wording.tool, {wording.argument: command})
+        rest, (call,) = hermes.parse(wording.call(command))
+        assert (rest, call.name, json.loads(call.arguments)) == ("", wording.tool, {wording.argument: command})
     ids = [TAUGHT[name].encode(text, add_special_tokens=False) for text in (wording.call("ls"), "ls")]
     assert len(ids[0]) == len(ids[1]) + 2
 

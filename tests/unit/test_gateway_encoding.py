@@ -31,6 +31,9 @@ class Slow:
         self.let_go = threading.Event()
         self.asked: list[str] = []
 
+    def get_vocab(self) -> dict[str, int]:
+        return {"x": 7}
+
     def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> list[Any]:
         assert not add_special_tokens
         self.asked += texts
@@ -108,11 +111,21 @@ def test_a_text_is_refused_from_its_head_and_encoded_whole_if_that_is_short() ->
     encoder = Encoder(slow, aside=True)  # type: ignore[arg-type]
     with pytest.raises(ContextOverflow):
         asyncio.run(encoder.make_ready(LONG, 10_000))
-    assert slow.asked == [LONG[: 10_000 * HEAD_CHARS]]
+    assert slow.asked == [LONG[: 10_000 * HEAD_CHARS + 1], LONG[10_000 * HEAD_CHARS]]
     dense = "<|endoftext|>" * LONG_CHARS
     known = Encoder(tokenizer(), aside=True)
     asyncio.run(known.make_ready(dense, LONG_CHARS + 1))
     assert known.ids(dense) == Encoder(tokenizer()).ids(dense)
+
+
+def test_a_text_is_not_refused_for_a_long_token_that_its_head_ends_in() -> None:
+    """As in a demo whose policy knows an agent's whole prompt by heart."""
+    knows = tokenizer()
+    knows.add_tokens([LONG])
+    encoder = Encoder(knows, aside=True)
+    asyncio.run(encoder.make_ready(LONG + "x" * 2 * LONG_CHARS, 3 * LONG_CHARS))
+    asyncio.run(encoder.make_ready(LONG + LONG, 100))
+    assert len(encoder.ids(LONG + LONG)) == 2 * 4
 
 
 def test_what_is_remembered_is_bounded_and_the_oldest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:

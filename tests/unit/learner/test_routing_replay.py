@@ -292,6 +292,7 @@ def test_a_turn_that_several_engines_sampled_has_one_row_a_token(parts: tuple[in
     sampler = Sampler(
         router=fleet, limits=Limits(), session="s", call_id="c", prompt=b"1,2,3,4", prompt_tokens=4,
         sampling=SamplingParams(), budget=5, stream=False, grown=lambda: None, routed_from=2,
+        decode=str,
     )  # fmt: skip
     draft = asyncio.run(sampler.run())
     assert np.frombuffer(draft.routing(4 + 5 - 1 - 2), "<u2").tolist() == [2, 3, 4, 5, 6, 7]
