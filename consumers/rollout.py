@@ -20,6 +20,7 @@ from kat_stream.env.rollout import RolloutRunner
 from kat_stream.env.scaffolds.relay import relay
 from kat_stream.gateway.client import GatewayControl
 from kat_stream.log.base import Delivered
+from kat_stream.log.handling import MAX_ATTEMPTS
 from kat_stream.log.outcome import Emit, Outcome, Retry
 from kat_stream.log.retries import attempt_of
 from kat_stream.log.stages import run_work
@@ -34,8 +35,6 @@ GATEWAY_BACK_S = 60.0
 """For a gateway that died to be started again, or another to answer for it."""
 MOST_CONNECTIONS = 4096
 """Of all agents of this worker to the gateways."""
-LEAST_ATTEMPTS = 5
-"""Before a request is a dead letter. A failed rollout is none: its handler ends it, before the loop gives it up."""
 DRAIN_S = 3.0
 """How long rollouts of a lost partition may finish before they are cancelled; they run again elsewhere."""
 
@@ -99,7 +98,8 @@ async def work(ctx: Context, handler: RolloutHandler) -> None:
         stopping=ctx.stopping,
         max_in_flight=ctx.config.rollout.in_flight,
         drain_s=DRAIN_S,
-        max_attempts=max(LEAST_ATTEMPTS, handler.attempts),
+        # A rollout that failed for good is no dead letter: its handler ends it, before the loop gives it up.
+        max_attempts=max(MAX_ATTEMPTS, handler.attempts),
         dead_letters=ctx.dead_letters,
     )
 

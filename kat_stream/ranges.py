@@ -15,7 +15,8 @@ Count = Annotated[int, Meta(ge=1)]
 CountOrNone = Annotated[int, Meta(ge=0)]
 Context = Annotated[int, Meta(ge=2)]
 """Tokens: one to read, one to say."""
-Port = Annotated[int, Meta(ge=0, le=65535)]
+LAST_PORT = 65_535
+Port = Annotated[int, Meta(ge=0, le=LAST_PORT)]
 Positive = Annotated[float, Meta(gt=0)]
 PositiveOrZero = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]

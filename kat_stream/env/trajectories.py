@@ -41,9 +41,10 @@ _ENVIRONMENT = {
 # Git adds a repository within the work tree as a link to its commit, or not at all; one of whose directory the index
 # holds a file already it walks through like any other. This file is in no work tree, so no commit and no diff has it.
 _NESTED = (
+    'if [ -n "$(find . -mindepth 2 -name .git -prune -print -quit)" ]; then '
     "find . -mindepth 2 -name .git -prune -print0"
     r" | sed -z 's|^\./\(.*\)/\.git$|100644 e69de29bb2d1d6434b8b29ae775ad8c2e48c5391\t\1/.git-|'"
-    " | git update-index -z --index-info"
+    " | git update-index -z --index-info; fi"
 )
 # Git knows a repository by these directories, which may be empty; then they did not come with the files.
 _TASKS_REPOSITORY = "mkdir -p .git/objects .git/refs"

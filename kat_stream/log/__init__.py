@@ -15,6 +15,7 @@ from kat_stream.log.base import Committed, Delivered, Follower, Group, Log, Mess
 from kat_stream.log.memory import MemoryLog
 from kat_stream.log.outcome import Emit, Hold, Outcome, Reject, Retry, TransformHandler, WorkHandler
 from kat_stream.log.stages import run_transform, run_work
+from kat_stream.ranges import LAST_PORT
 
 __all__ = [
     "Committed",
@@ -39,7 +40,6 @@ __all__ = [
 ]
 
 PREFIX = "kat."
-LAST_PORT = 65_535
 
 
 def open_log(

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from kat_stream.errors import ConfigError, DeadlineExceeded
 from kat_stream.log.broker_node import POLL_S, READY_S, STOP_S, Node, answers
+from kat_stream.ranges import LAST_PORT
 
 __all__ = ["Cluster", "Node", "Status", "answers", "cluster_of", "down", "status", "up"]
 
 PORT_S = 5.0
-LAST_PORT = 65_535
 MAX_REPLICAS = 3
 TOGETHER_S = 6.0
 """How long nodes may take that stop together: the last ones wait in vain for a majority to agree to their leaving."""

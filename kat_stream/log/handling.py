@@ -25,6 +25,8 @@ from topics.dead_letter import DeadLetter
 
 logger = logging.getLogger(__name__)
 
+MAX_ATTEMPTS = 5
+"""Of one message, unless a stage says otherwise; then it is a dead letter."""
 FIRST_RETRY_S = 0.2
 LONGEST_RETRY_S = 10.0
 REASON = 10_000

@@ -24,7 +24,7 @@ import anyio
 from kat_stream.errors import DeadlineExceeded, FencedError, LogUnavailable
 from kat_stream.log.base import Committed, Delivered, Log, Member, Message, Position, TopicPartition, Writer
 from kat_stream.log.dead_letter_cap import NORMAL, DeadLetterCap, DeadLetterLimit
-from kat_stream.log.handling import Handling, Settled, sealed
+from kat_stream.log.handling import MAX_ATTEMPTS, Handling, Settled, sealed
 from kat_stream.log.outcome import Emit, TransformHandler
 from kat_stream.log.tracker import Tracker, output_of, with_output
 from kat_stream.log.work import LEAVE_S, MOVING_S, POLL_S, RETRY_S, REVOKE_DRAIN_S, readable_from
@@ -55,7 +55,7 @@ async def run_transform(
     remember: str | None = None,
     mine: Mine = lambda delivered: True,
     batch: int = 100,
-    max_attempts: int = 5,
+    max_attempts: int = MAX_ATTEMPTS,
     dead_letters: DeadLetterLimit = NORMAL,
     late: Late | None = None,
 ) -> None:

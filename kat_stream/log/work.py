@@ -21,7 +21,7 @@ import anyio.abc
 from kat_stream.errors import FencedError, LogUnavailable
 from kat_stream.log.base import Committed, Delivered, Log, Member, Position, TopicPartition
 from kat_stream.log.dead_letter_cap import NORMAL, DeadLetterCap, DeadLetterLimit
-from kat_stream.log.handling import Handling, Settled
+from kat_stream.log.handling import MAX_ATTEMPTS, Handling, Settled
 from kat_stream.log.outcome import WorkHandler
 from kat_stream.log.retries import TIERS, is_for, restored, wait_s
 from kat_stream.log.tracker import Tracker
@@ -49,7 +49,7 @@ async def run_work(
     stopping: anyio.Event,
     max_in_flight: int = 8,
     drain_s: float = 30.0,
-    max_attempts: int = 5,
+    max_attempts: int = MAX_ATTEMPTS,
     dead_letters: DeadLetterLimit = NORMAL,
 ) -> None:
     """Handle messages until `stopping`, at most `max_in_flight` at once; then drain for `drain_s` and leave the group.

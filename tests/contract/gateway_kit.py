@@ -133,6 +133,14 @@ class Gate:
         await self.inner.append(*messages, deadline_s=deadline_s)
 
 
+class Gates(list[Gate]):
+    """As `wrap` of a world: the gates that it puts in front of the world's gateways."""
+
+    def __call__(self, log: Publisher) -> Gate:
+        self.append(Gate(log))
+        return self[-1]
+
+
 @dataclass
 class World:
     """A gateway in front of scripted engines. `published` reads the turns from the log."""

@@ -18,7 +18,7 @@ from kat_stream.gateway.limits import Limits
 from kat_stream.gateway.recording import Publisher
 from kat_stream.log import Message
 from kat_stream.log.kafka_producer import _digest
-from tests.contract.gateway_kit import Gate, World, by_bytes, going_on, paths, saying, tokenizer, until, user, world
+from tests.contract.gateway_kit import Gates, World, by_bytes, going_on, paths, saying, tokenizer, until, user, world
 
 pytestmark = pytest.mark.anyio
 
@@ -113,13 +113,8 @@ async def test_marked_retries_get_the_same_turn_and_unmarked_repeats_a_new_one()
 
 
 async def test_a_retry_joins_a_call_that_waits_for_the_log_however_late_it_comes(left: list[Call]) -> None:
-    gates: list[Gate] = []
-
-    def wrap(log: Publisher) -> Publisher:
-        gates.append(Gate(log))
-        return gates[0]
-
-    async with world(saying("ls"), limits=Limits(disconnect_grace_s=0.0), wrap=wrap) as w:
+    gates = Gates()
+    async with world(saying("ls"), limits=Limits(disconnect_grace_s=0.0), wrap=gates) as w:
         handle = await w.session()
         async with anyio.create_task_group() as group:
             group.start_soon(lambda: _post(w, handle))

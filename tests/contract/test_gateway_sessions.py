@@ -12,12 +12,11 @@ import pytest
 
 from kat_stream.gateway.app import SessionHandle
 from kat_stream.gateway.limits import Limits
-from kat_stream.gateway.recording import Publisher
 from tests.contract.gateway_kit import (
     CHATML,
     FORGETFUL,
     THINKING,
-    Gate,
+    Gates,
     World,
     by_bytes,
     paths,
@@ -224,14 +223,9 @@ async def test_turns_are_bounded_also_when_they_are_asked_for_at_once(side: bool
 
 
 async def test_the_retry_of_a_last_turn_that_is_being_aborted_is_served() -> None:
-    gates: list[Gate] = []
-
-    def wrap(log: Publisher) -> Publisher:
-        gates.append(Gate(log))
-        return gates[0]
-
+    gates = Gates()
     limits = Limits(disconnect_grace_s=0.0)
-    async with world(saying("ls " * 100), token_s=0.005, limits=limits, wrap=wrap) as w:
+    async with world(saying("ls " * 100), token_s=0.005, limits=limits, wrap=gates) as w:
         handle = await w.session(Sampling(max_turns=1))
         body = {"model": "m", "messages": [user("go")], "max_tokens": 20}
         async with anyio.create_task_group() as group:

@@ -13,7 +13,7 @@ import pytest
 
 from kat_stream.gateway.limits import Limits
 from kat_stream.log import Message
-from tests.contract.gateway_kit import Gate, World, by_bytes, paths, saying, until, user, world
+from tests.contract.gateway_kit import Gates, World, by_bytes, paths, saying, until, user, world
 from topics import Sampling
 
 pytestmark = pytest.mark.anyio
@@ -89,13 +89,8 @@ async def _lines(w: World, path: str, key: str, into: list[str]) -> None:
 
 
 async def test_the_end_of_a_stream_waits_for_the_acknowledgement() -> None:
-    gate: list[Gate] = []
-
-    def hold(log: object) -> Gate:
-        gate.append(Gate(log))
-        return gate[0]
-
-    async with world(saying("ls"), limits=Limits(keepalive_s=0.02), wrap=hold) as w:
+    gate = Gates()
+    async with world(saying("ls"), limits=Limits(keepalive_s=0.02), wrap=gate) as w:
         handle = await w.session()
         lines: list[str] = []
         async with anyio.create_task_group() as group:
@@ -110,13 +105,8 @@ async def test_the_end_of_a_stream_waits_for_the_acknowledgement() -> None:
 
 
 async def test_a_whole_reply_waits_for_the_acknowledgement() -> None:
-    gate: list[Gate] = []
-
-    def hold(log: object) -> Gate:
-        gate.append(Gate(log))
-        return gate[0]
-
-    async with world(saying("ls"), wrap=hold) as w:
+    gate = Gates()
+    async with world(saying("ls"), wrap=gate) as w:
         handle = await w.session()
         answered: list[str] = []
 

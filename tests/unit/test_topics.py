@@ -34,6 +34,7 @@ ASKED = request()
 ROW = PackedRow(
     **{name: pack_ints([1, 2]) for name in PackedRow.__struct_fields__ if not name.endswith(("_logprobs", "_experts"))}
 )
+SCORE = Score(run=RUN, group_id="g", rollout_id="g-0", scorer="t", version="a.1", turn_ids=(), repeats=0, logprobs=b"")
 SAMPLES: tuple[Record, ...] = (
     TASK,
     ASKED,
@@ -83,19 +84,7 @@ GROWN: dict[str, Record] = {
         batch_sha256="b",
         learner_sha256="l",
     ),
-    "Score/1 with kind": Score(
-        run=RUN,
-        group_id="g",
-        rollout_id="g-0",
-        scorer="t",
-        version="a.1",
-        turn_ids=(),
-        repeats=0,
-        logprobs=b"",
-        kind="teacher",
-        reason="unmapped",
-        identical=True,
-    ),
+    "Score/1 with kind": msgspec.structs.replace(SCORE, kind="teacher", reason="unmapped", identical=True),
     "PackedBatch/1 with scores": PackedBatch(
         run=RUN,
         group_id="g",
@@ -119,17 +108,7 @@ GROWN: dict[str, Record] = {
     ),
     "Trajectory/1 with life": trajectory(ASKED, turn(ASKED, [1, 2, 3], [4, 5]), life="l"),
     "Reward/1 with life": reward(ASKED, 0.5, life="l"),
-    "Score/1 with life": Score(
-        run=RUN,
-        group_id="g",
-        rollout_id="g-0",
-        scorer="t",
-        version="a.1",
-        turn_ids=(),
-        repeats=0,
-        logprobs=b"",
-        life="l",
-    ),
+    "Score/1 with life": msgspec.structs.replace(SCORE, life="l"),
     "DeadLetter/1 with left_out": DeadLetter(
         run=RUN,
         stage="s",
