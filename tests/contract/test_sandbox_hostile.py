@@ -428,14 +428,15 @@ def test_a_start_that_lacks_descriptors_leaves_nothing() -> None:
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_a_killed_controller_takes_everything_with_it() -> None:
+def _killed_with_sandboxes(count: int) -> int:
+    """The process id of a controller that was killed while it had so many sandboxes, once nothing runs in them."""
     program = (
         "import asyncio\n"
         "from kat_stream.env.sandboxes.bwrap import BwrapBackend\n"
         "from kat_stream.env.sandboxes import SandboxSpec\n"
         "async def main():\n"
         "    backend = BwrapBackend()\n"
-        "    for n in range(4):\n"
+        f"    for n in range({count}):\n"
         "        s = await backend.create(SandboxSpec())\n"
         f"        await s.exec('(setsid {SLEEP} >/dev/null 2>&1 &)', timeout_s=10)\n"
         "    print('ready', flush=True)\n"
@@ -450,9 +451,18 @@ def test_a_killed_controller_takes_everything_with_it() -> None:
     while any("sleep" in trace for trace in traces("none-")):
         assert time.monotonic() < end, "processes outlive their controller"
         time.sleep(0.02)
+    return controller.pid
 
+
+def test_a_killed_controller_takes_everything_with_it() -> None:
     async def sweep() -> int:
         return await BwrapBackend().reap()
 
-    assert asyncio.run(sweep()) >= 4
-    assert traces(f"{controller.pid}-") == []
+    found = []
+    for _ in range(5):
+        pid = _killed_with_sandboxes(4)
+        found.append(asyncio.run(sweep()))
+        if found[-1] >= 4:
+            break  # else a test beside this one, whose back end looks for orphans as well, was there before
+    assert found[-1] >= 4, found
+    assert traces(f"{pid}-") == []
