@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import msgspec
@@ -23,6 +22,7 @@ import msgspec
 from kat_stream.config import Config, check_training, dump, load
 from kat_stream.errors import ConfigError, StorageError
 from kat_stream.log import Log, open_log
+from kat_stream.ports import choose_port, try_port
 
 
 def create_run(config: Config) -> tuple[Config, Path]:
@@ -91,17 +91,24 @@ def blobs_url(config: Config, run_dir: Path) -> str:
 def choose_ports(config: Config, *, moving: bool = False) -> Config:
     """Replace every port that is 0 and, if `moving`, every one that somebody else has taken since."""
     gateway, engine = config.gateway, config.engine
+    chosen: set[int] = set()
+
+    def port(host: str, known: int, key: str) -> int:
+        found = _port(host, known, key, moving, chosen)
+        chosen.add(found)
+        return found
+
     gateway = msgspec.structs.replace(
         gateway,
-        port=_port(gateway.host, gateway.port, "gateway.port", moving),
-        control_port=_port(gateway.host, gateway.control_port, "gateway.control_port", moving),
+        port=port(gateway.host, gateway.port, "gateway.port"),
+        control_port=port(gateway.host, gateway.control_port, "gateway.control_port"),
         more=tuple(
-            (_port(gateway.host, port, "gateway.more", moving), _port(gateway.host, control, "gateway.more", moving))
-            for port, control in gateway.more
+            (port(gateway.host, data, "gateway.more"), port(gateway.host, control, "gateway.more"))
+            for data, control in gateway.more
         ),
     )
     if not engine.urls:
-        engine = msgspec.structs.replace(engine, port=_port(engine.host, engine.port, "engine.port", moving))
+        engine = msgspec.structs.replace(engine, port=port(engine.host, engine.port, "engine.port"))
     return msgspec.structs.replace(config, gateway=gateway, engine=engine)
 
 
@@ -162,17 +169,14 @@ def targets_file(run_dir: Path) -> Path:
     return run_dir.with_name(f"{run_dir.name}.targets.json")
 
 
-def _port(host: str, port: int, key: str, moving: bool) -> int:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if not moving:
-                raise ConfigError(f"{key}: {host}:{port} cannot be used ({error.strerror})") from error
-            return _port(host, 0, key, False)
-        chosen: int = probe.getsockname()[1]
-        return chosen
+def _port(host: str, port: int, key: str, moving: bool, chosen: Container[int]) -> int:
+    try:
+        if port:
+            with suppress(OSError) if moving else nullcontext():
+                return try_port(host, port)
+        return choose_port(host, but=chosen)
+    except OSError as error:
+        raise ConfigError(f"{key}: {host}:{port} cannot be used ({error.strerror})") from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -16,6 +16,7 @@ from aiokafka.protocol.admin import CreateAclsRequest
 from kat_stream.access import SERVICES, Rule
 from kat_stream.config import SecuritySection
 from kat_stream.log import broker
+from kat_stream.ports import choose_port
 from tests.conftest_kafka import need_java
 
 USERS = {f"kat-{name}": f"secret-of-{name}-7391" for name in (*SERVICES, "nobody")}
@@ -58,7 +59,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     need_java()
     state = tmp_path_factory.mktemp("secured")
     certificates(state)
-    with_port = broker._free_port(0)
+    with_port = choose_port()
     scram = [
         f"--add-scram={mechanism}=[name={user},password={password}]"
         for user, password in USERS.items()

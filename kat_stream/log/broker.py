@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import socket
 import time
 import uuid
 from base64 import urlsafe_b64encode
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from kat_stream.errors import ConfigError, DeadlineExceeded
 from kat_stream.log.broker_node import POLL_S, READY_S, STOP_S, Node, answers
+from kat_stream.ports import choose_port, try_port
 from kat_stream.ranges import LAST_PORT
 
 __all__ = ["Cluster", "Node", "Status", "answers", "cluster_of", "down", "status", "up"]
@@ -185,22 +185,16 @@ def _becomes_free(port: int) -> bool:
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
+    try:
+        try_port("127.0.0.1", port)
+    except OSError:
+        return False
     return True
 
 
 def _free_port(before: int) -> int:
     """The port of last time if it is free, otherwise any."""
-    if before and _becomes_free(before):
-        return before
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return before if before and _becomes_free(before) else choose_port()
 
 
 def _identity() -> str:

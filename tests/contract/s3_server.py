@@ -6,8 +6,8 @@ Its jars come from Maven once, into a cache named by the pom's hash, as those of
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -33,16 +33,10 @@ def environment(port: int) -> dict[str, str]:
     }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def jars() -> Path:
     folder = CACHE.expanduser() / hashlib.sha256(POM.read_bytes()).hexdigest()[:16]
     if not folder.is_dir():
-        resolving = folder.with_name(f"{folder.name}.{free_port()}")
+        resolving = folder.with_name(f"{folder.name}.{os.getpid()}")
         goal = ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={resolving}"]
         subprocess.run(["mvn", "-q", "-B", "-f", str(POM), *goal], check=True, timeout=RESOLVE_S)
         if folder.is_dir():

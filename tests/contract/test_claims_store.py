@@ -15,6 +15,7 @@ import pytest
 
 from kat_stream.errors import BlobError, BlobUnavailable, ConfigError
 from kat_stream.log.blobs import BlobRef, BlobStore, references
+from kat_stream.ports import choose_port
 from tests.contract import s3_server
 
 pytestmark = pytest.mark.anyio
@@ -25,7 +26,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
     """(folder with the server's data, port)."""
     if shutil.which("java") is None or shutil.which("mvn") is None:
         pytest.skip("environment: an S3 server needs Java and Maven")
-    folder, port = tmp_path_factory.mktemp("s3"), s3_server.free_port()
+    folder, port = tmp_path_factory.mktemp("s3"), choose_port()
     with s3_server.running(folder, port):
         yield folder / "data" / s3_server.BUCKET, port
 
@@ -141,7 +142,7 @@ async def test_a_full_disk_is_an_outage_and_gets_no_fuller(tmp_path: Path, monke
 
 
 async def test_an_s3_server_that_is_away_or_refuses_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in s3_server.environment(s3_server.free_port()).items():
+    for name, value in s3_server.environment(choose_port()).items():
         monkeypatch.setenv(name, value)
     store = BlobStore("s3://bucket/prefix", deadline_s=3)
     began = time.monotonic()

@@ -8,6 +8,7 @@ import socket
 import pytest
 
 from kat_stream.env.scaffolds.relay import relay
+from kat_stream.ports import choose_port
 
 pytestmark = pytest.mark.anyio
 
@@ -15,12 +16,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def _server(name: bytes, port: int = 0) -> asyncio.Server:
@@ -46,7 +41,7 @@ async def _heard(door: socket.socket) -> bytes:
 
 
 async def test_the_next_gateway_is_taken_and_kept_where_the_first_does_not_answer() -> None:
-    door, dead = socket.create_server(("127.0.0.1", 0)), _free_port()
+    door, dead = socket.create_server(("127.0.0.1", 0)), choose_port()
     second = await _server(b"second")
     async with second, relay(door, _url(dead), _url(second.sockets[0].getsockname()[1])):
         assert await _heard(door) == b"second"
@@ -55,7 +50,7 @@ async def test_the_next_gateway_is_taken_and_kept_where_the_first_does_not_answe
 
 
 async def test_a_gateway_that_comes_back_is_waited_for() -> None:
-    door, port = socket.create_server(("127.0.0.1", 0)), _free_port()
+    door, port = socket.create_server(("127.0.0.1", 0)), choose_port()
     async with relay(door, _url(port), patience_s=20.0):
         waiting = asyncio.create_task(_heard(door))
         done, _ = await asyncio.wait({waiting}, timeout=0.3)
@@ -66,5 +61,5 @@ async def test_a_gateway_that_comes_back_is_waited_for() -> None:
 
 async def test_a_connection_is_closed_when_nobody_answers_in_time() -> None:
     door = socket.create_server(("127.0.0.1", 0))
-    async with relay(door, _url(_free_port()), patience_s=0.1):
+    async with relay(door, _url(choose_port()), patience_s=0.1):
         assert await _heard(door) == b""

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import numpy as np
 
 from kat_stream.observe.sources import archived_ledger, archived_records
+from kat_stream.ports import choose_port
 from tests.story.conftest import DEMO, kat, settings
 from topics import PackedBatch, Score, TrainStep, Trajectory
 from topics.record import floats
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def test_scores_are_joined_and_trained_on(tmp_path: Path) -> None:
-    port = free_port()
+    port = choose_port()
     teacher = f'{{name="self", url="http://127.0.0.1:{port}", model="demo", scores={{"mend/shell"=0.9}}}}'
     changes = {
         "run__name": "scored",

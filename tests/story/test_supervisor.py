@@ -4,7 +4,6 @@ finds no broker ends the run with the reason."""
 import logging
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 from kat_stream.config import load
 from kat_stream.errors import ServiceDied
 from kat_stream.log import open_log
+from kat_stream.ports import choose_port
 from kat_stream.runs import create_run
 from kat_stream.supervisor import Patience, supervise
 from kat_stream.telemetry import DEATHS
@@ -172,9 +172,7 @@ def test_only_a_sampler_whose_schedule_is_done_ends_the_run(run_dir: Path, caplo
 
 
 def test_services_without_a_broker_are_tried_for_longer_and_then_named(run_dir: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        nowhere = f"kafka:127.0.0.1:{probe.getsockname()[1]}"
+    nowhere = f"kafka:127.0.0.1:{choose_port()}"
     config = run_dir / "config.toml"
     url = load(config).log.url
     config.write_text(config.read_text().replace(url, nowhere))
