@@ -10,10 +10,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -43,6 +51,10 @@ def save_model(directory: Path, seed: int, family: str = "qwen3") -> Path:
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
     biased = {"n_routed_experts": 4, "first_k_dense_replace": 0, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    stretched = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    stretched |= {"factor": 2.0, "original_max_position_embeddings": 128}
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+    latent |= {"first_k_dense_replace": 2}
     configs: dict[str, tuple[type[PreTrainedModel], PreTrainedConfig]] = {
         "qwen3": (Qwen3ForCausalLM, Qwen3Config(**size, head_dim=16, tie_word_embeddings=True)),
         "qwen2": (Qwen2ForCausalLM, Qwen2Config(**size)),
@@ -51,6 +63,11 @@ def save_model(directory: Path, seed: int, family: str = "qwen3") -> Path:
         "glm4_moe": (Glm4MoeForCausalLM, Glm4MoeConfig(**size, **experts, **biased, head_dim=16)),
         "long": (Qwen3ForCausalLM, Qwen3Config(**size | {"max_position_embeddings": 4096}, head_dim=64)),
         "sliding": (Qwen2ForCausalLM, Qwen2Config(**size, **window)),
+        "wide window": (Phi3ForCausalLM, Phi3Config(**size, sliding_window=100)),
+        "window by mask": (PhimoeForCausalLM, PhimoeConfig(**size, num_local_experts=4, sliding_window=100)),
+        "stretched": (LlamaForCausalLM, LlamaConfig(**size, rope_parameters=stretched)),
+        "twice a layer": (DiffLlamaForCausalLM, DiffLlamaConfig(**size)),
+        "latent": (DeepseekV3ForCausalLM, DeepseekV3Config(**size | {"num_key_value_heads": 4}, **latent)),
     }  # fmt: skip
     kind, config = configs[family]
     torch.manual_seed(seed)

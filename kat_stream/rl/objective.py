@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from kat_stream.errors import BatchError
 from kat_stream.rl.distillation import distillation
 from kat_stream.rl.loss import Loss, LossInputs, LossOutput
 from kat_stream.rl.penalty import entropy, kl
@@ -37,7 +38,12 @@ class Objective:
         return self.penalty.kl_coefficient > 0
 
     def units(self, batch: TrainBatch) -> Units:
-        """Units of the whole step, before packing."""
+        """Units of the whole step, before packing.
+
+        `BatchError` for a batch that cannot be learned from: said here, before several ranks part to run its trees.
+        """
+        if self.distillation.coefficient > 0 and batch.teacher_logprobs is None:
+            raise BatchError("distillation is on, but the batch holds no teacher's log-probs")
         return self.policy.units(batch, self.ratio)
 
     def value(self, inputs: LossInputs) -> LossOutput:

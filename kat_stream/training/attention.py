@@ -9,13 +9,13 @@ those of `varlen` for accelerators.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from torch.nn.functional import pad, scaled_dot_product_attention
 
+from kat_stream.attention import register
 from kat_stream.errors import ConfigError
 from kat_stream.training.cost import measured
 from kat_stream.training.gateways import Gateways
@@ -88,34 +88,34 @@ def tree_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
     *,
     tree_plan: Plan | None = None,
     tree_gateways: Gateways | None = None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
 ) -> tuple[Tensor, None]:
-    """The function that `transformers` calls: [1, H, N, D] queries, [1, H_kv, N, D] keys -> ([1, N, H, D], None)."""
+    """What `transformers` calls: [1, H, N, D] queries, [1, H_kv, N, D] keys, [1, H_kv, N, V] values -> ([1, N, H, V],
+    None)."""
     if tree_plan is None:
         raise ConfigError("tree attention got no tree_plan: this model passes no keyword arguments to its attention")
-    if sliding_window is not None or softcap is not None:
-        raise ConfigError("tree attention has no sliding window and no soft cap, which this model asks for")
-    if s_aux is not None:
-        raise ConfigError("tree attention has no attention sinks, which this model asks for")
     if tree_gateways is not None:
-        key, value = tree_gateways.through(module, key, value)
-    if isinstance(tree_plan, SlicePlan | FlexPlan | VarlenPlan):
-        return tree_plan.attend(query, key, value, scaling), None
+        key, value = tree_gateways.through(key, value)
+    wanted = value.shape[3]
+    if wanted != query.shape[3]:  # latent attention; kernels take heads of one size
+        scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+        query, key, value = (pad(x, (0, max(query.shape[3], wanted) - x.shape[3])) for x in (query, key, value))
+    return _attend(query, key, value, tree_plan, scaling)[..., :wanted], None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float | None) -> Tensor:
+    if isinstance(plan, SlicePlan | FlexPlan | VarlenPlan):
+        return plan.attend(query, key, value, scaling)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if isinstance(tree_plan, DensePlan):
-        out = scaled_dot_product_attention(query, key, value, attn_mask=tree_plan.mask, scale=scaling)
-        return out.transpose(1, 2).contiguous(), None
-    return _padded(query, key, value, tree_plan, scaling)[None], None
+    if isinstance(plan, DensePlan):
+        out = scaled_dot_product_attention(query, key, value, attn_mask=plan.mask, scale=scaling)
+        return out.transpose(1, 2).contiguous()
+    return _padded(query, key, value, plan, scaling)[None]
 
 
 def _padded(query: Tensor, key: Tensor, value: Tensor, plan: PaddedPlan, scaling: float | None) -> Tensor:
@@ -133,4 +133,4 @@ def _padded(query: Tensor, key: Tensor, value: Tensor, plan: PaddedPlan, scaling
     return torch.cat(outputs).index_select(0, plan.place)
 
 
-AttentionInterface.register(NAME, tree_attention)
+register(NAME, tree_attention, "tree_plan", "tree_gateways")

@@ -27,9 +27,9 @@ class _Open:
     """A part that has run forward and not yet backward."""
 
     part: Part
-    layers: dict[torch.nn.Module, Pair] = field(default_factory=dict)
-    """Attention module -> its keys and values [1, H_kv, n, D], in the graph."""
-    leaves: dict[torch.nn.Module, Pair] = field(default_factory=dict)
+    calls: list[Pair] = field(default_factory=list)
+    """Keys and values [1, H_kv, n, D] of each call of attention, in the graph; a layer may call it several times."""
+    leaves: list[Pair] = field(default_factory=list)
     """The same as parts below see them."""
     values: Tensor | None = None
     """float[C, E], in the graph."""
@@ -40,7 +40,7 @@ class _Open:
         """What gradients arrive at, and those gradients; None: 1, of the loss."""
         tensors: list[Tensor] = [] if self.loss is None else [self.loss]
         gradients: list[Tensor | None] = [None for _ in tensors]
-        pairs = [*zip(self._flat(self.layers), self._flat(self.leaves), strict=True)]
+        pairs = [*zip(self._flat(self.calls), self._flat(self.leaves), strict=True)]
         if self.values is not None and self.value_leaf is not None:
             pairs.append((self.values, self.value_leaf))
         for tensor, leaf in pairs:
@@ -50,8 +50,8 @@ class _Open:
         return tensors, gradients
 
     @staticmethod
-    def _flat(layers: dict[torch.nn.Module, Pair]) -> list[Tensor]:
-        return [tensor for pair in layers.values() for tensor in pair]
+    def _flat(calls: list[Pair]) -> list[Tensor]:
+        return [tensor for pair in calls for tensor in pair]
 
 
 class Gateways:
@@ -64,12 +64,15 @@ class Gateways:
         """Most tokens whose graphs were alive at once."""
         self.computed_tokens = 0
 
-    def through(self, module: torch.nn.Module, key: Tensor, value: Tensor) -> Pair:
-        """Keys and values [1, H_kv, n, D] of the running part, behind those of the path above it."""
+    def through(self, key: Tensor, value: Tensor) -> Pair:
+        """Keys and values [1, H_kv, n, D] of the running part's next call, behind those of the path above it.
+
+        Every part calls attention in the same order.
+        """
         if self._running is None:
             return key, value
-        self._running.layers[module] = (key, value)
-        above = [part.leaves[module] for part in self._open]
+        above = [part.leaves[len(self._running.calls)] for part in self._open]
+        self._running.calls.append((key, value))
         if not above:
             return key, value
         return torch.cat([*(k for k, _ in above), key], dim=2), torch.cat([*(v for _, v in above), value], dim=2)
@@ -89,7 +92,7 @@ class Gateways:
         running = self._running
         assert running is not None
         graph = torch.is_grad_enabled()
-        running.leaves = {module: _leaves(pair, graph) for module, pair in running.layers.items()}
+        running.leaves = [_leaves(pair, graph) for pair in running.calls]
         running.values, running.value_leaf = values, values.detach().requires_grad_(graph)
         running.loss = loss
         self._open.append(running)

@@ -24,7 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from kat_stream.env.plugins import load
-from kat_stream.errors import BatchError, CheckpointError, StepCancelled
+from kat_stream.errors import BatchError, CheckpointError, ConfigError, StepCancelled
 from kat_stream.rl.objective import Objective
 from kat_stream.rl.settings import DistillationConfig, PenaltyConfig, RatioConfig
 from kat_stream.training.attention import NAME, Backend
@@ -100,9 +100,12 @@ class TorchLearner:
         )
 
     def _load_model(self) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(
-            self.model_dir, dtype=DTYPES[self.config.dtype], attn_implementation=NAME, local_files_only=True
-        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.model_dir, dtype=DTYPES[self.config.dtype], attn_implementation=NAME, local_files_only=True
+            )
+        except KeyError as error:  # a table of its own instead of the registry
+            raise ConfigError(f"policy.model: {self.model_dir} takes no attention from outside: {error}") from error
         if self.config.dtype == "float64":  # the reference: grouped kernels of experts have no such type
             model.set_experts_implementation("eager")
         model = model.train(False).to(self.config.device)
@@ -112,7 +115,7 @@ class TorchLearner:
     @property
     def max_positions(self) -> int:
         """Longest path that the model can take, in tokens."""
-        return int(self.model.config.max_position_embeddings)
+        return int(self.model.config.get_text_config().max_position_embeddings)
 
     @property
     def routing(self) -> tuple[int, int] | None:
@@ -258,9 +261,9 @@ class TorchLearner:
         if depth > self.max_positions:
             raise BatchError(f"a path has {depth} tokens, the model has {self.max_positions} positions")
         largest = max(int(row.ids.max()) for row in batch.rows)
-        if largest >= self.model.config.vocab_size:
-            raise BatchError(f"id {largest} is outside the vocabulary of {self.model.config.vocab_size}")
-
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if largest >= vocabulary:
+            raise BatchError(f"id {largest} is outside the vocabulary of {vocabulary}")
         if self._replay is not None:
             check_routes(batch.rows, *self._replay.shape)
 

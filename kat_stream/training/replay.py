@@ -89,8 +89,12 @@ def gates(router: nn.Module, logits: Tensor, chosen: Tensor) -> Tensor:
 def _check(router: nn.Module) -> None:
     """The formula above on the router's own choice must be the router's own answer."""
     weight: Any = router.weight
+    unknown = f"routing replay does not know how {type(router).__name__} weighs its experts"
     with torch.no_grad():
         probe = torch.linspace(-1, 1, 3 * weight.shape[1]).view(3, -1).to(weight)
-        logits, scores, chosen = router(probe)
+        try:
+            logits, scores, chosen = router(probe)
+        except TypeError as error:  # it wants more than hidden states
+            raise ConfigError(f"{unknown}: {error}") from error
     if not torch.allclose(gates(router, logits, chosen), scores, atol=1e-3):
-        raise ConfigError(f"routing replay does not know how {type(router).__name__} weighs its experts")
+        raise ConfigError(unknown)

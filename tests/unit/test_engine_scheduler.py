@@ -329,6 +329,18 @@ def test_other_architectures_agree_with_their_own_forward(family: str, tmp_path:
         check_logprobs(request, {"v0": plain_model(directory)})
 
 
-def test_an_attention_we_do_not_compute_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="attention"):
-        ModelRunner(save_model(tmp_path / "sliding", 0, "sliding"), 256, "v0")
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("sliding", "a sliding window"),
+        ("wide window", "a sliding window"),
+        ("window by mask", "a sliding window"),
+        ("stretched", "RoPE of type longrope"),
+        ("twice a layer", "attention the embedded engine does not compute"),
+        ("latent", "attention the embedded engine does not compute"),
+    ],
+)
+def test_an_attention_we_do_not_compute_is_refused(family: str, reason: str, tmp_path: Path) -> None:
+    """Also where it shows only beyond what a model is tried on at load, or only from one step to the next."""
+    with pytest.raises(ConfigError, match=reason):
+        ModelRunner(save_model(tmp_path / "model", 0, family), 256, "v0")

@@ -7,7 +7,7 @@ batches of several shapes; otherwise the same function runs eagerly, and if that
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import ERROR
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from kat_stream.attention import register, row_wide_rope
 from kat_stream.engines.embedded.attention import IMPLEMENTATION, layer_attention, sample
 from kat_stream.errors import ConfigError
 
@@ -73,10 +74,9 @@ class PagedStep:
 
 
 def paged_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, *, paged: PagedStep, **_: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, paged: PagedStep,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """`transformers` attention function: query [1,H,T,D], key and value [1,G,T,D] -> ([1,T,H,D], None)."""
+    """What `transformers` calls: query [1,H,T,D], key and value [1,G,T,D] -> ([1,T,H,D], None)."""
     scale = query.size(-1) ** -0.5 if scaling is None else float(scaling)
     out = layer_attention(
         query, key, value, paged.pool, paged.dense, paged.slots, paged.lens, paged.chunks, paged.context,
@@ -85,7 +85,7 @@ def paged_attention(
     return out, None
 
 
-AttentionInterface.register(IMPLEMENTATION, paged_attention)
+register(IMPLEMENTATION, paged_attention, "paged")
 
 
 class StepModule(nn.Module):
@@ -130,10 +130,22 @@ def trial(vocab: int, lengths: list[int], decoding: int, seed: int) -> StepInput
     )  # fmt: skip
 
 
+def piece(whole: StepInput, start: int, stop: int) -> StepInput:
+    """Tokens [start, stop) of a `trial` of one prompt, behind those before them: a chunk, or one token that decodes."""
+    part, behind, none = slice(start, stop), np.arange(start), np.empty(0, np.int64)
+    decodes = stop - start == 1
+    return replace(
+        whole, ids=whole.ids[part], positions=whole.positions[part], slots=whole.slots[part],
+        lens=np.array([stop]) if decodes else none,
+        chunks=np.array([[0, stop - start, start]])[decodes:], context=none if decodes else behind,
+        prompt_rows=np.arange(stop - start), prompt_targets=whole.prompt_targets[part],
+    )  # fmt: skip
+
+
 def expected(model: PreTrainedModel, batch: StepInput) -> NDArray[np.float32]:
     """Prompt log-probs of a `trial` batch by the model's own attention: float32 [M]."""
     parts = []
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("eager")
     for start, count, _ in batch.chunks.tolist():
         ids = torch.from_numpy(batch.ids[start : start + count])[None]
         parts.append(torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), dim=-1))
@@ -149,18 +161,31 @@ def _agrees(step: Any, model: PreTrainedModel, pool: Tensor, dense: Tensor, voca
         got = step(*batch.tensors(), pool, dense)[2].numpy()
         if not np.allclose(got, expected(model, batch), rtol=0, atol=TOLERANCE):
             return False
-    return True
+    # Keys and values of earlier steps: a prompt in two chunks, and a token that decodes from its dense row.
+    whole, found = trial(vocab, [12], 0, 98), []
+    for start, stop in ((0, 5), (5, 11), (11, 12)):
+        dense[:, :, 0, :, :start] = pool[:, :, :start].transpose(2, 3)
+        found.append(step(*piece(whole, start, stop).tensors(), pool, dense)[2].numpy())
+    return np.allclose(np.concatenate(found), expected(model, whole), rtol=0, atol=TOLERANCE)
 
 
 def build_step(model: PreTrainedModel, pool: Tensor, dense: Tensor, vocab: int) -> Any:
     """The fastest callable that agrees with `model`'s forward; overwrites `pool` and `dense`.
 
     Raises ConfigError for an architecture whose attention is more than causal softmax attention (sliding windows,
-    soft caps).
+    soft caps) over heads of one size, or whose positions are not a request's own.
     """
+    name = type(model).__name__
+    if (kind := row_wide_rope(model.config.get_text_config())) is not None:
+        raise ConfigError(f"{name}: RoPE of type {kind} depends on the longest request of a batch")
     eager = StepModule(model)
-    if not _agrees(eager, model, pool, dense, vocab):
-        raise ConfigError(f"{type(model).__name__}: attention the embedded engine does not compute (checked at load)")
+    try:
+        agrees = _agrees(eager, model, pool, dense, vocab)
+    except RuntimeError as error:  # keys and values of other shapes than the configuration's heads
+        said = str(error).strip().splitlines()[-1]
+        raise ConfigError(f"{name}: attention the embedded engine does not compute: {said}") from error
+    if not agrees:
+        raise ConfigError(f"{name}: attention the embedded engine does not compute (checked at load)")
     example: tuple[Tensor, ...] = (*trial(vocab, [5, 3], 2, 99).tensors(), pool, dense)
     verbosity = logging.get_verbosity()
     logging.set_verbosity(ERROR)

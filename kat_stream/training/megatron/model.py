@@ -102,7 +102,7 @@ class TreeAttention(torch.nn.Module):
         """[n, 1, heads, size] -> [n, 1, heads * size]."""
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         tree = attention_mask
-        out, _none = tree_attention(self, query, key, value, None, tree_plan=tree.plan, tree_gateways=tree.gateways)
+        out, _none = tree_attention(self, query, key, value, tree_plan=tree.plan, tree_gateways=tree.gateways)
         return out.transpose(0, 1).flatten(2)
 
 
@@ -143,10 +143,14 @@ def check(config: Any, tensor_parallel: int, expert_parallel: int) -> None:
         f"model type {config.model_type}, expected one of {', '.join(FAMILIES)}": config.model_type not in FAMILIES,
         f"RoPE of type {rope.get('rope_type')}": rope.get("rope_type", "default") != "default",
         f"activation {config.hidden_act}": config.hidden_act != "silu",
-        "a sliding window": bool(getattr(config, "use_sliding_window", False)),
+        "a sliding window": bool(getattr(config, "use_sliding_window", False))
+        or any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()),
         "biases in attention or MLP": bool(getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", 0)),
         "layers with and without experts": bool(experts)
         and (config.decoder_sparse_step != 1 or bool(config.mlp_only_layers)),
+        "one expert a token, whose renormalised gate is constant": bool(experts)
+        and config.num_experts_per_tok == 1
+        and config.norm_topk_prob,
         "experts and tensor parallelism at once": bool(experts) and tensor_parallel > 1,
         "no experts for expert_parallel": not experts and expert_parallel > 1,
         f"{experts} experts over {expert_parallel} ranks": bool(experts and experts % expert_parallel),

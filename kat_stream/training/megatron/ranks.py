@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig
 
-from kat_stream.errors import StepCancelled
+from kat_stream.errors import BatchError, StepCancelled
 from kat_stream.training.learner import LearnerConfig
 from kat_stream.training.megatron import groups
 from kat_stream.training.megatron.learner import MegatronLearner
@@ -119,7 +119,7 @@ class _Follower(MegatronLearner):
         """Do as rank 0 does."""
         match command:
             case "step":
-                with suppress(StepCancelled):
+                with suppress(StepCancelled, BatchError):  # rank 0 has the same and tells its caller
                     self.step(value)
             case "skip":
                 self.skip_step()

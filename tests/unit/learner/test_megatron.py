@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MistralConfig
+from transformers import MistralConfig, Qwen3Config, Qwen3MoeConfig
 
 from kat_stream.config import load
 from kat_stream.errors import CheckpointError, ConfigError
@@ -20,6 +20,7 @@ from kat_stream.training.attention import DensePlan
 from kat_stream.training.checkpoint import Checkpoint, CheckpointStore, latest_checkpoint
 from kat_stream.training.gateways import Gateways
 from kat_stream.training.learner import LearnerConfig, TorchLearner
+from kat_stream.training.megatron.model import check
 from kat_stream.training.megatron.ranks import MegatronLeader, Order, World
 from kat_stream.training.megatron.weights import Shards
 from kat_stream.training.rows import edge_values, make_micro_batch, part_inputs
@@ -188,6 +189,10 @@ def test_what_is_another_model_is_refused(models: Path, megatron: Open, torch_le
     MistralConfig(vocab_size=7).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="model type mistral"):
         megatron(tmp_path)
+    with pytest.raises(ConfigError, match="a sliding window"):
+        check(Qwen3Config(num_hidden_layers=1, layer_types=["sliding_attention"]), 1, 1)
+    with pytest.raises(ConfigError, match="gate is constant"):
+        check(Qwen3MoeConfig(num_experts_per_tok=1, norm_topk_prob=True), 1, 1)
 
 
 @pytest.mark.parametrize(

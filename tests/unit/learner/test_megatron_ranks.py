@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from kat_stream.errors import ServiceDied, StepCancelled
+from kat_stream.errors import BatchError, ServiceDied, StepCancelled
 from kat_stream.rl.settings import PenaltyConfig, RatioConfig
 from kat_stream.training.learner import LearnerConfig, TorchLearner
 from kat_stream.training.megatron.ranks import MegatronLeader, Order, World
@@ -117,6 +117,13 @@ def test_a_checkpoint_resumes_to_the_bit_and_with_any_division(
         assert ranks.step(batches[2]).loss == pytest.approx(ahead.loss, abs=1e-5)
         found = ranks.state_dict()["model"]
         assert max(float((found[key] - weights[key]).abs().max()) for key in weights) < 1e-4
+
+
+def test_a_batch_that_teaches_nothing_ends_no_rank(world: World, models: Path, batches: list[TrainBatch]) -> None:
+    with divided(world, models / "tied", DATA) as ranks:
+        with pytest.raises(BatchError, match="nothing to learn from"):
+            ranks.step(replace(batches[0], weight=np.zeros_like(batches[0].weight)))
+        assert ranks.step(batches[0]).step == 1
 
 
 def test_a_step_that_is_stopped_changes_no_rank(world: World, models: Path, batches: list[TrainBatch]) -> None:

@@ -18,7 +18,7 @@ import torch
 from msgspec.structs import replace as changed
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from kat_stream.config import load
 from kat_stream.engines.client import EngineClient, Generation, SamplingParams, Span
@@ -244,6 +244,16 @@ def test_what_does_not_fit_is_refused(moe_dir: Path, model_dir: Path, recorded: 
         TorchLearner(model_dir, REPLAY)
     with pytest.raises(ConfigError, match="routing_replay needs engine.record_routing"):
         load(None, ["trainer.routing_replay=true"])
+
+
+def test_routers_that_take_more_than_hidden_states_are_refused(tmp_path: Path) -> None:
+    config = MiniMaxM2Config(
+        vocab_size=7, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=32,
+    )  # fmt: skip
+    MiniMaxM2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="does not know how MiniMaxM2TopKRouter weighs"):
+        TorchLearner(tmp_path, REPLAY)
 
 
 def test_without_replay_it_does_not_matter_what_engines_recorded(moe_dir: Path, recorded: list[Turn]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DiffLlamaConfig
 
 from kat_stream.rl.settings import RatioConfig
 from kat_stream.training.attention import Backend, DensePlan
@@ -193,6 +193,41 @@ def test_both_back_ends_agree_on_another_architecture(
     for backend in BACKENDS:
         found = exact(llama_dir, configure(backend)).logprobs(batch)
         assert abs(found - expected).max() < EXACT
+
+
+SIZES = {
+    "vocab_size": 7, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.3,
+}  # fmt: skip
+LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+    "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", [DeepseekV3Config(**SIZES, **LATENT), DiffLlamaConfig(**SIZES)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_of_another_size_and_attention_twice_a_layer(
+    odd: Any, backend: Backend, tmp_path: Path, grow: Build, batch_of: Build, path_logprobs: Build
+) -> None:
+    """Latent attention has smaller values than keys, differential attention two calls a layer; whole and in parts."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(odd).save_pretrained(tmp_path)
+    rng = np.random.default_rng(9)
+    turns = grow(rng, 25)
+    batch = batch_of(turns, rng)
+    by_logprobs = {turn.logprobs.tobytes(): turn for turn in turns}
+    ordered = [by_logprobs[old.tobytes()] for old in np.split(batch.logprobs, np.cumsum(batch.lengths)[:-1])]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, attn_implementation="eager")
+    plain.set_experts_implementation("eager")
+    expected = torch.cat(path_logprobs(plain, ordered)).detach().numpy()
+    steps = []
+    for budget in (WHOLE, 7):
+        learner = TorchLearner(tmp_path, configure(backend, budget))
+        assert abs(learner.logprobs(batch) - expected).max() < 1e-5  # their norms and experts round to float32
+        steps.append(learner.step(batch).grad_norm)
+    assert steps[1] == pytest.approx(steps[0], rel=1e-5)
 
 
 def test_float32_is_within_its_own_rounding(model_dir: Path, grow: Build) -> None:

@@ -96,3 +96,16 @@ def test_a_batch_without_a_teacher_is_refused_and_merged_ones_have_none_for_thos
         replace(taught, teacher_logprobs=np.array([-1], np.float32))
     with pytest.raises(BatchError, match="infinite"):
         replace(taught, teacher_logprobs=np.array([-1, -np.inf], np.float32))
+
+
+def test_a_step_without_the_teacher_that_it_asks_for_is_refused_before_any_tree_runs(
+    model_dir: Path, grow: Build, batch_of: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that are dealt no tree would else wait for the others' gradients, and be a step behind from then on."""
+    learner = TorchLearner(model_dir, LearnerConfig(distillation=DistillationConfig(coefficient=1.0)))
+    ran: list[object] = []
+    monkeypatch.setattr(learner, "_gradients", lambda *given: ran.append(given))
+    rng = np.random.default_rng(0)
+    with pytest.raises(BatchError, match="no teacher's log-probs"):
+        learner.step(batch_of(grow(rng, 5), rng))
+    assert not ran
