@@ -9,7 +9,7 @@ file of the sandbox is read by the host.
 
 from __future__ import annotations
 
-import os
+import asyncio
 import secrets
 import shlex
 from collections.abc import Mapping
@@ -17,7 +17,9 @@ from typing import Literal
 
 from kat_stream.env.datasets import Files
 from kat_stream.env.datasets.toolchains import resolve
+from kat_stream.env.gitfiles import git_files
 from kat_stream.env.sandboxes.base import ExecResult, Mount, Sandbox, SandboxSpec
+from kat_stream.env.sandboxes.files import pack
 from kat_stream.errors import DataError, SandboxError
 from topics import Task
 
@@ -47,27 +49,29 @@ _NESTED = (
     " | git update-index -z --index-info; fi"
 )
 # Git knows a repository by these directories, which may be empty; then they did not come with the files.
-_TASKS_REPOSITORY = "mkdir -p .git/objects .git/refs"
+_KNOWN_BY = (".git/objects/", ".git/refs/")
+# A repository that was just made needs no upkeep, for which git would start another process.
 _NEW_REPOSITORY = f"""set -e
 git init -q -b main .
 {_NESTED}
 git add -A -f .
-git commit -q --allow-empty -m 'The state to work on'
+git -c maintenance.auto=false -c gc.auto=0 commit -q --allow-empty -m 'The state to work on'
 """
-# info/attributes goes before every .gitattributes: bytes stay what they are.
+# All that makes a repository. info/attributes goes before every .gitattributes: bytes stay what they are.
 _OPEN = """set -e
-mkdir -p "$GIT_DIR/info"
-git init -q --template=
+mkdir -p "$GIT_DIR/info" "$GIT_DIR/objects" "$GIT_DIR/refs"
+echo 'ref: refs/heads/none' >"$GIT_DIR/HEAD"
 echo '* -text -ident -filter !working-tree-encoding !diff' >"$GIT_DIR/info/attributes"
 """
-# With -N a new file is only named: the content of what may be a large build product is read where it is, once.
+# With -N a new file is only named: the content of what may be a large build product is read where it is, once. An index
+# that is locked git diff cannot bring up to date, for which it would read every file again.
 _TAKE = f"""{_OPEN}
-git -c pack.compression=1 -c fastimport.unpackLimit=1 fast-import --quiet --depth=0
-git read-tree base
-if [ -f .git/info/exclude ]; then cat .git/info/exclude >"$GIT_DIR/info/exclude"; fi
+tar -x --no-same-owner -f - -C "$GIT_DIR"
 {_NESTED}
-git add -N .
-exec git diff --binary --no-color --no-ext-diff --no-textconv --no-renames base -- """
+if [ -f .git/info/exclude ]; then set -- -c core.excludesFile=.git/info/exclude; fi
+git "$@" add -N .
+: >"$GIT_DIR/index.lock"
+exec git diff --binary --no-color --no-ext-diff --no-textconv --no-renames """
 _APPLY = f"{_OPEN}exec git apply --whitespace=nowarn "
 
 
@@ -108,7 +112,9 @@ def sandbox_spec(
 async def lay_out(sandbox: Sandbox, task: Task, files: Files) -> None:
     """Put the work tree into the sandbox; one that comes without a repository gets one, for the agent to use."""
     await sandbox.put(files, task.environment.workdir)
-    script = _TASKS_REPOSITORY if ".git/HEAD" in files else _NEW_REPOSITORY
+    script = _NEW_REPOSITORY if ".git/HEAD" not in files else _missing(files)
+    if not script:
+        return
     done = await sandbox.exec(script, timeout_s=_GIT_TIMEOUT_S, env=_ENVIRONMENT)
     if done.exit_code != 0:
         raise SandboxError(f"{task.task_id}: no repository to work in: {_said(done)}")
@@ -120,10 +126,11 @@ async def take_patch(sandbox: Sandbox, task: Task, files: Files) -> bytes:
     Where only some files are graded, what it did to those. PatchTooLarge above PATCH_LIMIT; DataError if the work tree
     cannot be read; SandboxDied if the sandbox is gone.
     """
+    tree, made = await asyncio.to_thread(git_files, files)
     done = await sandbox.exec(
-        _TAKE + shlex.join(_graded(task)),
+        _TAKE + shlex.join((tree, "--", *_graded(task))),
         timeout_s=_GIT_TIMEOUT_S,
-        stdin=_baseline(files),
+        stdin=pack(made),
         env={**_repository(sandbox), "GIT_LITERAL_PATHSPECS": "1"},
         output_limit=PATCH_LIMIT,
     )
@@ -143,6 +150,12 @@ async def apply_patch(sandbox: Sandbox, task: Task, patch: bytes) -> str:
     return "" if done.exit_code == 0 else f"the patch does not apply: {_said(done)}"
 
 
+def _missing(files: Files) -> str:
+    """What completes the task's own repository; empty if it is complete."""
+    missing = [place for place in _KNOWN_BY if not any(path.startswith(place) for path in files)]
+    return shlex.join(["mkdir", "-p", *missing]) if missing else ""
+
+
 def _graded(task: Task) -> list[str]:
     """The only files that are graded; empty: all are."""
     return task.verifier.options.get("include", "").splitlines()
@@ -152,17 +165,6 @@ def _repository(sandbox: Sandbox) -> dict[str, str]:
     """Git's environment for a new repository of ours beside the work tree, under a name that the agent cannot know."""
     place = f"{sandbox.root}{_REPOSITORIES}/{secrets.token_hex(8)}"
     return {**_ENVIRONMENT, "GIT_DIR": place, "GIT_WORK_TREE": "."}
-
-
-def _baseline(files: Files) -> bytes:
-    """The task's files as a branch `base`, for git fast-import."""
-    parts = [b"commit refs/heads/base\ncommitter <> 0 +0000\ndata 0\n"]
-    for path, (content, mode) in files.items():
-        if ".git" not in path.split("/"):
-            name = path.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-            head = f'M {"100755" if mode & 0o100 else "100644"} inline "{name}"\ndata {len(content)}\n'
-            parts += [os.fsencode(head), content, b"\n"]
-    return b"".join(parts)
 
 
 def _said(done: ExecResult) -> str:

@@ -57,6 +57,8 @@ ORDINARY = {
     "a directory for a file": Case("rm f && mkdir f && echo B > f/x", "grep B f/x", {"f": b"f\n"}),
     "a link for a file": Case("ln -sf state.txt f", "test -L f", {"f": b"f\n"}),
     "an empty file": Case("touch empty", "test -e empty"),
+    "the same size and time": Case("printf B > w.txt && touch -r state.txt w.txt", "grep B w.txt", {"w.txt": b"a"}),
+    "a list of ignored files that nobody may read": Case("chmod 0 .git/info/exclude && echo B > b", "grep B b"),
     "binary": Case("printf '\\0\\377' > b", "test $(wc -c < b) = 2", {"b": b"\0\1\2"}),
     "odd names": Case(
         'for f in *; do echo B >> "$f"; done', "test $(cat * | grep -c B) = 3", {'q"\\ \n': b"", "[x]*": b""}

@@ -22,7 +22,9 @@ _TESTS = "/tests"
 _OUTPUT_LIMIT = 1 << 18
 # What `sh` answers when it cannot find or start the command itself; the work's own code can end with these, too.
 _CANNOT_RUN = (126, 127)
-_LOOK_TIMEOUT_S = 10.0
+# Says, in the first line of the output and before the work's code runs, whether the command's program is there. In a
+# shell of its own: what begins the command may be no word at all.
+_LOOK = "(eval {}) >/dev/null 2>&1; echo $?\n"
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 
 
@@ -35,16 +37,17 @@ class CommandVerifier:
         directory = spec.options.get("tests_directory", _TESTS)
         env = {"TESTS": sandbox.root + directory}
         await sandbox.put(tests, directory)
-        # Before the work's code runs, which may leave a sandbox in which nothing can be looked up.
-        startable = await _startable(task, sandbox, env)
+        program = _program(spec.command)
         done = await sandbox.exec(
-            spec.command,
+            _LOOK.format(shlex.quote(f"command -v {program}")) + spec.command,
             timeout_s=spec.timeout_s,
             env=env,
             merge_stderr=True,
             output_limit=_OUTPUT_LIMIT,
         )
-        evidence = tail(done.stdout)
+        found, _, output = done.stdout.partition(b"\n")
+        startable = found == b"0" or _of_the_work(program, task.environment.workdir)
+        evidence = tail(output)
         if done.timed_out:
             return self._too_slow(task, evidence)
         if done.exit_code in _CANNOT_RUN and not startable:
@@ -59,16 +62,10 @@ class CommandVerifier:
         return Verdict(0.0, {"passed": 0.0}, f"{evidence}[{message}]")
 
 
-async def _startable(task: Task, sandbox: Sandbox, env: dict[str, str]) -> bool:
-    """Whether the command's program is there, or is a file of the work tree and so the work's to bring."""
-    program = _program(task.verifier.command)
-    workdir = task.environment.workdir
-    if "/" in program and "$" not in program:
-        path = posixpath.normpath(posixpath.join(workdir, program.strip("'\"")))
-        if path.startswith(f"{workdir}/"):
-            return True
-    look = await sandbox.exec(f"command -v {program}", timeout_s=_LOOK_TIMEOUT_S, env=env)
-    return look.exit_code == 0
+def _of_the_work(program: str, workdir: str) -> bool:
+    """Whether it is a file of the work tree, and so the work's to bring."""
+    path = posixpath.normpath(posixpath.join(workdir, program.strip("'\"")))
+    return "/" in program and "$" not in program and path.startswith(f"{workdir}/")
 
 
 def _program(command: str) -> str:

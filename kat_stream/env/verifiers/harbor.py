@@ -23,7 +23,7 @@ _OUTPUT_LIMIT = 1 << 18
 _REWARD_LIMIT = 1 << 16
 # reward.txt goes first, as in Harbor; the last line says which of the two it was.
 _READ = "cd {0}/logs/verifier && for f in reward.txt reward.json; do test -f $f && echo $f && exec cat $f; done; exit 1"
-_RUN = "chmod +x {0}/tests/test.sh && exec {0}/tests/test.sh"
+_RUN = "mkdir -p {0}/logs/verifier && chmod +x {0}/tests/test.sh && exec {0}/tests/test.sh"
 # An agent that worked here may have left files, links and directories without any permission.
 _CLEAR = """set -e
 cd {0}/
@@ -34,6 +34,7 @@ done
 chmod -R u+rwx tests logs/verifier
 find tests logs/verifier -mindepth 1 -delete
 """
+_OURS = ("/tests/", "/logs/verifier/")
 _CLEAR_TIMEOUT_S = 30.0
 _READ_TIMEOUT_S = 10.0
 
@@ -44,7 +45,8 @@ class HarborVerifier:
 
     async def grade(self, task: Task, tests: Files, sandbox: Sandbox) -> Verdict:
         root = shlex.quote(sandbox.root)
-        await _clear(sandbox, root)
+        if _agents(task):
+            await _clear(sandbox, root)
         await sandbox.put(tests, "/tests")
         script = _RUN.format(root)
         timeout_s = task.verifier.timeout_s
@@ -60,6 +62,12 @@ class HarborVerifier:
             )
         components = _rewards(task, read.stdout)
         return Verdict(_score(components), components, evidence)
+
+
+def _agents(task: Task) -> bool:
+    """Whether an agent may have written where the tests and their result go: in this sandbox, or by its patch."""
+    above = task.environment.workdir.rstrip("/")
+    return task.verifier.in_place or any(place.startswith(f"{above}/") for place in _OURS)
 
 
 async def _clear(sandbox: Sandbox, root: str) -> None:
