@@ -13,6 +13,8 @@ from kat_stream.cli.plugins import add_list
 if TYPE_CHECKING:
     from kat_stream.env.evaluation import Finding
 
+_LINE = 1000  # characters: what a test printed may be more than anybody reads
+
 
 def register(subparsers: Any) -> None:
     about = "where tasks come from"
@@ -60,10 +62,12 @@ def _register_write(group: Any) -> None:
 def check(args: argparse.Namespace) -> int:
     import anyio
 
+    from kat_stream.observe.text import one_line
+
     findings = anyio.run(_check, args)
     broken = [finding for finding in findings if finding.problems]
     for finding in broken:
-        print(f"{finding.task}: {'; '.join(finding.problems)}")
+        print(one_line(f"{finding.task}: {'; '.join(finding.problems)}", _LINE))
     print(f"{len(findings) - len(broken)} of {len(findings)} tasks are sound")
     return 1 if broken or not findings else 0
 

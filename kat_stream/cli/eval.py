@@ -105,7 +105,8 @@ def _print_result(result: Result) -> None:
 
     reward = "-" if result.reward is None else f"{result.reward:g}"
     why = "" if result.reward == SOLVED else f"  {one_line(result.detail, 80)}"
-    print(f"{result.task:<40} {reward:>5}  {result.outcome:<15} {result.seconds:6.2f} s{why}".rstrip(), flush=True)
+    task = one_line(result.task, 200)
+    print(f"{task:<40} {reward:>5}  {result.outcome:<15} {result.seconds:6.2f} s{why}".rstrip(), flush=True)
 
 
 def _sampling(config: Config) -> Any:

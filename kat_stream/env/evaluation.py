@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -67,7 +68,7 @@ async def evaluate(
     ConfigError for an unknown dataset, option or agent. Agents without a model (oracle, nop) need no gateway.
     """
     runner, grader = RolloutRunner(sandboxes, gateway, data_url), Grader(sandboxes)
-    entries = list(open_dataset(spec).scan())[:limit]
+    entries = list(islice(open_dataset(spec).scan(), limit))
     slots = asyncio.Semaphore(concurrency)
 
     async def one(entry: Task | TaskError) -> Result:

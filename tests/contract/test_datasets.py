@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
@@ -12,12 +13,13 @@ from kat_stream.env.datasets.base import Spec
 from kat_stream.env.datasets.mend import MendDataset
 from kat_stream.env.evaluation import Result, check, evaluate
 from kat_stream.env.sandboxes.base import ENVIRONMENT
+from kat_stream.env.sandboxes.files import pack
 from kat_stream.errors import ConfigError, TaskError
 from tests.contract.env_kit import backend, exercise, harbor_task, needs_bwrap, write
 
 pytestmark = pytest.mark.anyio
 
-BROKEN = {
+BROKEN: dict[str, tuple[dict[str, str | None], str]] = {
     "no tests": ({"tests/test.sh": None}, "tests/test.sh: missing"),
     "broken toml": ({"task.toml": "version = "}, "task.toml:"),
     "work among the tests": (
@@ -50,6 +52,30 @@ BROKEN = {
     "left out": ({"environment/.dockerignore": "repo\n"}, "Dockerfile:3: COPY: repo/ is not in"),
     "wrong pattern": ({"environment/.dockerignore": "[\n"}, ".dockerignore: [: "),
     "url": ({"environment/Dockerfile": "FROM a\nADD ftp://host/x /app/\n"}, "only plain files"),
+    "not text": ({"task.toml": "a = " + "[" * 9000}, "task.toml: maximum recursion"),
+    "endless number": ({"task.toml": f"[agent]\ntimeout_sec = 1{'0' * 5000}\n"}, "task.toml: Exceeds the limit"),
+    "no number": ({"task.toml": "[agent]\ntimeout_sec = nan\n"}, "agent.timeout_sec = nan is not a number above 0"),
+    "infinite": ({"task.toml": "[environment]\nmemory_mb = inf\n"}, "environment.memory_mb = inf"),
+    "too much": ({"task.toml": "[environment]\nmemory = '99999999999T'\n"}, "is not a size"),
+    "no room": ({"task.toml": "[environment]\nstorage_mb = 1\n", "environment/repo/x": "x" * (1 << 20)}, "do not fit"),
+    "steps": ({"task.toml": "[[steps]]\nname = 'plan'\n", "instruction.md": None}, "a task of several steps"),
+    "gpu": ({"task.toml": "[environment]\ngpus = 1\n"}, "environment.gpus is not supported"),
+    "servers": ({"task.toml": "[[environment.mcp_servers]]\nname = 'a'\n"}, "environment.mcp_servers is not"),
+    "windows": ({"task.toml": "[environment]\nos = 'Windows'\n"}, "environment.os = 'Windows' is not linux"),
+    "tests' variables": ({"task.toml": "[verifier.env]\nMODEL = 'm'\n"}, "verifier.env is not supported"),
+    "tests' image": (
+        {"task.toml": "[verifier]\nenvironment_mode = 'separate'\n", "tests/Dockerfile": "FROM a\n"},
+        "tests/Dockerfile: the tests' own image is not built",
+    ),
+    "services": ({"environment/docker-compose.yaml": "services: {db: {image: b}}\n"}, "docker-compose.yaml: services"),
+    "host's variable": ({"task.toml": "[environment.env]\nKEY = '${KEY}'\n"}, "environment.env.KEY = '${KEY}' is not"),
+    "system's": ({"environment/Dockerfile": "FROM a\nWORKDIR /etc/nginx\n"}, "/etc/nginx is one of the system's"),
+    "deep": ({"environment/Dockerfile": f"FROM a\nCOPY {'[' * 90000}\n"}, "COPY: maximum recursion depth"),
+    "no end": ({"environment/Dockerfile": "FROM a\nRUN make \\\n"}, "Dockerfile:2: RUN needs an image"),
+    "file and directory": (
+        {"environment/Dockerfile": "FROM a\nWORKDIR /app\nCOPY repo/state.txt x\nCOPY repo/ x/\n"},
+        "/app/x is copied as a file and, for /app/x/state.txt, as a directory",
+    ),
     "image only": (
         {"environment/Dockerfile": None, "task.toml": "[environment]\ndocker_image = 'x/y'\n"},
         "docker_image = 'x/y'",
@@ -83,6 +109,67 @@ def test_a_link_among_tests_or_solution_is_found_before_any_rollout(tmp_path: Pa
     error = next(iter(open_dataset(f"harbor:{tmp_path}").scan()))
     assert isinstance(error, TaskError)
     assert f"{place}/alias.sh: not a regular file" in str(error)
+
+
+@pytest.mark.parametrize("name", ["instruction.md", "environment", "tests", "solution", "environment/Dockerfile"])
+def test_what_lies_elsewhere_is_not_read_through_a_link(tmp_path: Path, name: str) -> None:
+    path = harbor_task(tmp_path / "set")
+    (path / name).rename(tmp_path / "secret")
+    (path / name).symlink_to(tmp_path / "secret")
+    error = next(iter(open_dataset(f"harbor:{tmp_path / 'set'}").scan()))
+    assert isinstance(error, TaskError)
+    assert f"{path / name}: " in str(error)
+
+
+def test_a_set_is_scanned_to_its_end_whatever_it_is_called(tmp_path: Path) -> None:
+    """A clone's .git is no task; a name that no record and no terminal could hold is that task's error."""
+    (tmp_path / ".git").mkdir()
+    harbor_task(tmp_path, "a\nb")
+    harbor_task(tmp_path, "caf\udce9")
+    os.mkfifo(harbor_task(tmp_path, "d", {"instruction.md": None}) / "instruction.md")
+    harbor_task(tmp_path, "e")
+    *errors, sound = open_dataset(f"harbor:{tmp_path}").scan()
+    assert [str(error).partition(": ")[2] for error in errors] == [
+        "'a\\nb' is not the name of a task",
+        "'caf\\udce9' is not the name of a task",
+        "not a regular file",
+    ]
+    assert not isinstance(sound, TaskError)
+
+
+def test_the_work_directory_and_variables_of_task_toml_go_before_the_images(tmp_path: Path) -> None:
+    toml = "[environment]\nworkdir = '/srv/x'\n[environment.env]\nA = 'toml'\nB = '${B:-given}'\n"
+    dockerfile = "FROM a\nENV A=image C=image\nWORKDIR /app\nCOPY repo/ /srv/x/\n"
+    path = harbor_task(tmp_path, files={"task.toml": toml, "environment/Dockerfile": dockerfile})
+    dataset = open_dataset(f"harbor:{path}")
+    environment = dataset.tasks()[0].environment
+    assert environment.workdir == "/srv/x"
+    assert environment.env == {"A": "toml", "B": "given", "C": "image"}
+    assert set(dataset.files(dataset.tasks()[0])) == {"state.txt"}
+
+
+COPIES = {
+    "COPY repo/state.txt /app": {"state.txt"},
+    "COPY repo/ d/\nCOPY repo/state.txt d": {"d/state.txt"},
+    "COPY repo/state.txt d/sub": {"d/sub"},
+    "COPY repo/sta\\\nte.txt s\\\n  \n# between\n/x": {"s/x"},
+}
+
+
+@pytest.mark.parametrize("lines", COPIES)
+def test_a_copy_lands_where_docker_puts_it(tmp_path: Path, lines: str) -> None:
+    path = harbor_task(tmp_path, files={"environment/Dockerfile": f"\ufeffFROM a\nWORKDIR //app\n{lines}\n"})
+    dataset = open_dataset(f"harbor:{path}")
+    assert set(dataset.files(dataset.tasks()[0])) == COPIES[lines]
+
+
+def test_an_archive_is_one_by_its_content(tmp_path: Path) -> None:
+    dockerfile = "FROM a\nWORKDIR /app\nADD repo/ d/\nADD bundle ./\n"
+    path = harbor_task(tmp_path, files={"environment/Dockerfile": dockerfile, "environment/bundle": "text"})
+    assert len(open_dataset(f"harbor:{tmp_path}").tasks()) == 1
+    (path / "environment" / "bundle").write_bytes(pack({"x": (b"x", 0o644)}))
+    error = next(iter(open_dataset(f"harbor:{tmp_path}").scan()))
+    assert "bundle: only plain files" in str(error)
 
 
 def test_an_id_may_hold_a_number_sign(tmp_path: Path) -> None:
@@ -209,7 +296,10 @@ def test_a_broken_exercise_is_named(tmp_path: Path) -> None:
     exercise(tmp_path, "e-nul", editor=["a\0b"])
     exercise(tmp_path, "f-editorless", editor=["gone.h"])
     exercise(tmp_path, "g-unsolved", example=[".meta/gone.py"])
-    exercise(tmp_path, "h-sound")
+    (exercise(tmp_path, "h-linked") / "more").symlink_to("/etc/passwd")
+    exercise(tmp_path, "i-nothing", solution=["i_nothing_test.py"])
+    exercise(tmp_path, "j-long", test=["x" * 300])
+    exercise(tmp_path, "k-sound")
     *broken, sound = open_dataset(f"polyglot:{tmp_path}").scan()
     reasons = [
         "files.test is empty",
@@ -219,6 +309,9 @@ def test_a_broken_exercise_is_named(tmp_path: Path) -> None:
         "'a\\x00b' is not the name of a file",
         "gone.h: not a regular file",
         "gone.py: not a regular file",
+        "more: not a regular file",
+        "nothing is left to be graded",
+        "File name too long",
     ]
     for entry, reason in zip(broken, reasons, strict=True):
         assert isinstance(entry, TaskError)
@@ -254,7 +347,8 @@ def _dataset(tmp_path: Path, kind: str) -> str:
         harbor_task(tmp_path, "two", plain)
         return f"harbor:{tmp_path}"
     exercise(tmp_path)
-    exercise(tmp_path, "sum-up")
+    odd = exercise(tmp_path, "sum-up")
+    odd.rename(odd.with_name("sum up$(x)'"))
     return f"polyglot:{tmp_path}?language=python"
 
 

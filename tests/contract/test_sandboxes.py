@@ -300,6 +300,26 @@ def test_files_go_in_and_come_out(kind: str) -> None:
     play(kind, scenario)
 
 
+@pytest.mark.parametrize("name", ["a\\nb", "a\\101", "a\nb", "-C", "caf\udce9", "x y"])
+def test_a_name_is_taken_as_it_is(kind: str, name: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        await sandbox.put({name: (b"file", 0o644)}, f"/work/{name}")
+        assert await sandbox.read_file(f"/work/{name}/{name}", 100) == b"file"
+        with tarfile.open(fileobj=io.BytesIO(await sandbox.get(f"/work/{name}", limit_bytes=1 << 20))) as archive:
+            assert archive.getnames() == [f"work/{name}", f"work/{name}/{name}"]
+
+    play(kind, scenario)
+
+
+def test_a_file_has_a_date_that_archives_can_hold(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        await sandbox.put({"f": (b"", 0o644)}, "/work")
+        result = await sandbox.exec("python3 -m zipfile -c f.zip f", timeout_s=20)
+        assert result.exit_code == 0, result.stderr
+
+    play(kind, scenario)
+
+
 def test_files_go_into_the_further_writable_directories(kind: str) -> None:
     async def scenario(sandbox: Sandbox) -> None:
         await sandbox.put({"test.sh": (b"exit 3", 0o644)}, "/tests")

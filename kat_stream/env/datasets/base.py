@@ -7,7 +7,8 @@ read ever enters a sandbox: a symbolic link or a path that leaves it is a TaskEr
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -117,8 +118,23 @@ def _logged(entries: Iterable[Task | TaskError]) -> Iterator[Task]:
             yield entry
 
 
+def entry(path: Path, read: Callable[[], Task]) -> Task | TaskError:
+    """The task at `path`; whatever its files do to a reader is the error of this task, and no end of a scan."""
+    try:
+        return read()
+    except TaskError as error:
+        return error
+    except (OSError, ValueError, RecursionError) as error:
+        return TaskError(f"{path}: {error}")
+
+
 def read_tree(root: Path, *, without: frozenset[str] = frozenset()) -> dict[str, tuple[bytes, int]]:
-    """All regular files below `root`, leaving out top-level names in `without`; TaskError for links and devices."""
+    """All regular files below `root`, leaving out top-level names in `without`; TaskError for links and devices.
+
+    Empty where there is no such directory.
+    """
+    if root.is_symlink():
+        raise TaskError(f"{root}: a link, not a directory")
     files: dict[str, tuple[bytes, int]] = {}
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
@@ -129,12 +145,12 @@ def read_tree(root: Path, *, without: frozenset[str] = frozenset()) -> dict[str,
 
 
 def read_text(path: Path) -> str:
-    """A file of UTF-8 text; TaskError if it is missing, cannot be read or holds something else."""
+    """A regular file of UTF-8 text; TaskError if it is missing, cannot be read or holds something else."""
+    if not os.path.lexists(path):
+        raise TaskError(f"{path}: missing")
     try:
-        return path.read_text("utf-8")
-    except FileNotFoundError as error:
-        raise TaskError(f"{path}: missing") from error
-    except (OSError, UnicodeDecodeError) as error:
+        return read_file(path)[0].decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
         raise TaskError(f"{path}: {error}") from error
 
 

@@ -12,11 +12,12 @@ import json
 import os
 import posixpath
 import re
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from kat_stream.env.datasets.base import Files, read_file, read_tree
+from kat_stream.env.datasets.base import Files, read_file, read_text, read_tree
 from kat_stream.env.datasets.dockerignore import Dockerignore
 from kat_stream.env.datasets.dockerwords import expand, split
 from kat_stream.env.sandboxes.base import ENVIRONMENT, check_variables
@@ -26,7 +27,6 @@ from kat_stream.errors import ConfigError, TaskError
 _WITHOUT_EFFECT = frozenset(
     ["USER", "LABEL", "CMD", "ENTRYPOINT", "EXPOSE", "MAINTAINER", "STOPSIGNAL", "HEALTHCHECK", "SHELL"]
 )
-_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 @dataclass
@@ -43,22 +43,38 @@ def read_dockerfile(path: Path) -> Image:
     reader = _Reader(path)
     for line, instruction, rest in _instructions(path):
         reader.apply(line, instruction, rest)
+    files = reader.image.files
+    for place in files:
+        for above in PurePosixPath(place).parents:
+            if str(above) in files:
+                raise TaskError(f"{path}: {above} is copied as a file and, for {place}, as a directory")
     return reader.image
 
 
 def _instructions(path: Path) -> Iterator[tuple[int, str, str]]:
     """(line number, INSTRUCTION, rest), continuations joined and comments left out."""
     start, parts = 0, []
-    for number, raw in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
-        line = raw.strip()
-        if not line or line.startswith("#"):
+    for number, raw in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
+        line = raw.rstrip()
+        if not line or line.lstrip().startswith("#"):
             continue
         start = start or number
-        parts.append(line.removesuffix("\\").strip())
+        parts.append(line.removesuffix("\\"))
         if not line.endswith("\\"):
-            word, _, rest = " ".join(parts).partition(" ")
-            yield start, word.upper(), rest.strip()
+            yield start, *_words_of(parts)
             start, parts = 0, []
+    if parts:  # the file ends in the middle of a line, which is its end
+        yield start, *_words_of(parts)
+
+
+def _words_of(parts: list[str]) -> tuple[str, str]:
+    word, _, rest = "".join(parts).strip().partition(" ")
+    return word.upper(), rest.strip()
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether ADD would unpack it, which it sees from the content, whatever the name."""
+    return path.is_file() and tarfile.is_tarfile(path)
 
 
 class _Reader:
@@ -78,7 +94,7 @@ class _Reader:
         elif instruction in ("COPY", "ADD"):
             self._copy(rest)
         elif instruction == "WORKDIR":
-            self.image.workdir = posixpath.normpath(posixpath.join(self.image.workdir, self._expand(rest)))
+            self.image.workdir = self._absolute(self._expand(rest))
         elif instruction in ("ENV", "ARG"):
             self._variables(instruction, rest)
         elif instruction not in _WITHOUT_EFFECT:
@@ -131,10 +147,18 @@ class _Reader:
         if len(words) < 2:
             raise TaskError(f"{self._at}: needs a source and a destination")
         *sources, destination = (self._expand(word) for word in words)
-        target = posixpath.normpath(posixpath.join(self.image.workdir, destination))
-        into = destination.endswith(("/", "/.")) or destination == "." or len(sources) > 1
+        target = self._absolute(destination)
+        into = destination.endswith(("/", "/.")) or len(sources) > 1 or self._is_directory(target)
         for source in sources:
             self._place(source, target, into, mode)
+
+    def _absolute(self, path: str) -> str:
+        # Two slashes at the beginning mean something to POSIX, and nothing here.
+        return "/" + posixpath.normpath(posixpath.join(self.image.workdir, path)).lstrip("/")
+
+    def _is_directory(self, path: str) -> bool:
+        """Whether an earlier instruction made it one."""
+        return any(place.startswith(f"{path}/") for place in (f"{self.image.workdir}/", *self.image.files))
 
     def _words(self, rest: str) -> list[str]:
         if "<<" in rest:
@@ -143,7 +167,7 @@ class _Reader:
             return split(rest)
         try:
             words = json.loads(rest)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TaskError(f"{self._at}: {error}") from error
         if not all(isinstance(word, str) for word in words):
             raise TaskError(f"{self._at}: {rest} is not a list of strings")
@@ -158,9 +182,10 @@ class _Reader:
         return None
 
     def _place(self, source: str, target: str, into: bool, mode: int | None) -> None:
-        if "://" in source or (self._at.endswith("ADD") and source.endswith(_ARCHIVES)):
+        found = self._found(source) if "://" not in source else {}
+        if not found or (self._at.endswith("ADD") and any(map(_is_archive, found))):
             raise TaskError(f"{self._at}: {source}: only plain files of the build context can be copied")
-        for path, inside in self._found(source).items():
+        for path, inside in found.items():
             base = posixpath.join(target, path.name) if into and path.is_file() else target
             for relative, (content, bits) in inside.items():
                 place = posixpath.join(base, relative) if relative else base

@@ -1,28 +1,34 @@
 """Directories of Harbor / Terminal-Bench 2 tasks that need no image build.
 
 Owns the reading of task.toml, instruction.md, environment/, tests/ and solution/. Invariant: a directory either gives a
-complete Task or a TaskError that names the file and the reason. Source of the format: research/benchmarks.md 2.
+complete Task or a TaskError that names the file and the reason, and no file outside it is ever read. Source of the
+format: research/benchmarks.md 2.
 """
 
 from __future__ import annotations
 
 import posixpath
-import re
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from kat_stream.env.datasets.base import Files, Spec, read_text, read_tree, usable
+from kat_stream.env.datasets.base import Files, Spec, entry, read_text, read_tree, usable
 from kat_stream.env.datasets.dockerfile import Image, read_dockerfile
+from kat_stream.env.datasets.task_toml import TaskToml
 from kat_stream.errors import TaskError
 from topics import Environment, Task, VerifierSpec
 
 _DEFAULT_WORKDIR = "/app"
-_UNITS_MB = {"": 1 / (1 << 20), "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
+_STORAGE_MB = 256
 _PIDS = 256
+_PAGE = 4096  # bytes; the least that a file takes in a sandbox
 # The verifier makes these empty before it puts the tests in.
 _CLEARED = ("/tests/", "/logs/verifier/")
+# A sandbox has them from the host, read-only.
+_SYSTEM = (
+    *("/bin/", "/sbin/", "/lib/", "/lib64/", "/etc/", "/proc/", "/sys/", "/dev/", "/run/"),
+    *("/usr/bin/", "/usr/sbin/", "/usr/lib/"),
+)
 
 
 class HarborDataset:
@@ -35,14 +41,10 @@ class HarborDataset:
         self._root = spec.directory()
         self._spec = spec
         single = (self._root / "task.toml").exists()
-        self._paths = [self._root] if single else sorted(path for path in self._root.iterdir() if path.is_dir())
+        self._paths = [self._root] if single else sorted(filter(_may_be_task, self._root.iterdir()))
 
     def scan(self) -> Iterator[Task | TaskError]:
-        for path in self._paths:
-            try:
-                yield self._task(path)
-            except TaskError as error:
-                yield error
+        return (entry(path, partial(self._task, path)) for path in self._paths)
 
     def tasks(self, limit: int | None = None) -> list[Task]:
         return usable(self.scan(), limit)
@@ -64,21 +66,21 @@ class HarborDataset:
         raise TaskError(f"{self._root}: no task {task.task_id!r}")
 
     def _task(self, path: Path) -> Task:
-        config = _Config(path / "task.toml")
+        if not path.name.isprintable():
+            raise TaskError(f"{path.parent}: {path.name!r} is not the name of a task")
+        config = TaskToml(path / "task.toml")
         instruction = read_text(path / "instruction.md")
-        if "test.sh" not in _tests(path):
-            raise TaskError(f"{path / 'tests' / 'test.sh'}: missing; a task without tests cannot be graded")
-        image = _image(path, "")
+        _check_tests(path, config)
+        image = _image(path, config.workdir())
         reference = self._spec.reference(path.name)
-        workdir = image.workdir if image.workdir != "/" else _DEFAULT_WORKDIR
-        _inside(image, workdir, path)
-        if f"{workdir}/".startswith(_CLEARED):
-            raise TaskError(f"{path}: the work directory {workdir} is one that the tests have for themselves")
+        workdir = config.workdir() or (image.workdir if image.workdir != "/" else _DEFAULT_WORKDIR)
+        _check_workdir(workdir, path)
+        _check_room(_inside(image, workdir, path), config.megabytes("storage", _STORAGE_MB), path)
         return Task(
             run="",
             task_id=path.name,
             dataset=self.name,
-            environment=_environment(config, reference, workdir, image.env),
+            environment=_environment(config, reference, workdir, {**image.env, **config.variables()}),
             instruction=instruction.strip(),
             verifier=VerifierSpec(
                 name="harbor",
@@ -92,64 +94,27 @@ class HarborDataset:
         )
 
 
-class _Config:
-    """task.toml; a value of the wrong type is a TaskError that names its key."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._tables: dict[str, Any] = tomllib.loads(read_text(path))
-        except tomllib.TOMLDecodeError as error:
-            raise TaskError(f"{path}: {error}") from error
-
-    def number(self, table: str, key: str, default: float) -> float:
-        value = self._value(table, key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise self._wrong(table, key, value, "a number above 0")
-        return float(value)
-
-    def flag(self, table: str, key: str) -> bool:
-        value = self._value(table, key, False)
-        if not isinstance(value, bool):
-            raise self._wrong(table, key, value, "true or false")
-        return value
-
-    def megabytes(self, key: str, default: int) -> int:
-        """`memory_mb = 512` of newer files or `memory = "2G"` of older ones."""
-        if (newer := self._value("environment", f"{key}_mb", None)) is not None:
-            return int(self.number("environment", f"{key}_mb", newer))
-        value = self._value("environment", key, f"{default}M")
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", str(value), re.IGNORECASE)
-        if not found:
-            raise self._wrong("environment", key, value, 'a size such as "2G"')
-        return max(1, round(float(found[1]) * _UNITS_MB[found[2].upper()]))
-
-    def labels(self) -> dict[str, str]:
-        """[metadata] as text."""
-        table = self._tables.get("metadata", {})
-        return {key: str(value) for key, value in table.items()} if isinstance(table, Mapping) else {}
-
-    def image(self) -> str:
-        return str(self._value("environment", "docker_image", ""))
-
-    def _value(self, table: str, key: str, default: Any) -> Any:
-        content = self._tables.get(table, {})
-        if not isinstance(content, Mapping):
-            raise TaskError(f"{self._path}: [{table}] is not a table")
-        return content.get(key, default)
-
-    def _wrong(self, table: str, key: str, value: object, wanted: str) -> TaskError:
-        return TaskError(f"{self._path}: {table}.{key} = {value!r} is not {wanted}")
+def _may_be_task(path: Path) -> bool:
+    """A set that was cloned lies beside a .git, and more of that kind."""
+    return path.is_dir() and not path.name.startswith(".")
 
 
-def _environment(config: _Config, reference: str, workdir: str, env: dict[str, str]) -> Environment:
+def _check_tests(path: Path, config: TaskToml) -> None:
+    tests = _tests(path)
+    if "test.sh" not in tests:
+        raise TaskError(f"{path / 'tests' / 'test.sh'}: missing; a task without tests cannot be graded")
+    if "Dockerfile" in tests and config.separate_tests():
+        raise TaskError(f"{path / 'tests' / 'Dockerfile'}: the tests' own image is not built")
+
+
+def _environment(config: TaskToml, reference: str, workdir: str, env: dict[str, str]) -> Environment:
     return Environment(
         files=reference,
         workdir=workdir,
         env=env,
         cpus=config.number("environment", "cpus", 1.0),
         memory_mb=config.megabytes("memory", 1024),
-        disk_mb=config.megabytes("storage", 256),
+        disk_mb=config.megabytes("storage", _STORAGE_MB),
         pids=_PIDS,
     )
 
@@ -165,14 +130,32 @@ def _solution(path: Path) -> Files:
 def _image(path: Path, workdir: str) -> Image:
     """The Dockerfile's effect; without one, the content of environment/ in the work directory."""
     environment = path / "environment"
+    if environment.is_symlink():
+        raise TaskError(f"{environment}: a link, not a directory")
+    if (environment / "docker-compose.yaml").exists():
+        raise TaskError(f"{environment / 'docker-compose.yaml'}: services beside the task's own are not supported")
     dockerfile = environment / "Dockerfile"
     if dockerfile.is_file():
         return read_dockerfile(dockerfile)
-    if prebuilt := _Config(path / "task.toml").image():
+    if prebuilt := TaskToml(path / "task.toml").image():
         raise TaskError(f"{path / 'task.toml'}: environment.docker_image = {prebuilt!r}: only an image has its files")
     root = workdir or _DEFAULT_WORKDIR
     inside = read_tree(environment) if environment.is_dir() else {}
     return Image(root, {}, {posixpath.join(root, name): file for name, file in inside.items()})
+
+
+def _check_workdir(workdir: str, path: Path) -> None:
+    """TaskError for a directory in which no sandbox can have a work tree."""
+    if f"{workdir}/".startswith(_CLEARED):
+        raise TaskError(f"{path}: the work directory {workdir} is one that the tests have for themselves")
+    if f"{workdir}/".startswith(_SYSTEM) or workdir in ("/", "/usr"):
+        raise TaskError(f"{path}: the work directory {workdir} is one of the system's")
+
+
+def _check_room(files: Files, storage_mb: int, path: Path) -> None:
+    size = sum(-(-len(content) // _PAGE) * _PAGE for content, _ in files.values())
+    if size > storage_mb << 20:
+        raise TaskError(f"{path}: files of {size} bytes do not fit into environment.storage of {storage_mb} MiB")
 
 
 def _inside(image: Image, workdir: str, path: Path) -> dict[str, tuple[bytes, int]]:

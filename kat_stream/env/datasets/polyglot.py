@@ -7,12 +7,14 @@ an agent's work tree, and only changes of the exercise's solution files are grad
 from __future__ import annotations
 
 import posixpath
+import shlex
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from kat_stream.env.datasets.base import Files, Spec, read_file, read_text, read_tree, usable
+from kat_stream.env.datasets.base import Files, Spec, entry, read_file, read_text, read_tree, usable
 from kat_stream.env.datasets.languages import LANGUAGES, Language
 from kat_stream.errors import ConfigError, TaskError
 from topics import Environment, Task, VerifierSpec
@@ -59,7 +61,7 @@ class PolyglotDataset:
         for language in self._languages:
             for path in sorted(self._practice(language).iterdir()):
                 if path.is_dir():
-                    yield self._entry(language, path)
+                    yield entry(path, partial(self._task, language, path))
 
     def tasks(self, limit: int | None = None) -> list[Task]:
         return usable(self.scan(), limit)
@@ -79,7 +81,7 @@ class PolyglotDataset:
         """`solve.sh` copies the reference files over the stubs."""
         path = self._path(task)
         files = {f"files/{target}": file for target, file in _solution(path).items()}
-        solve = f'cp -R "$(dirname "$0")/files/." {task.environment.workdir}/\n'
+        solve = f'cp -R "$(dirname "$0")/files/." {shlex.quote(task.environment.workdir)}/\n'
         return {"solve.sh": (solve.encode(), _SCRIPT), **files}
 
     def _practice(self, language: str) -> Path:
@@ -92,15 +94,10 @@ class PolyglotDataset:
             raise TaskError(f"{self._spec.text}: no exercise {task.task_id!r}")
         return path
 
-    def _entry(self, language: str, path: Path) -> Task | TaskError:
-        try:
-            return self._task(language, path)
-        except TaskError as error:
-            return error
-
     def _task(self, name: str, path: Path) -> Task:
         lists = _lists(path)
-        # What a grading or the oracle would miss is found now, and not at the end of a rollout.
+        # What a rollout, a grading or the oracle would miss is found now, and not in the middle of one.
+        read_tree(path, without=_SPOILERS)
         _tests(path, lists)
         _solution(path)
         reference = self._spec.reference(f"{name}/{path.name}")
@@ -154,6 +151,8 @@ def _lists(path: Path) -> _FileLists:
     for key in ("solution", "test", "example"):
         if not getattr(lists, key):
             raise TaskError(f"{config}: files.{key} is empty; the exercise cannot be graded")
+    if not _gradable(lists):
+        raise TaskError(f"{config}: every file of files.solution is one of files.test; nothing is left to be graded")
     for name in lists.solution + lists.test + lists.example + lists.editor:
         if not name.isprintable():
             raise TaskError(f"{config}: {name!r} is not the name of a file")

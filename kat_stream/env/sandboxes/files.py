@@ -18,6 +18,8 @@ from kat_stream.errors import SandboxError
 
 _TIMEOUT_S = 60.0
 _TEXT_LIMIT = 1 << 16  # bytes of messages
+# 2023-11-14: always the same, and a date that zip can hold (wheels, jars), which begins with 1980.
+_MTIME = 1_700_000_000
 _NOT_THERE, _NOT_A_FILE = 44, 45  # exit codes that cat and tar do not use
 
 
@@ -29,7 +31,7 @@ def pack(files: Mapping[str, tuple[bytes, int]]) -> bytes:
             if path.startswith("/") or ".." in PurePosixPath(path).parts:
                 raise SandboxError(f"path {path!r} leads out of the directory")
             entry = tarfile.TarInfo(path)
-            entry.size, entry.mode = len(content), mode
+            entry.size, entry.mode, entry.mtime = len(content), mode, _MTIME
             archive.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
 
@@ -48,7 +50,7 @@ class FileTransfer(ABC):
         await self.put_tar(pack(files), directory)
 
     async def put_tar(self, tar: bytes, directory: str) -> None:
-        script = '[ -d "$1" ] || mkdir -p -- "$1" && exec tar -x -p --no-same-owner -f - -C "$1"'
+        script = '[ -d "$1" ] || mkdir -p -- "$1" && exec tar -x -p --no-same-owner --no-unquote -f - -C "$1"'
         result = await self._script(script, [directory], stdin=tar, limit=_TEXT_LIMIT)
         if result.exit_code != 0:
             raise SandboxError(f"cannot unpack into {directory}: {_reason(result)}")
@@ -57,7 +59,7 @@ class FileTransfer(ABC):
         wanted = [paths] if isinstance(paths, str) else list(paths)
         script = (
             'for p in "$@"; do [ -e "$p" ] || [ -L "$p" ] || { printf %s "$p" >&2; exit 44; }; done; '
-            'exec tar -c --hard-dereference --format=pax -f - -- "$@"'
+            'exec tar -c --hard-dereference --no-unquote --format=pax -f - -- "$@"'
         )
         result = await self._script(script, wanted, limit=limit_bytes)
         self._check(result, ", ".join(wanted), limit_bytes)
