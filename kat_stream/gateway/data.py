@@ -137,17 +137,17 @@ class DataListener:
         response = _Events(headers=_SSE)
         await response.prepare(request)
         events = dialect.stream(asked, call.turn_id, call.prompt.tokens)
+        response.held = events.start()
         try:
-            await self._in_time(response.write(events.start()))
             ending = await self._ending(response, call, events)
-            await self._in_time(response.write_eof(ending))
+            await self._in_time(response.write_eof(response.all_with(ending)))
             call.delivered = True
         except ConnectionError:  # the client went away, or takes nothing: there is nobody to answer
             if request.transport is not None:
                 request.transport.abort()
         return response
 
-    async def _ending(self, response: web.StreamResponse, call: Call, events: ReplyStream) -> bytes:
+    async def _ending(self, response: _Events, call: Call, events: ReplyStream) -> bytes:
         """What ends a stream, when all before it was shown. ConnectionError: the client does not take it."""
         try:
             shown = await self._deltas(response, call, events)
@@ -162,7 +162,7 @@ class DataListener:
             log.exception("the stream of turn %s failed", call.turn_id)
             return events.failed(_defect())
 
-    async def _deltas(self, response: web.StreamResponse, call: Call, events: ReplyStream) -> Shown:
+    async def _deltas(self, response: _Events, call: Call, events: ReplyStream) -> Shown:
         """Show what is certain until the call has its result; how much was shown."""
         text = StreamText(
             self._calls.renderer,
@@ -172,8 +172,10 @@ class DataListener:
             opened=call.prompt.opened,
         )
         known, silent_at = 0, time.monotonic() + self._limits.keepalive_s
-        while not call.result.done():
+        while True:
             await call.wait_for_news(known, silent_at - time.monotonic())
+            if call.result.done():  # what is left goes with the end
+                return text.shown
             ids = call.sampler.draft.ids
             known = max(known, len(ids))
             reasoning, content = text.feed(ids)
@@ -182,9 +184,8 @@ class DataListener:
             if not piece and time.monotonic() >= silent_at:
                 piece = events.alive
             if piece:
-                await self._in_time(response.write(piece))
+                await self._in_time(response.write(response.all_with(piece)))
                 silent_at = time.monotonic() + self._limits.keepalive_s
-        return text.shown
 
     async def _in_time(self, writing: Awaitable[None]) -> None:
         try:
@@ -217,9 +218,19 @@ class _Room:
 
 
 class _Events(web.StreamResponse):
-    """A stream whose head goes with its first event: a packet and a call of the system less."""
+    """A stream whose head and start go with the first event that says something: fewer packets and calls of the system.
+
+    A reply that takes long to begin gets them with its first sign of life.
+    """
 
     _send_headers_immediately = False
+    held = b""
+    """What goes before the next piece."""
+
+    def all_with(self, piece: bytes) -> bytes:
+        """The piece behind what was held."""
+        whole, self.held = self.held + piece, b""
+        return whole
 
 
 def _digest(body: bytearray) -> bytes:

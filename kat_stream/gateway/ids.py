@@ -1,7 +1,7 @@
 """Token ids in their three forms: a list, packed int32 as they are recorded, and text as an engine reads them. Pure.
 
 A long prompt's text is made of the text of what is known and of what is new: to write 100,000 numbers takes
-milliseconds.
+milliseconds. Its copies count, too: `join` makes one of all pieces, `+` one at each sign.
 """
 
 from __future__ import annotations
@@ -25,4 +25,4 @@ def written(ids: list[int]) -> bytes:
 
 def joined(before: bytes, after: bytes) -> bytes:
     """The insides of two JSON lists as that of one."""
-    return before + b"," + after if before and after else before or after
+    return b",".join((before, after)) if before and after else before or after

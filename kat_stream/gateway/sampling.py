@@ -92,7 +92,7 @@ class Draft:
 
 @dataclass(slots=True)
 class Sampler:
-    """Samples one call. `abort()` ends it from outside; `grown` is called when ids were added."""
+    """Samples one call. `abort()` ends it from outside; `grown` is called when ids were added, but the last."""
 
     router: Router
     limits: Limits
@@ -172,13 +172,14 @@ class Sampler:
             self.draft.stop_at(*seam)
         elif generation.finish_reason != "abort":
             self.draft.finish_reason = generation.finish_reason
-        self.grown()
+        # What comes last is shown with the end of the reply, when it is recorded: to show it before takes a write more.
         if not self.draft.finish_reason and not self.aborted:
+            self.grown()
             RESUMED.labels("abort").inc()
             await asyncio.sleep(ABORT_PAUSE_S)
 
     async def _generate(self, engine: EngineClient, rid: str, left: float, start: int) -> Generation:
-        ids = msgspec.Raw(b"[" + joined(self.prompt, written(self.draft.ids)) + b"]")
+        ids = msgspec.Raw(b"".join((b"[", joined(self.prompt, written(self.draft.ids)), b"]")))
         first = self.routed_from + self.draft.routed_rows
         sampling = self.sampling
         if start:

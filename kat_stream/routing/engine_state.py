@@ -6,8 +6,9 @@ polls spreads; and it is not counted twice when the engine reports it as well.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kat_stream.engines.client import EngineClient, Load
 
@@ -33,6 +34,10 @@ class EngineState:
     """Of polls and calls, so far; a refusal by the contract is one, too."""
     silent_polls: int = 0
     """Without an answer, since the last one."""
+    lost_polls: int = 0
+    """Since the last answer, also those that were refused or broken off."""
+    underway: set[asyncio.Timeout] = field(default_factory=set)
+    """Of our own calls: by each one of them can be ended."""
 
     @property
     def url(self) -> str:
@@ -51,10 +56,15 @@ class EngineState:
         self.retry_at = now + min(BACK_OFF_S * 2**self.failures, MAX_BACK_OFF_S)
         self.failures = min(self.failures + 1, 16)
 
+    def leave(self) -> None:
+        """There is nobody: no answer will come, and nothing that ends the wait for one."""
+        while self.underway:
+            self.underway.pop().reschedule(0.0)
+
     def heard(self) -> None:
         """It answered, whatever it said."""
         self.answers += 1
-        self.silent_polls = 0
+        self.silent_polls = self.lost_polls = 0
 
     def answered(self) -> None:
         """It works: no reason to wait."""

@@ -2,7 +2,7 @@
 
 Invariant: what a call may cost is credited to its engine when it is leased and taken back when the lease ends, however
 it ends. An engine that refuses is skipped until its back-off is over or a poll finds it well; one that says nothing,
-until it answers.
+until it answers. No call waits for an engine that is gone.
 """
 
 from __future__ import annotations
@@ -99,15 +99,21 @@ class Router:
         """An engine for one call that holds up to `tokens` tokens. EngineUnavailable if none answers in time.
 
         An EngineUnavailable raised inside counts against the engine, and so does a DeadlineExceeded, if the engine
-        answered nobody meanwhile: a long call may take all its time on an engine that is well.
+        answered nobody meanwhile: a long call may take all its time on an engine that is well. What is underway on an
+        engine that is found to be gone is cancelled, and becomes an EngineUnavailable.
         """
         state = await self._choose(session, tokens, deadline_s)
         DISPATCHED.labels(state.url).inc()
         state.in_flight += tokens
         answers = state.answers
+        scope = asyncio.timeout(None)
         try:
-            yield state
+            async with scope:
+                state.underway.add(scope)
+                yield state
             state.answered()
+        except TimeoutError as error:  # of `scope`: a call's own deadline is a DeadlineExceeded
+            raise EngineUnavailable(f"{state.url} is gone: it answers nobody") from error
         except EngineUnavailable:
             self._blame(state)
             raise
@@ -116,6 +122,7 @@ class Router:
                 self._blame(state)
             raise
         finally:
+            state.underway.discard(scope)
             state.in_flight -= tokens
 
     async def _choose(self, session: str, tokens: int, deadline_s: float) -> EngineState:
@@ -143,12 +150,14 @@ class Router:
             async with asyncio.timeout(POLL_DEADLINE_S):
                 state.polled(await state.engine.loads())
         except EngineUnavailable:
+            state.lost_polls += 1
             self._blame(state)
         except EngineError:
             # It has no such endpoint: that says nothing about its health, but that it lives.
             state.heard()
         except (DeadlineExceeded, TimeoutError):
             # It may be busy with something long, unless that goes on.
+            state.lost_polls += 1
             state.silent_polls += 1
             if state.silent_polls >= SILENT_POLLS:
                 FAILED.labels(state.url).inc()
@@ -157,3 +166,16 @@ class Router:
                 state.answered()
         finally:
             LOAD.labels(state.url).set(state.load)
+        if state.lost_polls >= SILENT_POLLS and state.underway:
+            await self._leave_if_gone(state)
+
+    @staticmethod
+    async def _leave_if_gone(state: EngineState) -> None:
+        """While an engine loads weights it cannot tell its load, but its server still says what it serves."""
+        try:
+            async with asyncio.timeout(POLL_DEADLINE_S):
+                await state.engine.info()
+        except (EngineUnavailable, DeadlineExceeded, TimeoutError):
+            state.leave()
+        except EngineError:
+            pass  # no such endpoint, says somebody

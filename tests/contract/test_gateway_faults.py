@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Literal
 
 import anyio
@@ -18,6 +20,7 @@ from kat_stream.gateway.limits import Limits
 from kat_stream.gateway.recording import Publisher
 from kat_stream.log import Message
 from kat_stream.log.kafka_producer import _digest
+from kat_stream.routing import router
 from tests.contract.gateway_kit import Gates, World, by_bytes, going_on, paths, saying, tokenizer, until, user, world
 
 pytestmark = pytest.mark.anyio
@@ -172,6 +175,58 @@ async def test_an_engine_killed_in_mid_turn_is_replaced_unseen(stream: bool) -> 
         # A stream that broke did not say which weights its last tokens came from: recorded, not trained.
         assert [span.version for span in turn.spans] == (["", "scripted.0"] if stream else ["scripted.0"])
         assert turn.trainable is not stream
+
+
+_FROZEN = """
+import asyncio, os, signal
+from kat_stream.engines.scripted import start_scripted_engine
+from tests.contract.gateway_kit import going_on
+
+async def serve():
+    engine = await start_scripted_engine(going_on("ls -la and so on"), token_s=0.01)
+    print(engine.url, flush=True)
+    while max(engine.progress(), default=0) < 4:
+        await asyncio.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+asyncio.run(serve())
+"""
+
+
+@asynccontextmanager
+async def _freezing_engine() -> AsyncIterator[str]:
+    """The address of an engine, a process of its own, that freezes in the middle of its first call."""
+    process = await anyio.open_process([sys.executable, "-c", _FROZEN], stderr=None)
+    try:
+        assert process.stdout is not None
+        yield (await process.stdout.receive()).decode().strip()
+    finally:
+        process.kill()
+        await process.wait()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_call_on_an_engine_that_froze_in_mid_turn_goes_on_at_another(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router, "POLL_DEADLINE_S", 0.2)
+    async with world(going_on("ls -la and so on")) as w, _freezing_engine() as url:
+        handle, (well,) = await w.session(), w.engines
+        w.router.remove(well.url)
+        w.router.add(url)
+        answers: list[bytes] = []
+
+        async def agent() -> None:
+            answers.append(await _post(w, handle, stream=stream))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(agent)
+            await until(lambda: any(state.underway for state in w.router.list()))
+            w.router.add(well.url)
+        (turn,) = await w.control.close(handle.session_id)
+        assert (turn.finish_reason, turn.engine) == ("stop", well.url) and len(answers) == 1
+        assert list(paths([turn]).values())[0][1] == by_bytes("ls -la and so on")
+        assert [span.version for span in turn.spans] == (["", "scripted.0"] if stream else ["scripted.0"])
 
 
 async def test_an_abort_by_a_weight_update_is_resumed() -> None:

@@ -16,6 +16,7 @@ from kat_stream.engines.client import EngineClient, Load, SamplingParams
 from kat_stream.engines.scripted import ScriptedEngine, start_scripted_engine
 from kat_stream.errors import DeadlineExceeded, EngineUnavailable
 from kat_stream.routing import EngineState, Router, StickyLeastLoaded, router
+from kat_stream.routing.engine_state import SILENT_POLLS
 
 pytestmark = pytest.mark.anyio
 
@@ -108,10 +109,12 @@ async def test_an_engine_that_refuses_is_skipped_and_comes_back() -> None:
             assert all(state.in_flight == 0 for state in router.list())
 
 
-async def _silent_until(stack: AsyncExitStack, awake: asyncio.Event) -> str:
-    """An engine that takes connections and answers nothing before `awake`, like a frozen process."""
+async def _silent_until(stack: AsyncExitStack, awake: asyncio.Event, says: str = "") -> str:
+    """An engine that takes connections and answers nothing before `awake`, like a frozen process, but at `says`."""
 
-    async def answer(_: web.Request) -> web.Response:
+    async def answer(request: web.Request) -> web.Response:
+        if request.path == says:
+            return web.json_response({"model_path": "m", "weight_version": "v"})
         await awake.wait()
         return web.json_response({"loads": []})
 
@@ -147,6 +150,28 @@ async def test_an_engine_that_says_nothing_is_left_until_it_answers(monkeypatch:
             awake.set()
             async with fleet.lease("s", 1, deadline_s=10) as leased:
                 assert leased is state
+
+
+async def test_a_call_does_not_wait_for_an_engine_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "POLL_DEADLINE_S", 0.05)
+    async with AsyncExitStack() as stack:
+        frozen = await _silent_until(stack, asyncio.Event())
+        nobody = "http://127.0.0.1:1"  # as where a host went away: calls hang, new connections are refused
+        for url in (frozen, nobody):
+            async with Router([url], poll_s=0.01) as fleet:
+                with pytest.raises(EngineUnavailable, match="answers nobody"), anyio.fail_after(10):
+                    async with fleet.lease("s", 1, deadline_s=1) as state:
+                        await anyio.sleep_forever()
+                assert state.in_flight == 0 and not state.underway
+
+
+async def test_a_call_goes_on_where_an_engine_cannot_tell_its_load_but_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while it loads weights."""
+    monkeypatch.setattr(router, "POLL_DEADLINE_S", 0.05)
+    async with AsyncExitStack() as stack:
+        url = await _silent_until(stack, asyncio.Event(), says="/model_info")
+        async with Router([url], poll_s=0.01) as fleet, fleet.lease("s", 1, deadline_s=1) as state:
+            await _until(lambda: state.silent_polls > SILENT_POLLS)
 
 
 async def test_a_call_that_ran_out_of_time_counts_against_a_silent_engine_only() -> None:
