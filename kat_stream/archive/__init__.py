@@ -8,6 +8,12 @@ the log's bytes. Offsets have a meaning within one log only, so each file names 
 in-memory log starts again at offset 0, and both halves are kept.
 """
 
+import os
+
+# Arrow's allocator keeps pages that are free, for ten milliseconds and then until it is used again: with flushes and
+# merges of all sizes a process grows by them for hours. It reads this when it is loaded, which is below.
+os.environ.setdefault("MIMALLOC_PURGE_DELAY", "0")
+
 from kat_stream.archive.parts import archived_positions, claimed
 from kat_stream.archive.reader import GroupFilter, read_archive, read_rows
 from kat_stream.archive.writer import ArchiveWriter

@@ -45,7 +45,7 @@ MERGE_AT = 8
 """So many files of one size class in a folder become one."""
 SIZES = (128 << 10, 1 << 20, 8 << 20)
 """Upper limits of the size classes in bytes; larger files stay as they are."""
-MERGE_BYTES = 32 << 20
+MERGE_BYTES = 16 << 20
 """Of rows that a merge holds at once, as far as whole partitions allow; files may together have many times that."""
 Held = tuple[Delivered, str]
 """A message and its run."""
@@ -116,8 +116,8 @@ class ArchiveWriter:
         staged: list[Path] = []
         try:
             for path, messages in _by_folder(self.directory, waiting).items():
-                table = described(table_of(messages), self.log_id, (self._flush, self._flush))
-                staged.append(_stage(table.schema, [table], path, self._flush))
+                staged.append(self._write(path, messages))
+            _give_back()
             self._change(positions, staged, [])
         except OSError:
             _discard(staged)
@@ -139,9 +139,11 @@ class ArchiveWriter:
                     return merged
                 self._merge(files)
                 merged += len(files)
-                # Arrow keeps what it took, and what merges take grows for hours with their files.
-                pa.default_memory_pool().release_unused()
         return merged
+
+    def _write(self, path: Path, messages: Sequence[Delivered]) -> Path:
+        table = described(table_of(messages), self.log_id, (self._flush, self._flush))
+        return _stage(table.schema, [table], path, self._flush)
 
     def _parts(self, topic: str) -> list[Part]:
         """The files of a topic; all have their names here, for the last change is finished."""
@@ -155,6 +157,7 @@ class ArchiveWriter:
         staged: list[Path] = []
         try:
             staged.append(_stage(schema, _rows_of(files, schema), files[0].path.parent, files[0].flushes[0]))
+            _give_back()
             self._change(self._saved, staged, [part.path for part in files])
         except OSError:
             _discard(staged)
@@ -247,10 +250,19 @@ def _rows_of(files: Sequence[Part], schema: pa.Schema) -> Iterator[pa.Table]:
     numbers = sorted({number for part in files for number in part.spans})
     at_once = max(1, len(numbers) * MERGE_BYTES // max(1, sum(_size(part.path) for part in files)))
     for first in range(0, len(numbers), at_once):
-        chosen = numbers[first : first + at_once]
-        tables = [rows for part in files for rows in _of_partitions(part.path, chosen)]
-        rows = pa.concat_tables([schema.empty_table(), *tables], promote_options="default")
-        yield rows.sort_by([("partition", "ascending"), ("offset", "ascending")])
+        yield _sorted(files, schema, numbers[first : first + at_once])
+
+
+def _sorted(files: Sequence[Part], schema: pa.Schema, chosen: Sequence[int]) -> pa.Table:
+    """Their rows of these partitions; what they were sorted from is let go of before they are written."""
+    tables = [rows for part in files for rows in _of_partitions(part.path, chosen)]
+    rows = pa.concat_tables([schema.empty_table(), *tables], promote_options="default")
+    return rows.sort_by([("partition", "ascending"), ("offset", "ascending")])
+
+
+def _give_back() -> None:
+    """What this thread freed; Arrow keeps it otherwise, ever more of it, for what comes next lies scattered in it."""
+    pa.default_memory_pool().release_unused()
 
 
 def _of_partitions(path: Path, chosen: Sequence[int]) -> Iterator[pa.Table]:
@@ -284,6 +296,7 @@ def _stage(schema: pa.Schema, tables: Iterable[pa.Table], directory: Path, flush
                 for table in tables:
                     rows = max(1, ROW_GROUP_BYTES * len(table) // max(1, table["value"].nbytes))
                     writer.write_table(table, row_group_size=rows)
+                    del table  # before the next one is made: there is never more than one
             file.flush()
             os.fsync(file.fileno())
     except OSError:
