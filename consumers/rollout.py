@@ -49,7 +49,9 @@ class Rollout:
             relay(door, *_from(ctx.gateway_urls, ctx.number), most=MOST_CONNECTIONS),
         ):
             control = GatewayControl(control_url, session, others, GATEWAY_BACK_S)
-            await wait_until("the gateway to answer", control.healthy, deadline_s=GATEWAY_READY_S)
+            answers = wait_until("the gateway to answer", control.healthy, deadline_s=GATEWAY_READY_S)
+            if not await ctx.unless_stopped(answers):
+                return
             backend = open_backend(config)
             runner = RolloutRunner(backend, control, f"http://127.0.0.1:{door.getsockname()[1]}")
             handler = RolloutHandler(ctx.run, runner, config.attempts)

@@ -134,7 +134,7 @@ class Trainer:
             self.checkpoint = format_version(*self.parent)
             self.positions = dict(checkpoint.positions)
             self.manifest = checkpoint.manifest
-            self.groups = checkpoint.groups or Groups(checkpoint.step * ctx.config.sampler.groups_per_step)
+            self.groups = checkpoint.groups
             self.saved_step = checkpoint.step
             log.info("resumed at step %d of lineage %s", *reversed(self.parent))
         take_over(ctx.run_dir / "weights", self.versions.head if self.versions.newest else "")

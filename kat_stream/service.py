@@ -81,6 +81,16 @@ class Context:
         log = self.config.log
         return DeadLetterLimit(log.dead_letters_most, log.dead_letters_share, log.dead_letters_window_s)
 
+    async def unless_stopped(self, awaited: Awaitable[object]) -> bool:
+        """Await it, but no longer than until the service is asked to stop; whether it came to its end."""
+        done = False
+        async with anyio.create_task_group() as group:
+            group.start_soon(_cancel_when, self.stopping, group.cancel_scope)
+            await awaited
+            done = True
+            group.cancel_scope.cancel()
+        return done
+
     async def stopped_within(self, seconds: float) -> bool:
         """Sleep, but wake when the service is asked to stop; True if it was."""
         with anyio.move_on_after(seconds):
@@ -99,6 +109,11 @@ def load_service(name: str) -> Service:
         raise ConfigError(f"no service `{name}`; there are: {', '.join(sorted(found))}")
     service: Service = found[name].load()()
     return service
+
+
+async def _cancel_when(event: anyio.Event, scope: anyio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
 
 
 async def wait_until(what: str, ready: Callable[[], Awaitable[bool]], *, deadline_s: float) -> None:

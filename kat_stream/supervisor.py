@@ -3,8 +3,9 @@
 Invariant: a death is never silent: log, terminal and metric name it. A service that dies is started again after a
 growing pause; one that dies again and again, quickly or slowly, stops the run with the last lines of its log, while
 one that ends because something outside is away (exit code AWAY: the broker) is given much longer. A service whose event
-loop does not beat (kat_stream.signals) is killed, which is a death like any other. A sampler that says that its
-schedule is done (exit code DONE) ends the run; one that was only asked to stop is started again like any other.
+loop does not beat (kat_stream.signals) is killed, and that is its own fault unless somebody has stopped it (SIGSTOP).
+A sampler that says that its schedule is done (exit code DONE) ends the run; one that was only asked to stop is started
+again like any other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,8 +49,8 @@ PROCESSES = (
 HURRY_S, FINISH_S = 2.2, 30.0
 """How long services may take to stop, twice: after Ctrl-C (under 5 s), and at the end of the schedule."""
 LOG_TAIL = 15
-NOT_ITS_FAULT = (0, AWAY, -signal.SIGTERM, -signal.SIGKILL)
-"""Ends from outside: asked to stop, something away, killed (by somebody, for want of memory, or by us when it hung)."""
+FROM_OUTSIDE = (0, AWAY, -signal.SIGTERM, -signal.SIGKILL)
+"""Asked to stop, something away, killed by somebody or for want of memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,27 @@ class Patience:
     """A process that has not beaten for so long hangs. Longer than a session: its partitions have moved before."""
     settled_s: float = 20.0
     """A process that lived so long was well: the next pause is the shortest again."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How one life of a member ended."""
+
+    code: int
+    hung: bool = False
+    """Its event loop did not turn for too long, so we killed it."""
+    stopped: bool = False
+    """It could not turn: somebody had stopped the process."""
+
+    @property
+    def own_fault(self) -> bool:
+        return not self.stopped if self.hung else self.code not in FROM_OUTSIDE
+
+    @property
+    def how(self) -> str:
+        if self.hung:
+            return "hang"
+        return f"signal {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
 
 
 @dataclass(slots=True)
@@ -128,17 +151,17 @@ class Member:
             os.close(beaten)
         return self.process, heard
 
-    def note_death(self, code: int, lived_s: float) -> str | None:
+    def note_death(self, end: End, lived_s: float) -> str | None:
         """Count one end; the reason to give the member up, if there is one now."""
         if lived_s > self.patience.settled_s:
             self.short_lives, self.away_since = 0, None
-        if lived_s > self.patience.proven_s or code in NOT_ITS_FAULT:
+        if lived_s > self.patience.proven_s or not end.own_fault:
             self.failures = 0
         self.short_lives += 1
-        self.failures += code not in NOT_ITS_FAULT
-        if code == AWAY:
+        self.failures += end.own_fault
+        if end.code == AWAY:
             return self._away_for_too_long()
-        return self._died_too_often(code)
+        return self._died_too_often(end)
 
     def _away_for_too_long(self) -> str | None:
         now = time.monotonic()
@@ -146,15 +169,15 @@ class Member:
         away_s = now - self.away_since
         return f"{self.name}: what it needs was away for {away_s:.0f} s" if away_s > self.patience.away_s else None
 
-    def _died_too_often(self, code: int) -> str | None:
+    def _died_too_often(self, end: End) -> str | None:
         now = time.monotonic()
         self.deaths.append(now)
         while now - self.deaths[0] > self.patience.within_s:
             self.deaths.popleft()
         if len(self.deaths) >= self.patience.deaths:
-            return f"{self.name} died {len(self.deaths)} times within {self.patience.within_s:g} s, last {_how(code)}"
+            return f"{self.name} died {len(self.deaths)} times within {self.patience.within_s:g} s, last {end.how}"
         if self.failures >= self.patience.failures:
-            return f"{self.name} died {self.failures} times in a row, last {_how(code)}"
+            return f"{self.name} died {self.failures} times in a row, last {end.how}"
         return None
 
     def pause_s(self) -> float:
@@ -192,17 +215,17 @@ async def supervise(
 async def _keep_alive(member: Member, stopping: anyio.Event, failures: list[ServiceDied]) -> None:
     while not stopping.is_set():
         began = time.monotonic()
-        code, hung = await _live(member)
+        end = await _live(member)
         if member.stopping or stopping.is_set():
             return
-        if code == DONE and member.service == "sampler":
+        if end.code == DONE and member.service == "sampler":
             log.info("the schedule is done")
             member.finished = True
             stopping.set()
             return
-        telemetry.DEATHS.labels(member.name, "hang" if hung else _how(code)).inc()
-        log.error("%s died (%s%s); its log: %s", member.name, _how(code), ", it hung" * hung, member.log_file)
-        reason = member.note_death(code, time.monotonic() - began)
+        telemetry.DEATHS.labels(member.name, end.how).inc()
+        log.error("%s died (%s); its log: %s", member.name, end.how, member.log_file)
+        reason = member.note_death(end, time.monotonic() - began)
         if reason is not None:
             failures.append(ServiceDied(f"{reason}:\n{member.last_words()}"))
             stopping.set()
@@ -211,18 +234,20 @@ async def _keep_alive(member: Member, stopping: anyio.Event, failures: list[Serv
         log.warning("%s starts again", member.name)
 
 
-async def _live(member: Member) -> tuple[int, bool]:
-    """One process from start to end: its exit code, and whether it was killed because it hung."""
+async def _live(member: Member) -> End:
+    """One process from start to end."""
     process, heard = await member.start()
-    hung = False
+    hung = stopped = False
     try:
         async with anyio.create_task_group() as group:
 
             async def listen() -> None:
-                nonlocal hung
+                nonlocal hung, stopped
                 hung = await _falls_silent(heard, member.patience)
                 if hung:
-                    log.error("%s hangs: its event loop has not turned for too long; it is killed", member.name)
+                    stopped = _is_stopped(process.pid)
+                    why = "somebody has stopped it" if stopped else "its event loop has not turned for too long"
+                    log.error("%s hangs: %s; it is killed", member.name, why)
                     _signal(member, signal.SIGKILL)
 
             group.start_soon(listen)
@@ -230,7 +255,7 @@ async def _live(member: Member) -> tuple[int, bool]:
             group.cancel_scope.cancel()
     finally:
         os.close(heard)
-    return code, hung
+    return End(code, hung, stopped)
 
 
 async def _falls_silent(heard: int, patience: Patience) -> bool:
@@ -244,6 +269,13 @@ async def _falls_silent(heard: int, patience: Patience) -> bool:
         if not os.read(heard, 4096):
             return False
         within_s = patience.hang_s
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether this child was stopped by a signal; False, too, if it has ended meanwhile."""
+    with suppress(ChildProcessError):
+        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+    return False
 
 
 async def _stop(members: Sequence[Member], within_s: float) -> None:
@@ -268,9 +300,3 @@ async def _terminate(members: Sequence[Member], within_s: float) -> None:
 def _signal(member: Member, number: signal.Signals) -> None:
     if member.process is not None and member.process.returncode is None:
         member.process.send_signal(number)
-
-
-def _how(code: int | None) -> str:
-    if code is not None and code < 0:
-        return f"signal {signal.Signals(-code).name}"
-    return f"exit code {code}"

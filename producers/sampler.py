@@ -64,7 +64,6 @@ def schedule_of(config: Config, run: str) -> Schedule:
 class Sampler:
     versions: Versions
     writer: Writer
-    groups_per_step: int
 
     def __init__(self) -> None:
         self.progress = Progress()
@@ -74,7 +73,6 @@ class Sampler:
     async def run(self, ctx: Context) -> None:
         config = ctx.config
         schedule = schedule_of(config, ctx.run)
-        self.groups_per_step = schedule.groups_per_step
         self.versions = Versions(ctx.run)
         train = await anyio.to_thread.run_sync(_tasks, ctx, config.data.train)
         held_out = await anyio.to_thread.run_sync(_tasks, ctx, config.data.held_out)
@@ -96,7 +94,7 @@ class Sampler:
             while not ctx.stopping.is_set() and not schedule.finished(self.progress):
                 changed = self.changed
                 if not await self._ask(ctx, schedule, train, held_out):
-                    await self._wait(ctx, changed)
+                    await ctx.unless_stopped(changed.wait())  # there is nothing else to wait for
             group.cancel_scope.cancel()
 
     async def _watch(self, ctx: Context, follower: Follower) -> None:
@@ -121,9 +119,7 @@ class Sampler:
             case PolicyVersion():
                 self.versions.take(record)
                 progress.version = record.number
-                known = record.groups_below >= 0
-                below = record.groups_below if known else record.number * self.groups_per_step
-                progress.trained = Groups(below, record.groups_beyond)
+                progress.trained = Groups(record.groups_below, record.groups_beyond)
             case RolloutRequest(purpose="eval"):
                 progress.eval_asked.setdefault(record.round, set()).add(record.rollout_id)
             case RolloutRequest():
@@ -191,18 +187,6 @@ class Sampler:
 
     def _deadline(self, ctx: Context) -> float:
         return time.time() + ctx.config.sampler.rollout_timeout_s
-
-    async def _wait(self, ctx: Context, changed: anyio.Event) -> None:
-        """Until the log moves or the service must stop; the sampler itself has nothing else to wait for."""
-        async with anyio.create_task_group() as group:
-            group.start_soon(_cancel_when, ctx.stopping, group.cancel_scope)
-            await changed.wait()
-            group.cancel_scope.cancel()
-
-
-async def _cancel_when(event: anyio.Event, scope: anyio.CancelScope) -> None:
-    await event.wait()
-    scope.cancel()
 
 
 def _tasks(ctx: Context, spec: str) -> list[Task]:

@@ -19,8 +19,8 @@ class PolicyVersion(Record, frozen=True, kw_only=True, tag="PolicyVersion/1"):
     parent_lineage: str = ""
     parent_number: int = -1
     """Where this lineage left its parent."""
-    groups_below: int = -1
-    """All training groups of lower numbers entered the steps behind these weights; -1: an earlier build did not say."""
+    groups_below: int = 0
+    """All training groups of lower numbers entered the steps behind these weights."""
     groups_beyond: tuple[int, ...] = ()
     """And these, of higher numbers: groups end in another order than they began."""
 

@@ -35,8 +35,7 @@ from kat_stream.training.publication import atomic_directory
 log = logging.getLogger(__name__)
 
 FORMAT = "kat-stream checkpoint 1"
-NAME = re.compile(r"step-\d{6,}(\.\w+)?")
-"""Earlier builds left the lineage out."""
+NAME = re.compile(r"step-\d{6,}\.\w+")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -48,8 +47,8 @@ class Checkpoint:
     """Partition (of whatever topics the caller reads) -> next offset: state and positions are one atom."""
     manifest: tuple[str, ...]
     """Rollout ids in the gradient of the last step."""
-    groups: Groups | None = None
-    """All training groups that entered a step so far; None: an earlier build did not say."""
+    groups: Groups = Groups()
+    """All training groups that entered a step so far; a shadow, which asks for no rollouts, keeps none."""
 
     @property
     def step(self) -> int:
@@ -67,7 +66,7 @@ class _Card(msgspec.Struct, kw_only=True):
     lineage: str
     positions: dict[str, int]
     manifest: tuple[str, ...]
-    groups: Groups | None = None
+    groups: Groups
     sha256: str
 
 

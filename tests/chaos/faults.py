@@ -143,8 +143,8 @@ async def _kill_announced(world: World, stage: str) -> float:
         return True
 
     def aimed() -> bool:
-        step = world.watch.steps[-1].step
-        return not (world.system.run_dir / "checkpoints" / f"step-{step:06d}").exists()
+        step = world.watch.steps[-1]
+        return not (world.system.run_dir / "checkpoints" / f"step-{step.step:06d}.{step.lineage}").exists()
 
     return await _kill_at(world, stage, there, aimed)
 

@@ -14,6 +14,8 @@ from topics import Reward, Score, Trajectory, VersionSpan
 from topics.record import pack_floats
 
 RULES = GroupRules(staleness=1, budget_tokens=100, max_positions=32)
+UNGRADED = reward(request(size=3), 0.0, status="failed", error_class="SandboxUnavailable")
+"""The verifier could not grade: no score, and never read as 0."""
 
 
 def member(sample: int, score: float | None, size: int = 3, **fields: object) -> tuple[Trajectory, Reward | None]:
@@ -53,6 +55,10 @@ def test_failures_of_our_side_are_outside_the_baseline() -> None:
         (
             [(member(0, 1.0)[0], None), member(1, 0.0), member(2, 1.0)],
             [("failed", "no reward"), ("packed", ""), ("packed", "")],
+        ),
+        (
+            [(member(0, 1.0)[0], UNGRADED), member(1, 0.0), member(2, 1.0)],
+            [("failed", "SandboxUnavailable"), ("packed", ""), ("packed", "")],
         ),
         (
             [member(number, number % 2, version=v) for number, v in enumerate(("a.7", "b.9", "a.9", "a.8"))],

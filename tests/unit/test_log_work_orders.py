@@ -329,3 +329,30 @@ async def test_what_expired_unread_is_reported_and_passed_over(caplog: pytest.Lo
         await until_committed(log, "w")
     assert worker.worked == Counter([0, 3, 4])
     assert "2 messages expired unread" in caplog.text
+
+
+class FirstUnacknowledged(Steered):
+    """What follows from the first message is acknowledged when the test says so."""
+
+    def __init__(self, log: MemoryLog) -> None:
+        super().__init__(log)
+        self.waiting, self.through = anyio.Event(), anyio.Event()
+
+    async def append(self, *messages: Any, **how: Any) -> None:
+        if not self.waiting.is_set():
+            self.waiting.set()
+            await self.through.wait()
+        await self.log.append(*messages, **how)
+
+
+async def test_a_message_is_open_until_what_follows_from_it_is_acknowledged() -> None:
+    log, worker = await opened(), Worker()
+    steered = FirstUnacknowledged(log)
+    await log.publish(reward(0), reward(1))
+    async with working(steered, worker):
+        while PLACE not in await log.committed("w"):  # `working` has the deadline
+            await anyio.sleep(0.001)
+        assert (await log.committed("w"))[PLACE] == 0
+        steered.through.set()
+        await until_committed(log, "w")
+    assert await ledger(log) == {"g-0": 1, "g-1": 1}

@@ -1,4 +1,4 @@
-"""A rollout that fails on our side is tried so often and no more, whichever workers try it."""
+"""A rollout that fails on our side is tried so often and no more, whichever workers try it; a worker can be stopped."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import anyio
 import pytest
 
-from consumers.rollout import RolloutHandler, work
+from consumers.rollout import Rollout, RolloutHandler, work
 from kat_stream.config import load
 from kat_stream.log import Delivered, Emit, MemoryLog, Position, Retry
 from kat_stream.log.message import seal
 from kat_stream.log.retries import ATTEMPT, numbered
+from kat_stream.runs import choose_ports
 from kat_stream.service import Context
 from tests.contract.log_records import committed_up_to_end, everything
 from tests.observe_kit import RUN, request, trajectory
@@ -59,3 +60,12 @@ async def test_more_attempts_than_other_stages_make_are_made_and_end_as_a_trajec
     assert isinstance(ended, Trajectory) and (ended.outcome, ended.attempt) == ("infra_error", 6)
     assert isinstance(word, LedgerEntry) and (word.rollout_id, word.state) == (ended.rollout_id, "failed")
     assert await everything(log, "dead.letters") == []
+
+
+async def test_a_worker_stops_while_no_gateway_answers(tmp_path: Path) -> None:
+    ctx = Context(config=choose_ports(load(None)), run=RUN, run_dir=tmp_path, log=MemoryLog(), member="rollout")
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as group:
+            group.start_soon(Rollout().run, ctx)
+            await anyio.wait_all_tasks_blocked()
+            ctx.stopping.set()

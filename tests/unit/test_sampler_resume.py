@@ -27,7 +27,6 @@ SETTINGS = [
     [
         (1, (3, 4, 6, 7, 8), [1, 2, 5, 9, 10, 11]),  # groups ended in another order than they began
         (6, (), [6, 7, 8, 9, 10, 11]),
-        (-1, (), [6, 7, 8, 9, 10, 11]),  # the checkpoint of an earlier build
     ],
 )
 async def test_on_a_new_log_only_groups_that_no_step_had_are_asked_for(

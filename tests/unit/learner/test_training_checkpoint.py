@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from kat_stream.training.checkpoint import (
     load_checkpoint,
 )
 from kat_stream.training.learner import LearnerConfig, TorchLearner
+from kat_stream.training.publication import atomic_directory
 from kat_stream.trees import TrainBatch
 
 Build = Callable[..., Any]
@@ -204,6 +206,27 @@ def test_a_lineage_that_was_followed_can_neither_save_nor_remove(model_dir: Path
         zombie.save(of(learner), keep=1)
     living.save(of(learner, "b"), keep=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000001.b", "step-000000.a"]
+
+
+def test_a_lineage_that_is_followed_while_it_saves_keeps_what_the_next_goes_on_from(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = TorchLearner(model_dir, CONFIG)
+    zombie, living = CheckpointStore(tmp_path, "a"), CheckpointStore(tmp_path, "b")
+    zombie.open()
+    zombie.save(of(learner), keep=1)
+    learner.step_count = 1
+
+    @contextmanager
+    def followed(target: Path) -> Iterator[Path]:
+        with atomic_directory(target) as work:
+            yield work
+        living.open()
+
+    monkeypatch.setattr("kat_stream.training.checkpoint.atomic_directory", followed)
+    with pytest.raises(FencedError, match="belongs to lineage b now, this is a"):
+        zombie.save(of(learner), keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000001.a", "step-000000.a"]
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(model_dir: Path, tmp_path: Path) -> None:

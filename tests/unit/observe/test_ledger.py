@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from kat_stream.observe.heads import HEADS, Head, head_of
 from kat_stream.observe.ledger import Ledger
+from kat_stream.observe.lineages import surviving
 from tests import observe_kit as fab
 from tests.observe_kit import FabricatedRun
-from topics import LedgerEntry, Record
+from topics import GroupMember, LedgerEntry, Record
 
 
 def account(records: Sequence[Record | Head]) -> Ledger:
@@ -73,6 +74,15 @@ def test_a_step_of_an_abandoned_lineage_does_not_count(small_run: FabricatedRun)
     assert ledger.check() == []
 
 
+def test_a_lineage_that_goes_further_back_than_the_one_before_it_undoes_the_steps_of_all() -> None:
+    """Newer checkpoints were damaged: `b` went on from step 2, `c` after it from step 1."""
+    steps = [fab.step(n, [], [f"a{n}"]) for n in (1, 2, 3)]
+    steps.append(fab.step(3, [], ["b3"], lineage="b", unix_s=fab.START_MS / 1000 + 10))
+    steps.append(fab.step(2, [], ["c2"], lineage="c", unix_s=fab.START_MS / 1000 + 20))
+    for order in (steps, steps[::-1]):
+        assert [step.trained for step in surviving(order)] == [("a1",), ("c2",)]
+
+
 def test_a_rollout_of_an_undone_step_is_in_flight_until_it_is_trained_again(small_run: FabricatedRun) -> None:
     resumed = fab.step(2, ["demo-t000003"], [], lineage="b", unix_s=fab.START_MS / 1000 + 99)
     ledger = account([*(record for record, _ in small_run.records), resumed])
@@ -93,6 +103,15 @@ def test_a_trajectory_stands_in_for_a_request_that_retention_removed() -> None:
     ledger = account([fab.trajectory(asked), fab.reward(asked, 1.0)])
     assert ledger.summary().in_flight == {"graded": 1}
     assert ledger.check() == []
+
+
+def test_the_word_of_the_group_outranks_that_of_the_grading() -> None:
+    """The verifier failed at one member, and the group was given up for want of another."""
+    asked = fab.request("demo-t000001", 0, 2)
+    lost = GroupMember(rollout_id=asked.rollout_id, fate="failed", reason="incomplete")
+    records = [asked, fab.trajectory(asked), fab.reward(asked, 0.0, "failed"), fab.batch(asked.group_id, [lost])]
+    for order in (records, records[::-1]):
+        assert account(order).summary().failed == {"incomplete": 1}
 
 
 def test_what_was_never_requested_is_reported() -> None:
