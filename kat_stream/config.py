@@ -16,7 +16,7 @@ import msgspec
 
 from kat_stream import toml
 from kat_stream.errors import ConfigError
-from kat_stream.ranges import Context, Count, CountOrNone, Port, Positive, PositiveOrZero, Share, refusal
+from kat_stream.ranges import Context, Count, CountOrNone, Port, Positive, PositiveOrZero, Share, Url, refusal
 from kat_stream.rl.settings import (
     Aggregation,
     ClipBand,
@@ -138,7 +138,7 @@ class TeacherSection(Section, frozen=True, kw_only=True):
     """One expert to distil from, served by an engine of its own."""
 
     name: str
-    url: str
+    url: Url
     model: str
     """Hugging Face directory with its tokenizer: its token ids must be the policy's."""
     scores: dict[str, float]
@@ -181,7 +181,7 @@ class GatewaySection(Section, frozen=True, kw_only=True):
 
 
 class EngineSection(Section, frozen=True, kw_only=True):
-    urls: tuple[str, ...] = ()
+    urls: tuple[Url, ...] = ()
     """Running SGLang servers; empty: the embedded CPU engine is started."""
     host: str = "127.0.0.1"
     port: Port = 0
@@ -421,11 +421,13 @@ def _check_keys(where: str, table: Mapping[str, Any], kind: type[msgspec.Struct]
         inner = hints[key]
         if isinstance(inner, type) and issubclass(inner, Section):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{where}: `{key}` is a section, written [{key}]")
+                raise ConfigError(f"{where}: `{prefix}{key}` is a section, written [{prefix}{key}]")
             _check_keys(where, value, inner, f"{prefix}{key}.")
         for one in get_args(inner):
             if isinstance(one, type) and issubclass(one, Section) and isinstance(value, list | tuple):
                 for item in value:
+                    if not isinstance(item, Mapping):
+                        raise ConfigError(f"{where}: `{prefix}{key}` is a list of sections, written [[{prefix}{key}]]")
                     _check_keys(where, item, one, f"{prefix}{key}.")
 
 

@@ -1,4 +1,4 @@
-"""What numbers a setting may be, as types that msgspec checks, and how a number outside is refused.
+"""What numbers and addresses a setting may be, as types that msgspec checks, and how a number outside is refused.
 
 Invariant: a number that no part of the system can work with is refused when the configuration is read. Where 0 means
 something (none, chosen at start) the type allows it and the setting says what.
@@ -20,6 +20,7 @@ Port = Annotated[int, Meta(ge=0, le=LAST_PORT)]
 Positive = Annotated[float, Meta(gt=0)]
 PositiveOrZero = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+Url = Annotated[str, Meta(pattern="^https?://[^/]")]
 
 _BOUND = re.compile(r"Expected `\w+` (>=|<=|>) (\S+) - at `\$\.(.+)`")
 _WORDS = {">=": "at least", "<=": "at most", ">": "more than"}

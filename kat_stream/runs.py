@@ -3,19 +3,25 @@
     runs/NAME/config.toml        complete configuration, ports and log address included
     runs/NAME/services/*.json    one file a live service process: pid, /metrics address
     runs/NAME.targets.json       Prometheus file_sd targets made from these (its globs may not cross folders)
+    runs/NAME/.lock              held by the `kat-stream run` that works on it
     runs/NAME/{checkpoints,weights,archive,blobs,logs}/
 
-Invariant: config.toml is written once, before anything starts, and every process of the run reads it from there.
+Invariant: config.toml is written once, before anything starts, and every process of the run reads it from there; one
+`kat-stream run` at a time works on a folder.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
+import socket
 import time
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -24,36 +30,62 @@ from kat_stream.errors import ConfigError, StorageError
 from kat_stream.log import Log, open_log
 from kat_stream.ports import choose_port, try_port
 
+LATEST = "latest"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+"""It begins ids, and groups on the broker: `a.b` would be taken for the stage `b` of a run `a`."""
+
 
 def create_run(config: Config) -> tuple[Config, Path]:
     """Name the run, choose free ports, write the folder. The returned configuration is complete.
 
-    ConfigError: there is a run of this name, or none can train so. StorageError: no folder of this name can be made
-    there.
+    ConfigError: there is a run of this name, none can be called so, or none can train so. StorageError: no folder of
+    this name can be made there.
     """
     check_training(config)
     parent = Path(config.run.directory)
     name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-s{config.run.seed}"
+    if not _NAME.fullmatch(name) or name == LATEST:
+        raise ConfigError(f"run.name: {name!r}: expected letters, digits, - and _, and not `{LATEST}`")
     run_dir = parent / name
     try:
-        if (run_dir / "config.toml").exists():
-            raise ConfigError(f"run.name: {run_dir} exists; `kat-stream run --resume {name}` goes on with it")
         config = msgspec.structs.replace(config, run=msgspec.structs.replace(config.run, name=name))
         config = choose_ports(config)
         run_dir.mkdir(parents=True, exist_ok=True)
-        _write(run_dir / "config.toml", dump(config))
+        is_new = _write_first(run_dir / "config.toml", dump(config))
     except OSError as error:
         raise StorageError(f"run.name: no folder {run_dir} can be made ({error.strerror or error})") from error
+    if not is_new:
+        raise ConfigError(f"run.name: {run_dir} exists; `kat-stream run --resume {run_dir}` goes on with it")
     return config, run_dir
 
 
 def reopen_run(run_dir: Path) -> Config:
     """The configuration of an existing run, with fresh ports where the old ones are taken."""
     config = load_run(run_dir)
+    if not config.run.name:
+        raise ConfigError(f"{run_dir}/config.toml: no run.name: it is not the configuration that a run has left")
     check_training(config)
     config = choose_ports(config, moving=True)
     _write(run_dir / "config.toml", dump(config))
     return config
+
+
+@contextmanager
+def worked_on(run_dir: Path) -> Iterator[None]:
+    """By this process alone, until it ends, however it ends.
+
+    ConfigError if another one does. StorageError if the folder cannot be written.
+    """
+    try:
+        lock = (run_dir / ".lock").open("a+")
+    except OSError as error:
+        raise StorageError(f"{run_dir}: cannot be written ({error.strerror or error})") from error
+    with lock:
+        try:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{run_dir}: another `kat-stream run` works on it") from error
+        yield
 
 
 def load_run(run_dir: Path) -> Config:
@@ -62,8 +94,8 @@ def load_run(run_dir: Path) -> Config:
 
 def find_run(name: str, parent: Path = Path("runs")) -> Path:
     """A folder, a name under `runs/`, or `latest`."""
-    candidates = [Path(name), parent / name]
-    if name == "latest":
+    candidates = list(dict.fromkeys([Path(name), parent / name]))
+    if name == LATEST:
         candidates = sorted(parent.glob("*/config.toml"), key=lambda path: path.stat().st_mtime, reverse=True)
         candidates = [path.parent for path in candidates[:1]]
     for candidate in candidates:
@@ -117,7 +149,8 @@ def registered(run_dir: Path, member: str, metrics_url: str) -> Iterator[None]:
     """This process appears in the run's folder while it lives."""
     path = run_dir / "services" / f"{member}.json"
     path.parent.mkdir(exist_ok=True)
-    _write(path, json.dumps({"member": member, "pid": os.getpid(), "metrics": metrics_url, "started": time.time()}))
+    here = {"member": member, "host": socket.gethostname(), "pid": os.getpid()}
+    _write(path, json.dumps({**here, "metrics": metrics_url, "started": time.time()}))
     write_targets(run_dir)
     try:
         yield
@@ -127,8 +160,8 @@ def registered(run_dir: Path, member: str, metrics_url: str) -> Iterator[None]:
 
 
 def seems_live(run_dir: Path) -> bool:
-    """Whether a service says that it works for the run; of one that was killed the word stays."""
-    return any((run_dir / "services").glob("*.json"))
+    """Whether a service works for the run, for all that is known here."""
+    return bool(_services(run_dir))
 
 
 def write_targets(run_dir: Path) -> None:
@@ -146,13 +179,19 @@ def write_targets(run_dir: Path) -> None:
 
 
 def _services(run_dir: Path) -> list[tuple[str, str]]:
-    """Member and /metrics address of each live service."""
+    """Member and /metrics address of each live service; the file of one that was killed here is passed over."""
     found = []
     for path in sorted((run_dir / "services").glob("*.json")):
         with suppress(FileNotFoundError):  # it has ended since it was listed
             service = json.loads(path.read_text())
-            found.append((service["member"], _address(service["metrics"])))
+            if not _was_killed(service):
+                found.append((service["member"], _address(service["metrics"])))
     return found
+
+
+def _was_killed(service: dict[str, Any]) -> bool:
+    """Of another machine's processes nothing is known."""
+    return service.get("host") == socket.gethostname() and not Path(f"/proc/{service['pid']}").exists()
 
 
 def _engine_addresses(config: Config) -> list[str]:
@@ -180,6 +219,22 @@ def _port(host: str, port: int, key: str, moving: bool, chosen: Container[int]) 
 
 
 def _write(path: Path, text: str) -> None:
+    _beside(path, text).replace(path)
+
+
+def _write_first(path: Path, text: str) -> bool:
+    """False, and nothing written, if anybody has written it before, be it at this very moment."""
+    temporary = _beside(path, text)
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
+def _beside(path: Path, text: str) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    temporary.write_text(text, encoding="utf-8")
+    return temporary

@@ -42,6 +42,7 @@ ADMITTED = Gauge("kat_groups_admitted", "Groups requested so far")
 DEATHS = Counter("kat_service_deaths_total", "Service processes that ended and were started again", ["member", "how"])
 LAG = Gauge("kat_lag_messages", "Messages a stage has still to finish", ["stage", "topic"])
 LAG_SECONDS = Gauge("kat_lag_seconds", "Age of the oldest message that a stage has not finished", ["stage", "topic"])
+LAG_READ = Gauge("kat_lag_read_timestamp_seconds", "When lag was last known, in seconds since 1970; 0: never here")
 UNACKNOWLEDGED = Gauge("kat_unacknowledged_seconds", "Age of the oldest send that no broker has acknowledged yet")
 
 

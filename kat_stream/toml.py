@@ -5,6 +5,7 @@ Invariant: what `literal` writes, `tomllib` reads as the same value; what cannot
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from kat_stream.errors import ConfigError
 def read(path: Path) -> dict[str, Any]:
     """The tables of a file."""
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -24,6 +25,10 @@ def read(path: Path) -> dict[str, Any]:
 
 def override(table: dict[str, Any], assignment: str) -> None:
     """Set `section.key=value` in the table; the value is TOML, or a bare word, which is a string."""
+    try:
+        assignment.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"--set {assignment!a}: not UTF-8") from error
     key, equals, text = assignment.partition("=")
     section, dot, name = key.strip().rpartition(".")
     if not equals or not dot or not name:
@@ -45,7 +50,7 @@ def literal(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's escapes are JSON's
     if isinstance(value, list | tuple):
         return "[" + ", ".join(literal(item) for item in value) + "]"
     if isinstance(value, dict):

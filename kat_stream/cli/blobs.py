@@ -92,12 +92,12 @@ async def _survey(args: argparse.Namespace, remove: bool) -> tuple[Survey, list[
     from kat_stream.log.sweeper import survey
     from kat_stream.log.sweeper import sweep as remove_garbage
     from kat_stream.observe.sources import archived_messages
-    from kat_stream.runs import blobs_url, find_run, load_run
+    from kat_stream.runs import blobs_url, find_run, load_run, seems_live
 
     run_dir = find_run(args.run or "latest")
     config = load_run(run_dir)
     in_memory = config.log.url.startswith("memory:")
-    if in_memory and any((run_dir / "services").glob("*.json")):
+    if in_memory and seems_live(run_dir):
         raise ConfigError(f"{run_dir} runs, and its log is in its own process: sweep when it has ended")
     archived = archived_messages(run_dir / "archive") if (run_dir / "archive").is_dir() else ()
     log = None if in_memory else open_log(config.log.url, security=config.log.security)

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kat_stream.cli.common import add_command
+
 if TYPE_CHECKING:
     from kat_stream.config import Config
 
@@ -15,38 +17,40 @@ SHELL = "shell"
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "demo",
+        demo,
         help="train the small policy that ships with the package on small repositories",
-        description="Evaluates a small policy on held-out repositories, trains it by agents in sandboxes and\n"
-        "evaluates it again. With --log memory everything runs in this process; with --log kafka a real\n"
-        "Apache Kafka runs meanwhile (Java and Maven are needed, Docker is not) and every service is a process.\n"
-        "With --scaffold the same tasks are learnt through an unmodified agent program and its own prompt.\n"
+        description="Evaluates a small policy on held-out repositories, trains it by agents in sandboxes and "
+        "evaluates it again. With --log memory everything runs in this process; with --log kafka a real "
+        "Apache Kafka runs meanwhile (Java and Maven are needed, Docker is not) and every service is a process. "
+        "With --scaffold the same tasks are learnt through an unmodified agent program and its own prompt. "
         "The small policy is taught to speak through it first; the result is kept in .kat/policies.",
-        epilog="examples:\n"
-        "  kat-stream demo                          about ten minutes on two cores\n"
-        "  kat-stream demo --seed 1 --set run.steps=10\n"
-        "  kat-stream demo --scaffold codex         about half an hour, as --scaffold mini-swe-agent\n"
-        "  kat-stream demo --log kafka              then, elsewhere: kat-stream tail trajectories",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=[
+            "demo                          minutes on two cores",
+            "demo --seed 1 --set run.steps=10",
+            "demo --scaffold codex         about half an hour, as --scaffold mini-swe-agent",
+            "demo --log kafka              then, elsewhere: kat-stream tail trajectories",
+        ],
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order of tasks")
     parser.add_argument("--log", choices=("memory", "kafka"), default="memory", help="where records flow")
     parser.add_argument("--scaffold", default=SHELL, help="shell | codex | mini-swe-agent: who works on the tasks")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting")
-    parser.set_defaults(handler=demo)
 
 
 def demo(args: argparse.Namespace) -> int:
     import msgspec
 
     from kat_stream.cli.broker import running_meanwhile
-    from kat_stream.cli.run import conduct
+    from kat_stream.cli.run import check_parts, conduct
     from kat_stream.config import load
     from kat_stream.runs import create_run
 
     asked = [f"run.seed={args.seed}", *args.set]
     config = _shell(load(CONFIG, asked)) if args.scaffold == SHELL else _black_box(args.scaffold, asked)
+    check_parts(config)
     if args.log == "memory":
         config, run_dir = create_run(config)
         return conduct("demo", config, run_dir, resume=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -82,13 +83,18 @@ async def _serve(args: argparse.Namespace) -> None:
 async def _lag(args: argparse.Namespace) -> None:
     import anyio
 
+    from kat_stream.errors import DeadlineExceeded, LogUnavailable
+
     log = broker_log(args)
     await log.start()
     try:
         _show(await _ask(log, args), args.json)
         while args.watch:
             await anyio.sleep(WATCH_S)
-            _show(await _ask(log, args), args.json)
+            try:
+                _show(await _ask(log, args), args.json)
+            except (LogUnavailable, DeadlineExceeded) as error:  # who watches wants to see it come back
+                print(f"lag is not known: {error}", file=sys.stderr, flush=True)
     finally:
         with anyio.CancelScope(shield=True):
             await log.close()

@@ -1,13 +1,15 @@
 """The parser over all command groups, and what becomes of errors.
 
-Invariant: an error that this package raises on purpose is one clear line on stderr and an exit code; a traceback means
-a bug or `--debug`. A reader that closes the pipe (`| head`) ends a command quietly.
+Invariant: an error that this package raises on purpose, a full disk and a file that may not be written are one clear
+line on stderr and an exit code; a traceback means a bug or `--debug`. A reader that closes the pipe (`| head`) ends a
+command quietly.
 """
 
 from __future__ import annotations
 
 import argparse
 import atexit
+import errno
 import gc
 import logging
 import os
@@ -48,6 +50,7 @@ COMMANDS = {
 }
 """Command -> module of this package with `register(subparsers)`."""
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 DESCRIPTION = """\
 Trains coding agents by reinforcement learning on an event log: agents work in sandboxes, every model call,
 trajectory, reward and batch is a record on a topic, and every part of the system reads and writes topics.
@@ -74,9 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:
+        if args.debug or error.errno not in NO_ROOM:
+            raise
+        _drop_output()
+        print(f"kat-stream {words[0]}: {error.filename or 'cannot write'}: {error.strerror}", file=sys.stderr)
+        return FAILURE
     except KeyboardInterrupt:
         return INTERRUPTED
     except (KatError, BaseExceptionGroup) as error:
@@ -84,6 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"kat-stream {words[0]}: {known}", file=sys.stderr)
         return _exit_code(known)
+
+
+def _drop_output() -> None:
+    """The interpreter flushes stdout once more at exit: give it somewhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit_code(error: KatError) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import anyio
 
-from kat_stream.cli.common import add_command
+from kat_stream.cli.common import add_command, add_debug
 from kat_stream.service import SERVICE_GROUP
 
 
@@ -40,6 +40,7 @@ def register(subparsers: Any) -> None:
             epilog=f"examples:\n  kat-stream serve {entry.name} --run latest",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        add_debug(service)
         service.add_argument("--run", default="latest", help="folder of the run, its name, or `latest`")
         service.add_argument("--member", default="", help="this process's name in its group (default: made up)")
 

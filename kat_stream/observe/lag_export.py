@@ -1,6 +1,7 @@
 """Lag as metrics: of a run under `kat-stream run`, or of one whose services are started one by one (`lag --serve`).
 
-Invariant: it joins no group; a log that is away for a while leaves the gauges as they were and is tried again.
+Invariant: it joins no group; a log that is away for a while leaves the gauges as they were, and with them the time of
+the last reading, and is tried again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from kat_stream.errors import DeadlineExceeded, LogError
 from kat_stream.observe.stage_lag import stage_lags
 from kat_stream.runs import registered
 from kat_stream.service import Context
-from kat_stream.telemetry import LAG, LAG_SECONDS, serve_metrics
+from kat_stream.telemetry import LAG, LAG_READ, LAG_SECONDS, serve_metrics
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ async def export_lag(ctx: Context) -> None:
             for lag in await stage_lags(ctx.log, ctx.run, ctx.run_dir, ctx.log_id):
                 LAG.labels(lag.group, lag.topic).set(lag.messages)
                 LAG_SECONDS.labels(lag.group, lag.topic).set(lag.seconds or 0.0)
+            LAG_READ.set_to_current_time()
         except (LogError, DeadlineExceeded) as error:
             log.warning("lag is not known: %s", error)
         await ctx.stopped_within(LAG_EVERY_S)

@@ -18,6 +18,7 @@ from anyio.from_thread import start_blocking_portal
 from kat_stream.log import open_log
 from kat_stream.observe.lineages import surviving
 from kat_stream.rl.staleness import age, forks_of
+from kat_stream.runs import registered
 from tests.story.conftest import BOUND, STEPS, end, kat, start, steps_of, wait_for_word
 from topics import CATALOGUE, PackedBatch, PolicyVersion, Record, TrainStep, Trajectory
 
@@ -121,11 +122,10 @@ def test_a_shadow_trains_on_the_same_batches_and_touches_nothing(kafka_bootstrap
 def test_a_shadow_of_a_living_run_waits_for_a_log_that_is_away(
     kafka_bootstrap: str, struck: Path, tmp_path: Path
 ) -> None:
-    living, out = struck / "services" / "sampler.json", tmp_path / "out.txt"
-    with socket.socket() as away:
+    out = tmp_path / "out.txt"
+    with socket.socket() as away, registered(struck, "sampler", "http://127.0.0.1:9100/metrics"):
         away.bind(("127.0.0.1", 0))
         url = f"kafka:127.0.0.1:{away.getsockname()[1]}"
-        living.write_text("{}")
         shadow = start("shadow", struck, "--name", "patient", "--log", url, out=out)
         try:
             wait_for_word("trying again", shadow, out)
@@ -136,7 +136,6 @@ def test_a_shadow_of_a_living_run_waits_for_a_log_that_is_away(
                 assert shadow.wait(300) == 0, out.read_text()
         finally:
             end(shadow)
-            living.unlink()
     assert f"step {STEPS}:" in out.read_text()
 
 

@@ -14,7 +14,7 @@ from kat_stream.cli.main import main
 from kat_stream.config import load
 from kat_stream.log import Delivered, Position
 from kat_stream.log.blobs import BlobStore
-from kat_stream.runs import blobs_url, create_run
+from kat_stream.runs import blobs_url, create_run, registered
 
 
 @pytest.fixture
@@ -60,7 +60,6 @@ def test_a_grace_period_that_could_hurt_is_refused(
 
 
 def test_a_live_run_in_one_process_is_not_swept(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run_dir / "services").mkdir()
-    (run_dir / "services" / "run.json").write_text("{}")
-    assert main(["blobs", "sweep", "--run", str(run_dir)]) == 2
+    with registered(run_dir, "run", "http://127.0.0.1:9100/metrics"):
+        assert main(["blobs", "sweep", "--run", str(run_dir)]) == 2
     assert "sweep when it has ended" in capsys.readouterr().err

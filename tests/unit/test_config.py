@@ -16,7 +16,8 @@ from kat_stream.runs import create_run, load_run, reopen_run
 
 
 def test_a_dumped_configuration_loads_as_itself(tmp_path: Path) -> None:
-    config = load(None, ["run.steps=7", "data.scaffold=shell", "engine.urls=['http://a', 'http://b']"])
+    odd = r'policy.name="a \" b \\ c \n d \t e \u0000 f \u007f g \u00e9"'
+    config = load(None, ["run.steps=7", "data.scaffold=shell", "engine.urls=['http://a', 'http://b']", odd])
     path = tmp_path / "config.toml"
     path.write_text(dump(config))
     assert load(path) == config
@@ -30,6 +31,8 @@ def test_a_dumped_configuration_loads_as_itself(tmp_path: Path) -> None:
         ("[trainr]\nlevel = 'turn'", "unknown key `trainr`; did you mean `trainer`?"),
         ("[run]\nsteps = 'many'", "`run.steps`: expected `int`, got `str`"),
         ("run = 3", "`run` is a section"),
+        ("log.security = 3", "`log.security` is a section, written [log.security]"),
+        ("scorer.teachers = [1]", "`scorer.teachers` is a list of sections, written [[scorer.teachers]]"),
         ("[run\n", "not valid TOML"),
     ],
 )
@@ -114,6 +117,12 @@ def test_an_old_run_that_was_sampled_hot_does_not_go_on(tmp_path: Path) -> None:
     assert load_run(folder).sampler.temperature == 0.7
     with pytest.raises(ConfigError, match="a run that trains takes 1"):
         reopen_run(folder)
+
+
+def test_a_configuration_without_a_name_is_none_that_a_run_has_left(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(ConfigError, match=r"no run\.name"):
+        reopen_run(tmp_path)
 
 
 def test_static_weights_with_several_updates_are_refused() -> None:

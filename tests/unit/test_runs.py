@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kat_stream.config import load
-from kat_stream.runs import create_run, registered, targets_file, write_targets
+from kat_stream.runs import create_run, registered, seems_live, targets_file, write_targets
 
 METRICS = "http://127.0.0.1:9100/metrics"
 COMES_AND_GOES = """
@@ -20,6 +20,30 @@ from kat_stream.runs import registered
 for _ in range(100):
     with registered(Path(sys.argv[1]), sys.argv[2], "http://127.0.0.1:9/metrics"):
         pass
+"""
+
+REGISTERED = """
+import sys, time
+from pathlib import Path
+from kat_stream.runs import registered
+with registered(Path(sys.argv[1]), "killed", "http://127.0.0.1:9/metrics"):
+    print("registered", flush=True)
+    time.sleep(300)
+"""
+ROUNDS = 50
+CREATES = """
+import sys
+from kat_stream.config import load
+from kat_stream.errors import ConfigError
+from kat_stream.runs import create_run
+print("ready", flush=True)
+sys.stdin.read()
+for number in range(int(sys.argv[2])):
+    try:
+        create_run(load(None, [f"run.directory='{sys.argv[1]}'", f"run.name=r{number}"]))
+        print("made")
+    except ConfigError:
+        print("refused")
 """
 
 
@@ -45,6 +69,32 @@ def test_a_service_that_ends_between_listing_and_reading_is_no_target(run_dir: P
     with registered(run_dir, "packer", METRICS):
         (run_dir / "services" / "ended.json").symlink_to("unlinked")  # is listed and cannot be read
         write_targets(run_dir)
+        assert targets(run_dir) == ["packer", "engine-http"]
+
+
+def test_of_two_runs_of_one_name_one_is_refused(tmp_path: Path) -> None:
+    """At the same moment, too: each has looked, and nobody was there."""
+    command = [sys.executable, "-c", CREATES, str(tmp_path), str(ROUNDS)]
+    both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [one.stdout.readline() for one in both if one.stdout] == ["ready\n"] * 2
+    said = []
+    for one in both:
+        assert one.stdin is not None
+        one.stdin.close()  # go
+        one.stdin = None
+    for one in both:
+        said += one.communicate(timeout=120)[0].split()
+    assert sorted(said) == ["made"] * ROUNDS + ["refused"] * ROUNDS
+
+
+def test_what_was_killed_here_is_neither_alive_nor_a_target(run_dir: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", REGISTERED, str(run_dir)], stdout=subprocess.PIPE)
+    assert dead.stdout is not None and dead.stdout.readline() == b"registered\n"
+    assert seems_live(run_dir)
+    dead.kill()
+    dead.wait(60)
+    assert not seems_live(run_dir)
+    with registered(run_dir, "packer", METRICS):
         assert targets(run_dir) == ["packer", "engine-http"]
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from kat_stream.cli import main
+from kat_stream.cli import lag, main
 from kat_stream.cli.broker import running_meanwhile
 from kat_stream.cli.run import INTERRUPTED, close
-from kat_stream.errors import ConfigError
+from kat_stream.errors import ConfigError, LogUnavailable
 from kat_stream.execute import Result
-from kat_stream.log import broker
+from kat_stream.log import Group, MemoryLog, broker
+from kat_stream.runs import worked_on
 
 EVAL = ("eval", "--dataset", "mend:held-out?count=1", "--agent", "nop")
 A_FILE = "runs/demo/config.toml"
@@ -50,6 +53,19 @@ def test_how_many_is_at_least_one(words: tuple[str, ...], run_dir: Path, capsys:
         (("broker", "up", "--port", "65535", "--nodes", "2", "--state-dir", "state"), 2, "port 65536 of node 2"),
         (("trace", ""), 2, "ID is empty"),
         (("run", "--set", f"run.name={LONG}"), 1, "can be made (File name too long)"),
+        (("run", "--set", "run.name=.."), 2, "run.name: '..': expected letters, digits, - and _"),
+        (("run", "--set", "run.name=demo.packer"), 2, "run.name: 'demo.packer'"),
+        (("run", "--set", "run.name=latest"), 2, "not `latest`"),
+        (("run", "--set", "run.name=demo"), 2, "`kat-stream run --resume runs/demo` goes on with it"),
+        (("run", "--set", "log.url=redis:here"), 2, "neither memory: nor kafka:"),
+        (("run", "--set", "policy.model=/nope"), 2, "/nope is no Hugging Face model directory"),
+        (("run", "--set", "data.train=nope:x"), 2, "no 'nope'"),
+        (("run", "--set", "data.held_out=mend:x"), 2, "split 'x' is not one of"),
+        (("run", "--set", "data.scaffold=nope"), 2, "no 'nope'"),
+        (("run", "--set", "rollout.sandbox=nope"), 2, "nope"),
+        (("run", "--set", "trainer.loss=nope"), 2, "no 'nope'"),
+        (("demo", "--set", "trainer.loss=nope"), 2, "no 'nope'"),
+        (("run", "--set", "run.directory=\udcff", "--dry-run"), 2, "not UTF-8"),
         (("ledger", LONG), 2, "no run `xxx"),
         (("run", "latin.toml", "--dry-run"), 2, "latin.toml: not valid TOML"),
     ],
@@ -63,6 +79,7 @@ def test_a_mistake_is_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert len(error.splitlines()) == 1
+    assert [path.name for path in Path("runs").iterdir()] == ["demo"]
 
 
 def test_a_dry_run_of_a_resume_prints_and_changes_nothing(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,6 +88,54 @@ def test_a_dry_run_of_a_resume_prints_and_changes_nothing(run_dir: Path, capsys:
     assert main(["run", "--resume", "demo", "--dry-run"]) == 0
     assert capsys.readouterr().out == before == path.read_text()
     assert path.stat().st_mtime_ns == written
+
+
+def test_a_second_run_of_a_folder_is_refused_and_changes_nothing(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run_dir / "config.toml").read_text()
+    with worked_on(run_dir):
+        assert main(["run", "--resume", "demo"]) == 2
+    assert "another `kat-stream run` works on it" in capsys.readouterr().err
+    assert (run_dir / "config.toml").read_text() == before
+
+
+class Flaky(MemoryLog):
+    """There, away, there again; then the test is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = iter([None, LogUnavailable("the broker is gone"), None, ConfigError("over")])
+
+    async def groups(self) -> list[Group]:
+        answer = next(self.answers)
+        if answer is not None:
+            raise answer
+        return []
+
+
+def test_who_watches_lag_sees_a_log_go_and_come_back(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lag, "broker_log", lambda args: Flaky())
+    monkeypatch.setattr(lag, "WATCH_S", 0.0)
+    assert main(["lag", "--log", "kafka:here:1", "--watch"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "no consumer groups\n" * 2
+    assert said.err == "lag is not known: the broker is gone\nkat-stream lag: over\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="environment: needs /dev/full")
+def test_a_full_disk_is_one_line(run_dir: Path) -> None:
+    command = f"{sys.executable} -m kat_stream.cli topics list > /dev/full"
+    done = subprocess.run(command, shell=True, cwd=run_dir.parents[1], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "kat-stream topics: cannot write: No space left on device\n")
+
+
+@pytest.mark.parametrize("words", [("run",), ("demo",), ("serve", "rollout")], ids=" ".join)
+def test_debug_is_an_option_of_every_command(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--help"]) == 0
+    assert "--debug" in capsys.readouterr().out
 
 
 def test_who_interrupts_a_run_waits_for_its_steps_alone(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import anyio
 import msgspec
 import pytest
 
 from kat_stream.archive import ArchiveWriter
-from kat_stream.log import Committed, MemoryLog, TopicPartition
+from kat_stream.config import load
+from kat_stream.errors import LogUnavailable
+from kat_stream.log import Committed, Group, MemoryLog, TopicPartition
+from kat_stream.observe.lag_export import export_lag
 from kat_stream.observe.stage_lag import stage_lags
+from kat_stream.service import Context
+from kat_stream.telemetry import LAG_READ
 from tests.observe_kit import small
 from topics import CATALOGUE, PackedBatch, TrainStep
 
@@ -26,6 +32,26 @@ async def filled() -> MemoryLog:
     await log.apply_topics(CATALOGUE)
     await log.publish(*(record for record, _ in small().records))
     return log
+
+
+class Away(MemoryLog):
+    async def groups(self) -> list[Group]:
+        raise LogUnavailable("away")
+
+
+async def test_a_log_that_is_away_leaves_the_time_of_the_last_reading(tmp_path: Path) -> None:
+    log = await filled()
+    config = load(None, [f"run.directory='{tmp_path}'", "run.name=demo"])
+    (tmp_path / "demo").mkdir()
+    ctx = Context(config=config, run="demo", run_dir=tmp_path / "demo", log=log, member="lag")
+    LAG_READ.set(0)
+    for one, known in ((Away(), False), (log, True)):
+        ctx.log, ctx.stopping = one, anyio.Event()
+        async with anyio.create_task_group() as group:
+            group.start_soon(export_lag, ctx)
+            await anyio.wait_all_tasks_blocked()
+            ctx.stopping.set()
+        assert (LAG_READ._value.get() > 0) == known
 
 
 async def nothing(partitions: object) -> None:
