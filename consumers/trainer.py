@@ -193,8 +193,7 @@ class Trainer:
             try:
                 record = delivered.record()
                 if isinstance(record, PackedBatch) and record.run == ctx.run:
-                    vocabulary = self.learner.model.config.vocab_size
-                    check_group(record, vocabulary, self.learner.max_positions, self.learner.routing)
+                    check_group(record, self.learner.vocabulary, self.learner.max_positions, self.learner.routing)
                     self.met.add(record.group_id)
                     return delivered.position, record
             except DataError as error:

@@ -118,6 +118,11 @@ class TorchLearner:
         return int(self.model.config.get_text_config().max_position_embeddings)
 
     @property
+    def vocabulary(self) -> int:
+        """Token ids that the model knows: 0 <= id < vocabulary."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
     def routing(self) -> tuple[int, int] | None:
         """Width of a token's recorded routing and number of experts, if routing is replayed."""
         return None if self._replay is None else self._replay.shape
@@ -261,9 +266,8 @@ class TorchLearner:
         if depth > self.max_positions:
             raise BatchError(f"a path has {depth} tokens, the model has {self.max_positions} positions")
         largest = max(int(row.ids.max()) for row in batch.rows)
-        vocabulary = self.model.config.get_text_config().vocab_size
-        if largest >= vocabulary:
-            raise BatchError(f"id {largest} is outside the vocabulary of {vocabulary}")
+        if largest >= self.vocabulary:
+            raise BatchError(f"id {largest} is outside the vocabulary of {self.vocabulary}")
         if self._replay is not None:
             check_routes(batch.rows, *self._replay.shape)
 
