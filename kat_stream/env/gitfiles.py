@@ -1,4 +1,4 @@
-"""Files as what git keeps of them: a pack of their objects and an index, made without git.
+"""Files as what git keeps of them: objects, a pack of these and an index, made without git.
 
 Owns the two formats (git's gitformat-pack and gitformat-index, both version 2, which every git reads). Invariant: the
 objects are of the files byte for byte, whatever attributes among them say; nothing of a .git is in them.
@@ -19,8 +19,10 @@ type _Folder = dict[bytes, _Folder | _File]
 type _File = tuple[int, bytes]
 """(mode, id of the content)."""
 
-_TREE, _BLOB = 2, 3
-_NAMES = {_TREE: b"tree", _BLOB: b"blob"}
+type Objects = dict[bytes, tuple[bytes, bytes]]
+"""Id -> (kind, body)."""
+
+_KINDS = {b"commit": 1, b"tree": 2, b"blob": 3}
 _FOLDER_MODE, _FILE_MODE, _PROGRAM_MODE = 0o40000, 0o100644, 0o100755
 _LONGEST_NAME = 0xFFF
 
@@ -30,20 +32,43 @@ def git_files(files: Files) -> tuple[str, Files]:
 
     The index knows nothing about the files on a disk: git reads each to see whether it is still the same.
     """
-    objects: dict[bytes, bytes] = {}
+    tree, objects, entries = _kept(files)
+    pack, pack_index = _pack(objects)
+    place = "objects/pack/pack-files"
+    made = {f"{place}.pack": pack, f"{place}.idx": pack_index, "index": _index(entries)}
+    return tree.hex(), {path: (content, 0o644) for path, content in made.items()}
+
+
+def objects_of(files: Files) -> tuple[bytes, Objects]:
+    """(The tree's id, the objects of files and directories.)"""
+    tree, objects, _ = _kept(files)
+    return tree, objects
+
+
+def store(objects: Objects, kind: bytes, body: bytes) -> bytes:
+    """Add an object; returns its id."""
+    name = _sha1(head(kind, body), body)
+    objects[name] = kind, body
+    return name
+
+
+def head(kind: bytes, body: bytes) -> bytes:
+    """What stands before the body in a loose file, and is hashed with it."""
+    return b"%s %d\0" % (kind, len(body))
+
+
+def _kept(files: Files) -> tuple[bytes, Objects, dict[bytes, _File]]:
+    """(The tree's id, its objects, the index's entries.)"""
+    objects: Objects = {}
     root: _Folder = {}
     entries: dict[bytes, _File] = {}
     for path, (content, mode) in files.items():
         name = os.fsencode(posixpath.normpath(path))
         *above, last = name.split(b"/")
         if b".git" not in (*above, last):
-            entries[name] = (_PROGRAM_MODE if mode & 0o100 else _FILE_MODE, _store(objects, _BLOB, content))
+            entries[name] = (_PROGRAM_MODE if mode & 0o100 else _FILE_MODE, store(objects, b"blob", content))
             _folder(root, above)[last] = entries[name]
-    tree = _tree(objects, root)
-    pack, pack_index = _pack(objects)
-    place = "objects/pack/pack-files"
-    made = {f"{place}.pack": pack, f"{place}.idx": pack_index, "index": _index(entries)}
-    return tree.hex(), {path: (content, 0o644) for path, content in made.items()}
+    return _tree(objects, root), objects, entries
 
 
 def _folder(root: _Folder, above: list[bytes]) -> _Folder:
@@ -54,7 +79,7 @@ def _folder(root: _Folder, above: list[bytes]) -> _Folder:
     return root
 
 
-def _tree(objects: dict[bytes, bytes], folder: _Folder) -> bytes:
+def _tree(objects: Objects, folder: _Folder) -> bytes:
     """Store a folder and what is below it; returns its id."""
     rows = {}
     for name, entry in folder.items():
@@ -63,25 +88,23 @@ def _tree(objects: dict[bytes, bytes], folder: _Folder) -> bytes:
             rows[name + b"/"] = b"%o %s\0%s" % (_FOLDER_MODE, name, _tree(objects, entry))
         else:
             rows[name] = b"%o %s\0%s" % (entry[0], name, entry[1])
-    return _store(objects, _TREE, b"".join(rows[name] for name in sorted(rows)))
+    return store(objects, b"tree", b"".join(rows[name] for name in sorted(rows)))
 
 
-def _store(objects: dict[bytes, bytes], kind: int, body: bytes) -> bytes:
-    """Add an object as a pack holds it; returns its id."""
-    name = _sha1(b"%s %d\0" % (_NAMES[kind], len(body)), body)
-    if name not in objects:
-        # Four bits of the length beside the kind, then seven a byte, the lowest first; the last byte has no top bit.
-        head, rest = [kind << 4 | len(body) & 0xF], len(body) >> 4
-        while rest:
-            head[-1] |= 0x80
-            head.append(rest & 0x7F)
-            rest >>= 7
-        objects[name] = bytes(head) + zlib.compress(body, 1)
-    return name
+def _packed(kind: bytes, body: bytes) -> bytes:
+    """An object as a pack holds it."""
+    # Four bits of the length beside the kind, then seven a byte, the lowest first; the last byte has no top bit.
+    first, rest = [_KINDS[kind] << 4 | len(body) & 0xF], len(body) >> 4
+    while rest:
+        first[-1] |= 0x80
+        first.append(rest & 0x7F)
+        rest >>= 7
+    return bytes(first) + zlib.compress(body, 1)
 
 
-def _pack(objects: dict[bytes, bytes]) -> tuple[bytes, bytes]:
+def _pack(whole: Objects) -> tuple[bytes, bytes]:
     """(A pack, its index)."""
+    objects = {name: _packed(*one) for name, one in whole.items()}
     pack = _signed(b"PACK" + struct.pack(">2I", 2, len(objects)) + b"".join(objects.values()))
     offsets = dict(zip(objects, accumulate(map(len, objects.values()), initial=12), strict=False))
     names = sorted(objects)

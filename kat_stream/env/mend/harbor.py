@@ -6,10 +6,10 @@ one commit is byte-identical for the same task (fixed author and date), so its i
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from pathlib import Path
 
+from kat_stream.env.gitfiles import head, objects_of, store
 from kat_stream.env.mend.generator import MendTask
 
 _AUTHOR = "kat-stream <demo@kat-stream.invalid> 1700000000 +0000"
@@ -52,17 +52,20 @@ if mended; then echo 1; else echo 0; fi > /logs/verifier/reward.txt
 
 def repository(task: MendTask) -> dict[str, tuple[bytes, int]]:
     """The task's files and a `.git` whose HEAD commits them: path -> (content, mode). It has no index."""
-    objects: dict[str, tuple[bytes, int]] = {}
-    tree = _tree(task.files, objects)
-    message = f"tree {tree}\nauthor {_AUTHOR}\ncommitter {_AUTHOR}\n\nThe state to mend\n"
-    commit = _store(b"commit", message.encode(), objects)
+    tree, objects = objects_of(task.files)
+    message = f"tree {tree.hex()}\nauthor {_AUTHOR}\ncommitter {_AUTHOR}\n\nThe state to mend\n"
+    commit = store(objects, b"commit", message.encode())
     return {
         **task.files,
         ".git/HEAD": (b"ref: refs/heads/main\n", _FILE_MODE),
         ".git/config": (_CONFIG, _FILE_MODE),
-        ".git/refs/heads/main": (f"{commit}\n".encode(), _FILE_MODE),
-        **objects,
+        ".git/refs/heads/main": (f"{commit.hex()}\n".encode(), _FILE_MODE),
+        **{_loose(name.hex()): (zlib.compress(head(*one) + one[1], 1), _OBJECT_MODE) for name, one in objects.items()},
     }
+
+
+def _loose(name: str) -> str:
+    return f".git/objects/{name[:2]}/{name[2:]}"
 
 
 def write_task(task: MendTask, directory: Path) -> None:
@@ -95,29 +98,3 @@ def write_files(directory: Path, files: dict[str, tuple[bytes, int]]) -> None:
 def _may_fail(command: str) -> str:
     # The visible test is run to be read: before the repair it exits 1.
     return f"{command} || true" if command == "sh test.sh" else command
-
-
-def _tree(files: dict[str, tuple[bytes, int]], objects: dict[str, tuple[bytes, int]]) -> str:
-    """Store one directory level and what is below it; returns the tree's id in hex."""
-    entries: dict[str, tuple[str, str]] = {}
-    below: dict[str, dict[str, tuple[bytes, int]]] = {}
-    for path, (content, mode) in files.items():
-        head, _, rest = path.partition("/")
-        if rest:
-            below.setdefault(head, {})[rest] = (content, mode)
-        else:
-            entries[head] = ("100755" if mode & 0o100 else "100644", _store(b"blob", content, objects))
-    for folder, inside in below.items():
-        entries[folder] = ("40000", _tree(inside, objects))
-    # Git sorts a directory as if its name ended in a slash.
-    order = sorted(entries, key=lambda name: name + "/" if entries[name][0] == "40000" else name)
-    rows = (f"{entries[name][0]} {name}\0".encode() + bytes.fromhex(entries[name][1]) for name in order)
-    return _store(b"tree", b"".join(rows), objects)
-
-
-def _store(kind: bytes, body: bytes, objects: dict[str, tuple[bytes, int]]) -> str:
-    """Add one loose object; returns its id in hex."""
-    whole = kind + b" %d\0" % len(body) + body
-    name = hashlib.sha1(whole, usedforsecurity=False).hexdigest()
-    objects[f".git/objects/{name[:2]}/{name[2:]}"] = (zlib.compress(whole, 1), _OBJECT_MODE)
-    return name
