@@ -12,7 +12,6 @@ Invariant: config.toml is written once, before anything starts, and every proces
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -27,6 +26,7 @@ import msgspec
 
 from kat_stream.config import Config, check_training, dump, load
 from kat_stream.errors import ConfigError, StorageError
+from kat_stream.locks import try_lock
 from kat_stream.log import Log, open_log
 from kat_stream.ports import choose_port, try_port
 
@@ -81,10 +81,8 @@ def worked_on(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"{run_dir}: cannot be written ({error.strerror or error})") from error
     with lock:
-        try:
-            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"{run_dir}: another `kat-stream run` works on it") from error
+        if not try_lock(lock.fileno()):
+            raise ConfigError(f"{run_dir}: another `kat-stream run` works on it")
         yield
 
 

@@ -13,7 +13,6 @@ and nobody but the writer removes one. Where the archive ends is the commit's wo
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -30,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kat_stream.errors import ArchiveInUse, DataError
+from kat_stream.locks import try_lock
 
 NO_RUN = "__HIVE_DEFAULT_PARTITION__"
 """Hive's name for null: bytes of which nobody knows the run, where all runs are archived together."""
@@ -227,7 +227,7 @@ def claimed(directory: Path, deadline_s: float = 10.0) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("a+") as file:
         give_up = time.monotonic() + deadline_s
-        while not _locked(file.fileno()):
+        while not try_lock(file.fileno()):
             if time.monotonic() > give_up:
                 file.seek(0)
                 raise ArchiveInUse(f"{directory}: another archiver writes here ({file.read() or 'unknown'})")
@@ -236,14 +236,6 @@ def claimed(directory: Path, deadline_s: float = 10.0) -> Iterator[None]:
         file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _sync(directory: Path) -> None:

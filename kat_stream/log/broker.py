@@ -7,7 +7,6 @@ when every node answers and sees the others, and leaves nothing running that it 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 import uuid
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kat_stream.errors import ConfigError, DeadlineExceeded
+from kat_stream.locks import try_lock
 from kat_stream.log.broker_node import POLL_S, READY_S, STOP_S, Node, answers
 from kat_stream.ports import choose_port, try_port
 from kat_stream.ranges import LAST_PORT
@@ -233,16 +233,8 @@ def _locked(state_dir: Path) -> Iterator[None]:
     """One `up` at a time in a directory."""
     give_up = time.monotonic() + READY_S
     with (state_dir / "lock").open("w") as lock:
-        while not _try_lock(lock.fileno()):
+        while not try_lock(lock.fileno()):
             if time.monotonic() > give_up:
                 raise DeadlineExceeded(f"another `broker up` in {state_dir}", READY_S)
             time.sleep(POLL_S)
         yield
-
-
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
