@@ -1,4 +1,4 @@
-"""A file that one process at a time holds. Invariant: the kernel lets go of it when the process ends, in whatever way."""
+"""A file that one process at a time holds. Invariant: the kernel lets go of it when that process ends, however."""
 
 from __future__ import annotations
 
