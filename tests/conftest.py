@@ -20,11 +20,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 settings.register_profile("suite", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
+
 SHARED = {
     "struck": ("test_processes.py", "test_time_travel.py"),
-    "kafka_cluster_dir": ("test_broker.py", "test_kafka_outage.py", "test_topics_kafka.py"),
+    "kafka_cluster_dir": ("test_broker.py", "test_kafka_frozen.py", "test_kafka_outage.py", "test_topics_kafka.py"),
 }
 """Session fixtures that cost so much that only one process may make them, and the files that ask for them."""
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 class Together(LoadFileScheduling):

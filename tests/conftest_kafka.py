@@ -14,9 +14,9 @@ NODES = 3
 
 
 def need_java() -> None:
-    """Skip where the environment cannot run a broker."""
+    """Skip where the environment cannot run a broker, or an S3 server."""
     if shutil.which("java") is None or shutil.which("mvn") is None:
-        pytest.skip("environment: a broker needs Java 17 and Maven")
+        pytest.skip("environment: servers of the JVM need Java 17 and Maven")
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import msgspec
 
 from kat_stream.log.base import Delivered, Position
 from kat_stream.log.message import seal
+from tests.unit import records
 from topics import (
     Environment,
     GroupMember,
@@ -26,7 +27,6 @@ from topics import (
     Trajectory,
     Turn,
     VerifierSpec,
-    VersionSpan,
     partition_of,
 )
 from topics.record import pack_floats, pack_ints
@@ -91,13 +91,9 @@ def task(name: str = "mend/rename-17") -> Task:
 
 
 def request(group_id: str, sample: int, size: int, purpose: str = "train", round_: int = 0) -> RolloutRequest:
-    return RolloutRequest(
+    return msgspec.structs.replace(
+        records.request(group_id, sample, size, purpose),
         run=RUN,
-        group_id=group_id,
-        rollout_id=f"{group_id}-{sample}",
-        sample=sample,
-        group_size=size,
-        purpose="eval" if purpose == "eval" else "train",
         task=task(),
         sampling=Sampling(max_new_tokens=40, max_turns=6, max_context=1024),
         deadline_unix_s=START_MS / 1000 + 60,
@@ -107,20 +103,16 @@ def request(group_id: str, sample: int, size: int, purpose: str = "train", round
 
 def turns(asked: RolloutRequest, version: str = "a.0") -> tuple[Turn, ...]:
     def turn(index: int, prompt: list[int], sampled: list[int], content: str, prefix: int) -> Turn:
-        return Turn(
-            run=RUN,
-            group_id=asked.group_id,
-            rollout_id=asked.rollout_id,
+        return records.turn(
+            asked,
+            prompt,
+            sampled,
+            version=version,
+            name=f"{asked.rollout_id}-{index}",
             session_id=f"s-{asked.rollout_id}",
-            turn_id=f"{asked.rollout_id}-{index}",
             index=index,
             parent=f"{asked.rollout_id}-{index - 1}" if index else "",
             prefix_len=prefix,
-            prompt_ids=pack_ints(prompt),
-            sampled_ids=pack_ints(sampled),
-            logprobs=pack_floats([-0.5] * len(sampled)),
-            spans=(VersionSpan(version, 0, len(sampled)),),
-            finish_reason="stop",
             content=content,
             engine="engine-0",
             cached_tokens=prefix,
@@ -131,14 +123,11 @@ def turns(asked: RolloutRequest, version: str = "a.0") -> tuple[Turn, ...]:
 
 
 def trajectory(asked: RolloutRequest, outcome: str = "submitted", error: str = "", attempt: int = 1) -> Trajectory:
-    return Trajectory(
-        run=RUN,
-        group_id=asked.group_id,
-        rollout_id=asked.rollout_id,
+    return records.trajectory(
+        asked,
+        *(turns(asked) if outcome == "submitted" else ()),
+        outcome=outcome,
         attempt=attempt,
-        request=asked,
-        turns=turns(asked) if outcome == "submitted" else (),
-        outcome=outcome,  # type: ignore[arg-type]
         error_class=error,
         detail="no space left" if error else "",
         patch=b"--- a/x\n+++ b/x\n@@ -1 +1 @@\n-1\n+2\n" if outcome == "submitted" else b"",
@@ -148,17 +137,12 @@ def trajectory(asked: RolloutRequest, outcome: str = "submitted", error: str = "
 
 
 def reward(asked: RolloutRequest, score: float, status: str = "graded") -> Reward:
-    return Reward(
-        run=RUN,
-        group_id=asked.group_id,
-        rollout_id=asked.rollout_id,
-        task_id=asked.task.task_id,
-        verifier="harbor",
+    return records.reward(
+        asked,
+        score,
         status="graded" if status == "graded" else "failed",
-        score=score,
         evidence="1 passed\n",
         error_class="" if status == "graded" else "VerifierError",
-        purpose=asked.purpose,
         round=asked.round,
         seconds=0.2,
     )

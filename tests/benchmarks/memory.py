@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 
 from kat_stream.log import broker
 from kat_stream.supervisor import PROCESSES
-from tests.chaos.system import SETTINGS, member_pid, wait_for
+from tests.chaos.system import SETTINGS, member_pid
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 NAME = "memory"
@@ -65,7 +66,7 @@ def a_run(directory: Path) -> Iterator[dict[str, int]]:
     process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
     run_dir = directory / "runs" / NAME
     try:
-        wait_for("every member", lambda: all(member_pid(run_dir, name) for name in PROCESSES), START_S)
+        wait_for(lambda: all(member_pid(run_dir, name) for name in PROCESSES), "every member", START_S)
         yield {"run": process.pid, "broker": broker.status(directory / "broker").pid}
     finally:
         process.send_signal(signal.SIGINT)

@@ -19,7 +19,8 @@ import anyio
 
 from kat_stream.supervisor import PROCESSES
 from tests.chaos.system import System, cut, heal_cuts
-from tests.chaos.watch import Watch, until
+from tests.chaos.watch import Watch
+from tests.waiting import until
 
 RECOVER_S = 180.0
 """Longest recovery: a system that needs more has not gone on by itself."""
@@ -71,8 +72,8 @@ def _struck(world: World, member: str, number: signal.Signals) -> int:
 
 async def _after_death(world: World, stage: str, member: str, pid: int) -> float:
     began = time.monotonic()
-    await until(f"{member} to start again", lambda: world.system.pid(member) not in (0, pid), RECOVER_S)
-    await until(f"a word of {member}", world.watch.progress(stage), RECOVER_S)
+    await until(lambda: world.system.pid(member) not in (0, pid), f"{member} to start again", RECOVER_S)
+    await until(world.watch.progress(stage), f"a word of {member}", RECOVER_S)
     return time.monotonic() - began
 
 
@@ -88,7 +89,7 @@ async def _freeze(world: World, stage: str) -> float:
 
 async def _spoken(world: World, stage: str) -> float:
     began = time.monotonic()
-    await until(f"a word of {stage}", world.watch.progress(stage), RECOVER_S)
+    await until(world.watch.progress(stage), f"a word of {stage}", RECOVER_S)
     return time.monotonic() - began
 
 
@@ -139,7 +140,7 @@ async def _kill_announced(world: World, stage: str) -> float:
     """A step that is on the log and in no checkpoint."""
 
     async def there() -> bool:
-        await until("a step", world.watch.progress(stage), AIM_S)
+        await until(world.watch.progress(stage), "a step", AIM_S)
         return True
 
     def aimed() -> bool:
@@ -155,7 +156,7 @@ async def _kill_at_weights(world: World, stage: str) -> float:
 
     async def there() -> bool:
         known = {path.name for path in folder.iterdir()}
-        await until("new weights", lambda: _names(folder) - known, AIM_S)
+        await until(lambda: _names(folder) - known, "new weights", AIM_S)
         return True
 
     def aimed() -> bool:

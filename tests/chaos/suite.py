@@ -24,7 +24,8 @@ from kat_stream.observe.ledger import Ledger
 from tests.chaos.account import Account, Verdict
 from tests.chaos.faults import BLOWS, RECOVER_S, STAGES, World
 from tests.chaos.system import System
-from tests.chaos.watch import Watch, until
+from tests.chaos.watch import Watch
+from tests.waiting import until
 from topics import CATALOGUE
 
 PAUSE_S = (0.2, 3.0)
@@ -94,7 +95,7 @@ async def run_suite(faults: Sequence[str], seed: int, minutes: float, system: Sy
         async with anyio.create_task_group() as group:
             group.start_soon(watch.follow)
             group.start_soon(_operate, world)
-            await until("the first steps", lambda: len(watch.steps) >= 2, RECOVER_S)
+            await until(lambda: len(watch.steps) >= 2, "the first steps", RECOVER_S)
             began, end = time.monotonic(), time.monotonic() + 60 * minutes
             for number, kind in enumerate(faults, 1):
                 if time.monotonic() > end or not await _one(world, outcome, kind, told):
@@ -117,7 +118,7 @@ async def _one(world: World, outcome: Outcome, kind: str, told: Told) -> bool:
     try:
         seconds = await blow(world, stage)
         outcome.recoveries.append((kind, seconds))
-        await until("the next optimizer step", world.watch.progress("trainer"), RECOVER_S)
+        await until(world.watch.progress("trainer"), "the next optimizer step", RECOVER_S)
         told(kind, seconds)
     except (TimeoutError, OSError, KatError) as error:
         outcome.stuck.append(f"{kind}: {type(error).__name__}: {error}")

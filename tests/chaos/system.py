@@ -13,8 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ from pathlib import Path
 from kat_stream.errors import ServiceDied
 from kat_stream.log import broker
 from kat_stream.supervisor import PROCESSES
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 BROKER_MB, RUN_MB = 1536, 512
@@ -122,7 +121,7 @@ class System:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
             )
-        wait_for("every member", lambda: not self.running() or all(map(self.pid, PROCESSES)), START_S)
+        wait_for(lambda: not self.running() or all(map(self.pid, PROCESSES)), "every member", START_S)
         if not self.running():
             raise ServiceDied(f"the run has ended: {self.last_words()}")
 
@@ -207,12 +206,3 @@ def cut(pid: int, ports: set[int], known: set[int]) -> None:
 def heal_cuts() -> None:
     while subprocess.run(["ip", "rule", "del", "pref", str(CUT_PREF)], capture_output=True, timeout=30).returncode == 0:
         pass
-
-
-def wait_for(what: str, ready: Callable[[], object], deadline_s: float) -> float:
-    """Seconds until `ready`; AssertionError says what did not come."""
-    began = time.monotonic()
-    while not ready():
-        assert time.monotonic() - began < deadline_s, f"{what}: not within {deadline_s:g} s"
-        time.sleep(0.05)
-    return time.monotonic() - began

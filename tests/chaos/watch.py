@@ -97,12 +97,3 @@ class Watch:
 
     def _archived(self) -> set[tuple[str, int]]:
         return {(path.name, path.stat().st_ino) for path in self.archive.rglob("*.parquet")}
-
-
-async def until(what: str, ready: Callable[[], object], deadline_s: float) -> None:
-    """Poll; TimeoutError says what did not come."""
-    with anyio.move_on_after(deadline_s) as late:
-        while not ready():
-            await anyio.sleep(POLL_S)
-    if late.cancelled_caught:
-        raise TimeoutError(f"{what}: not within {deadline_s:g} s")

@@ -25,11 +25,6 @@ logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it reports ordinary 
 Connect = Callable[[], Awaitable[Log]]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 LOGS = [
     pytest.param("memory"),
     pytest.param("memory, claims"),

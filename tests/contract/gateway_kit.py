@@ -6,7 +6,6 @@ The policy's ids are single bytes while the tokenizer knows merges, so a reply t
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from kat_stream.gateway.recording import Publisher
 from kat_stream.log import Message
 from kat_stream.log.memory import MemoryLog
 from kat_stream.routing import Router
+from tests.contract.log_records import everything
 from topics import Sampling, Turn, topic_named
 from topics.record import floats, ints
 
@@ -111,14 +111,6 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-async def until(ready: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Poll until it is so."""
-    give_up = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < give_up, "waited in vain"
-        await anyio.sleep(0.005)
-
-
 class Gate:
     """A log whose acknowledgements can be held back, or that can be away, in front of a real one."""
 
@@ -190,14 +182,7 @@ class World:
             return answer.status, await answer.json(content_type=None)
 
     async def published(self) -> list[Turn]:
-        out = []
-        follower = self.log.follow(("turns",), start="earliest")
-        async for delivered in follower.catch_up():
-            record = delivered.record()
-            assert isinstance(record, Turn)
-            out.append(record)
-        await follower.aclose()
-        return out
+        return [delivered.record() for delivered in await everything(self.log, "turns")]  # type: ignore[misc]
 
 
 @asynccontextmanager

@@ -1,16 +1,15 @@
-"""Small records and a joining handler for the log's tests, and waiting for a condition with a deadline."""
+"""Small records and a joining handler for the log's tests, and waiting for what a stage writes and commits."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import anyio
 from aiokafka.errors import KafkaError
 
-from kat_stream.log import Delivered, Emit, Hold, Log, Outcome, Position
+from kat_stream.log import Delivered, Emit, Hold, Log, Outcome, Position, TopicPartition
+from tests.waiting import until
 from topics import LedgerEntry, Reward, partition_of
 
 WAIT_S = 30.0
@@ -33,21 +32,34 @@ def groups_on_one_partition(count: int) -> list[str]:
     return [name for name in names if partition_of(reward(0, name)) == here][:count]
 
 
+async def nothing(partitions: frozenset[TopicPartition]) -> None:
+    """A member without work in hand has nothing to hand over."""
+
+
 async def everything(log: Log, *topics: str) -> list[Delivered]:
     async with log.follow(topics) as follower:
         return [delivered async for delivered in follower.catch_up(WAIT_S)]
 
 
-async def eventually(condition: Callable[[], bool], what: str = "the condition") -> None:
-    give_up = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < give_up, f"{what} did not come true within {WAIT_S} s"
-        await anyio.sleep(0.01)
+async def until_written(log: Log, topic: str, count: int, deadline_s: float = 2 * WAIT_S) -> list[Delivered]:
+    """The messages of a topic, once there are so many."""
+
+    async def written() -> list[Delivered]:
+        found = await everything(log, topic)
+        return found if len(found) >= count else []
+
+    return await until(written, f"{count} messages on {topic}", deadline_s)
 
 
-async def committed_up_to_end(log: Log, group: str, topic: str) -> bool:
-    committed, ends = await log.committed(group), await log.end_offsets(topic)
-    return all(committed.get((topic, number), 0) == end for number, end in ends.items())  # type: ignore[call-overload]
+async def committed_up_to_end(log: Log, group: str, *topics: str) -> bool:
+    committed = await log.committed(group)
+    ends = {(topic, number): end for topic in topics for number, end in (await log.end_offsets(topic)).items()}
+    return all(committed.get(place, 0) == end for place, end in ends.items())  # type: ignore[call-overload]
+
+
+async def until_committed(log: Log, group: str, *topics: str) -> None:
+    """Until the group has finished all that these topics hold."""
+    await until(lambda: committed_up_to_end(log, group, *topics), f"{group} at the end of {topics}", 2 * WAIT_S)
 
 
 class GroupJoin:

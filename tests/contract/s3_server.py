@@ -9,12 +9,13 @@ import hashlib
 import os
 import shutil
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.waiting import wait_for
 
 POM = Path(__file__).with_name("s3proxy_pom.xml")
 CACHE = Path("~/.cache/kat-stream/s3proxy")
@@ -68,21 +69,19 @@ def running(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     with (folder / "s3proxy.log").open("ab") as out:
         process = subprocess.Popen(["java", *jvm, *main], stdout=out, stderr=out)
     try:
-        _wait_ready(port, process)
+        wait_for(lambda: _answers(port, process), "S3Proxy", READY_S)
         yield process
     finally:
         process.kill()
         process.wait(timeout=10)
 
 
-def _wait_ready(port: int, process: subprocess.Popen[bytes]) -> None:
-    give_up = time.monotonic() + READY_S
-    while time.monotonic() < give_up and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2).close()
-            return
-        except urllib.error.HTTPError:
-            return  # it answers: without a signature it refuses
-        except OSError:
-            time.sleep(0.05)
-    raise AssertionError("S3Proxy does not answer")
+def _answers(port: int, process: subprocess.Popen[bytes]) -> bool:
+    assert process.poll() is None, "S3Proxy has ended"
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2).close()
+    except urllib.error.HTTPError:
+        return True  # without a signature it refuses
+    except OSError:
+        return False
+    return True

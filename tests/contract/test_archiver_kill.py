@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +15,9 @@ import pytest
 from kat_stream.archive import read_archive
 from kat_stream.config import Config, dump
 from kat_stream.log import Delivered, open_log
+from tests.contract.kafka_kit import own_broker
 from tests.contract.log_records import everything, reward
-from tests.contract.test_log_kill import own_broker
+from tests.waiting import until
 from topics import CATALOGUE
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(300)]
@@ -56,25 +56,21 @@ def parts(run_dir: Path) -> set[str]:
     return {path.name for path in (run_dir / "archive").rglob("part-*.parquet")}
 
 
+def archived(run_dir: Path) -> int:
+    return sum(1 for _ in read_archive(run_dir / "archive", TOPICS))
+
+
 def by_position(messages: list[Delivered]) -> dict[object, tuple[bytes | None, bytes]]:
     assert len({message.position for message in messages}) == len(messages)
     return {message.position: (message.key, message.value) for message in messages}
 
 
-async def archived_all(run_dir: Path, count: int) -> None:
-    give_up = time.monotonic() + WAIT_S
-    while sum(1 for _ in read_archive(run_dir / "archive", TOPICS)) < count:
-        assert time.monotonic() < give_up, (run_dir / "archiver.log").read_text()
-        await anyio.sleep(0.1)
-
-
 async def killed_while_writing(run_dir: Path) -> None:
     """One life: it writes at least one new file, then it is gone."""
-    before, process, give_up = parts(run_dir), archiver(run_dir), time.monotonic() + WAIT_S
+    before, process = parts(run_dir), archiver(run_dir)
     try:
-        while parts(run_dir) <= before:
-            assert process.poll() is None and time.monotonic() < give_up, (run_dir / "archiver.log").read_text()
-            await anyio.sleep(0.002)
+        await until(lambda: parts(run_dir) - before or process.poll() is not None, "a new file", WAIT_S)
+        assert process.poll() is None, (run_dir / "archiver.log").read_text()
     finally:
         process.kill()
         process.wait(10)
@@ -92,7 +88,7 @@ async def test_the_archive_equals_the_topics_after_kills(url: str, tmp_path: Pat
     await log.publish(*[reward(number, f"last{number % 7}") for number in range(EACH)])
     last = archiver(run_dir)
     try:
-        await archived_all(run_dir, (KILLS + 1) * EACH)
+        await until(lambda: archived(run_dir) == (KILLS + 1) * EACH, "everything in the archive", WAIT_S)
         last.terminate()
         assert await anyio.to_thread.run_sync(last.wait, 60) == 0
     finally:

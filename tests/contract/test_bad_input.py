@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from kat_stream.log.message import seal
 from kat_stream.rl.group import GroupRules
 from kat_stream.versions import Versions
 from tests.contract.conftest import STAGES, Connect
-from tests.contract.log_records import everything
+from tests.contract.log_records import everything, until_committed, until_written
 from tests.unit.records import RUN, request, reward, trajectory, turn
 from topics import (
     DeadLetter,
@@ -35,7 +35,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("connect", STAGES, indi
 GROUP = f"{RUN}-t000000"
 BAD = f"{RUN}-t000077"
 MORE = [topic_named(name) for name in ("trajectories", "batches", "groups.closed", "policy.versions")]
-WAIT_S = 30.0
 
 
 def members(group: str = GROUP) -> list[Record]:
@@ -75,13 +74,7 @@ async def packing(log: Log, member: str = "m") -> AsyncIterator[None]:
 
 async def packed(log: Log, count: int) -> list[PackedBatch]:
     """The batches, once there are so many."""
-    with anyio.fail_after(WAIT_S):
-        while True:
-            records = [d.record() for d in await everything(log, "batches")]
-            found = [record for record in records if isinstance(record, PackedBatch)]
-            if len(found) >= count:
-                return found
-            await anyio.sleep(0.05)
+    return [d.record() for d in await until_written(log, "batches", count)]  # type: ignore[misc]
 
 
 async def letters(log: Log) -> list[DeadLetter]:
@@ -110,7 +103,7 @@ async def test_what_cannot_be_read_is_a_dead_letter_with_its_bytes(log: Log) -> 
     await log.publish(*members())
     async with packing(log):
         (batch,) = await packed(log, 1)
-        await up_to_end(log)
+        await until_committed(log, "p", "trajectories", "rewards")
     found = sorted(await letters(log), key=lambda letter: letter.offset)
     for letter, (kind, (message, said)) in zip(found, UNREADABLE.items(), strict=True):
         assert (letter.value, letter.topic, letter.error_type) == (message.value, "rewards", "DecodeError"), kind
@@ -201,24 +194,6 @@ async def test_a_closed_group_that_cannot_be_read_is_known_by_its_key(log: Log) 
     await log.append(replace(seal(GroupClosed(run=RUN, group_id=GROUP)), value=b"\xc1"))
     await log.publish(*members(), *members(f"{RUN}-t000001"))
     async with packing(log):
-        await up_to_end(log)
+        await until_committed(log, "p", "trajectories", "rewards")
     found = [delivered.record() for delivered in await everything(log, "batches")]
     assert [record.group_id for record in found] == [f"{RUN}-t000001"]  # type: ignore[attr-defined]
-
-
-async def up_to_end(log: Log) -> None:
-    """Until the stage has finished all that it was given."""
-    with anyio.fail_after(WAIT_S):
-        while not await _done(log):
-            await anyio.sleep(0.05)
-
-
-async def _done(log: Log) -> bool:
-    committed = await log.committed("p")
-    ends: Sequence[tuple[tuple[str, int], int]] = [
-        ((topic, number), end)
-        for topic in ("trajectories", "rewards")
-        for number, end in (await log.end_offsets(topic)).items()
-        if end
-    ]
-    return all(committed.get(place, 0) >= end for place, end in ends)  # type: ignore[call-overload]

@@ -6,7 +6,6 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-import anyio
 import pytest
 from aiokafka import AIOKafkaProducer
 
@@ -15,8 +14,8 @@ from kat_stream.log.dead_letters import Letter, pending
 from kat_stream.log.kafka import KafkaLog
 from kat_stream.log.message import seal
 from tests.contract.conftest import TOPICS
-from tests.contract.log_records import committed_up_to_end, reward
-from tests.contract.test_stages_work import scored, working
+from tests.contract.log_records import reward, until_committed
+from tests.contract.stages_kit import scored, working
 
 pytestmark = [pytest.mark.kafka, pytest.mark.anyio]
 GIANT = 50 << 20
@@ -74,9 +73,7 @@ async def handled(log: KafkaLog) -> AsyncIterator[list[int]]:
 
     async with working(log, handle):
         yield scores
-        with anyio.fail_after(60):
-            while not await committed_up_to_end(log, "w", "rewards"):
-                await anyio.sleep(0.05)
+        await until_committed(log, "w", "rewards")
 
 
 async def test_a_compressed_record_of_50_mb_is_a_letter_that_says_where_it_lies(foreign: Foreign) -> None:

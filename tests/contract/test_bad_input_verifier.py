@@ -20,7 +20,7 @@ from kat_stream.log import Log, MemoryLog, Message, run_work
 from kat_stream.log.message import seal
 from kat_stream.service import Context, load_service
 from tests.contract.env_kit import finished, first_task, harbor_task, needs_bwrap
-from tests.contract.log_records import everything
+from tests.contract.log_records import everything, until_written
 from tests.contract.test_verifiers import PATCH
 from tests.unit.records import request, turn
 from topics import CATALOGUE, DeadLetter, Reward, Trajectory
@@ -51,15 +51,11 @@ def no_files(good: Trajectory) -> dict[str, object]:
 async def graded(log: Log, tmp_path: Path, count: int) -> list[Reward]:
     """The real service, until it has written so many rewards."""
     ctx = Context(config=Config(), run=RUN, run_dir=tmp_path, log=log, member="verifier-1")
-    rewards: list[Reward] = []
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(load_service("verifier").run, ctx)
-        with anyio.fail_after(WAIT_S):
-            while len(rewards) < count:
-                await anyio.sleep(0.05)
-                rewards = [d.record() for d in await everything(log, "rewards")]  # type: ignore[misc]
+        rewards = await until_written(log, "rewards", count, WAIT_S)
         ctx.stopping.set()
-    return rewards
+    return [d.record() for d in rewards]  # type: ignore[misc]
 
 
 async def test_bad_trajectories_and_a_good_one(tmp_path: Path) -> None:
@@ -128,9 +124,7 @@ async def test_a_grader_that_breaks_is_tried_again_and_ends_as_a_reward(
         tasks.start_soon(
             lambda: run_work(log, ("trajectories",), group="v", member="v-1", handler=handler, stopping=stopping)
         )
-        with anyio.fail_after(WAIT_S):
-            while not (rewards := await everything(log, "rewards")):
-                await anyio.sleep(0.05)
+        rewards = await until_written(log, "rewards", 1, WAIT_S)
         stopping.set()
     await sandboxes.close()
     assert [(r.status, r.score) for r in (d.record() for d in rewards)] == [(status, float(status == "graded"))]  # type: ignore[attr-defined]

@@ -22,14 +22,13 @@ from kat_stream.log.blobs import BlobStore
 from kat_stream.log.claims import ClaimCheckedLog
 from kat_stream.log.retries import TIERS
 from kat_stream.log.sweeper import survey, sweep
-from kat_stream.runs import create_run
+from kat_stream.runs import blobs_url, create_run
 from tests.contract.conftest import TOPICS
-from tests.contract.log_records import committed_up_to_end, everything, reward
+from tests.contract.log_records import everything, reward, until_committed
 from tests.contract.test_claims import DAY_S, aged
 from topics import Reward
 
 pytestmark = [pytest.mark.anyio, pytest.mark.kafka, pytest.mark.timeout(180)]
-WAIT_S = 60.0
 LARGE = msgspec.structs.replace(reward(1), evidence=random.Random(1).randbytes(50_000).hex())
 
 
@@ -56,10 +55,7 @@ class Claimed:
         stopping = anyio.Event()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_work, self.log, handler, stopping)
-            with anyio.fail_after(WAIT_S):
-                for topic in ("rewards", *TIERS):
-                    while not await committed_up_to_end(self.log, "s", topic):
-                        await anyio.sleep(0.05)
+            await until_committed(self.log, "s", "rewards", *TIERS)
             stopping.set()
 
 
@@ -132,7 +128,9 @@ async def test_a_letter_whose_store_was_not_given_is_named_and_not_passed_over_i
 
 def test_a_command_that_puts_back_the_letters_of_a_run_has_its_store(tmp_path: Path) -> None:
     changes = ["log.url='kafka:127.0.0.1:1'", f"run.directory='{tmp_path}'", "run.name=r"]
-    _, run_dir = create_run(load(None, changes))
-    for log in ("", "kafka:127.0.0.1:2"):
-        asked = argparse.Namespace(run=str(run_dir), log=log, config=None, set=[])
-        assert isinstance(broker_log(asked, values=True), ClaimCheckedLog)
+    config, run_dir = create_run(load(None, changes))
+    for address in ("", "kafka:127.0.0.1:2"):
+        asked = argparse.Namespace(run=str(run_dir), log=address, config=None, set=[])
+        log = broker_log(asked, values=True)
+        assert isinstance(log, ClaimCheckedLog)
+        assert log._claims._store.url == blobs_url(config, run_dir)

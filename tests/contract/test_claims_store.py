@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from hashlib import sha256
@@ -16,6 +15,7 @@ import pytest
 from kat_stream.errors import BlobError, BlobUnavailable, ConfigError
 from kat_stream.log.blobs import BlobRef, BlobStore, references
 from kat_stream.ports import choose_port
+from tests.conftest_kafka import need_java
 from tests.contract import s3_server
 
 pytestmark = pytest.mark.anyio
@@ -24,8 +24,7 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
     """(folder with the server's data, port)."""
-    if shutil.which("java") is None or shutil.which("mvn") is None:
-        pytest.skip("environment: an S3 server needs Java and Maven")
+    need_java()
     folder, port = tmp_path_factory.mktemp("s3"), choose_port()
     with s3_server.running(folder, port):
         yield folder / "data" / s3_server.BUCKET, port
@@ -145,10 +144,8 @@ async def test_an_s3_server_that_is_away_or_refuses_is_an_outage(monkeypatch: py
     for name, value in s3_server.environment(choose_port()).items():
         monkeypatch.setenv(name, value)
     store = BlobStore("s3://bucket/prefix", deadline_s=3)
-    began = time.monotonic()
-    with pytest.raises(BlobUnavailable, match="s3://bucket/prefix"):
+    with pytest.raises(BlobUnavailable, match="s3://bucket/prefix"), anyio.fail_after(30):
         await store.put(b"bytes")
-    assert time.monotonic() - began < 10
 
 
 async def test_wrong_credentials_are_an_outage_too(s3: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,23 +6,23 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import anyio
 import pytest
 
 from kat_stream.config import load
 from kat_stream.log import Log, open_log
 from kat_stream.rl.group import GroupRules, pack_group
 from kat_stream.runs import create_run
-from tests.contract.test_log_kill import own_broker
+from tests.contract.kafka_kit import own_broker
 from tests.unit.records import request, reward, trajectory, turn
+from tests.waiting import until
 from topics import CATALOGUE, LedgerEntry, PackedBatch, PolicyVersion, Record, TrainStep, encode
 
 pytestmark = [pytest.mark.kafka, pytest.mark.anyio, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
+WAIT_S = 250.0
 PUBLISHED = ("policy.versions", "train.steps", "ledger")
 
 
@@ -73,13 +73,6 @@ async def published(log: Log, topics: tuple[str, ...] = PUBLISHED) -> list[Recor
         return [delivered.record() async for delivered in follower.catch_up()]
 
 
-async def within(what: str, ready: Callable[[], Awaitable[bool]], deadline_s: float = 250) -> None:
-    give_up = time.monotonic() + deadline_s
-    while not await ready():
-        assert time.monotonic() < give_up, f"{what}: not within {deadline_s} s"
-        await anyio.sleep(0.1)
-
-
 def lineage_of(record: Record) -> str:
     assert isinstance(record, PolicyVersion | TrainStep | LedgerEntry)
     return record.lineage
@@ -98,35 +91,28 @@ async def test_a_zombie_trainer_is_fenced(log: Log, run_dir: Path) -> None:
     async def two_lineages() -> bool:
         return len({lineage_of(record) for record in await published(log, ("policy.versions",))}) == 2
 
-    async def first_version() -> bool:
-        return bool(await published(log, ("policy.versions",)))
-
-    async def gone() -> bool:
-        return zombie.poll() is not None
-
-    async def saved(name: str) -> bool:
+    def saved(name: str) -> bool:
         return (run_dir / "checkpoints" / name).exists()
 
     zombie = trainer(run_dir, "trainer-a")
     living: subprocess.Popen[bytes] | None = None
     try:
-        await within("the first version", first_version)
-        (first,) = await published(log, ("policy.versions",))
+        (first,) = await until(lambda: published(log, ("policy.versions",)), "the first version", WAIT_S)
         old = lineage_of(first)
         await log.publish(group(0, f"{old}.0"))
-        await within("step 1", lambda: step(1))
-        await within("its checkpoint", lambda: saved(f"step-000001.{old}"))
+        await until(lambda: step(1), "step 1", WAIT_S)
+        await until(lambda: saved(f"step-000001.{old}"), "its checkpoint", WAIT_S)
         zombie.send_signal(signal.SIGSTOP)
         living = trainer(run_dir, "trainer-b")
-        await within("the second trainer", two_lineages)
+        await until(two_lineages, "the second trainer", WAIT_S)
         before = of(old, await published(log))
         zombie.send_signal(signal.SIGCONT)
         await log.publish(group(1, f"{old}.1"))
-        await within("the end of the zombie", gone)
+        await until(lambda: zombie.poll() is not None, "the end of the zombie", WAIT_S)
         (new,) = {lineage_of(record) for record in await published(log)} - {old}
         await log.publish(group(2, f"{new}.1"))
-        await within("step 3 of the living", lambda: step(3, new))
-        await within("its checkpoint", lambda: saved(f"step-000003.{new}"))
+        await until(lambda: step(3, new), "step 3 of the living", WAIT_S)
+        await until(lambda: saved(f"step-000003.{new}"), "its checkpoint", WAIT_S)
     finally:
         for process in (zombie, living):
             if process is not None:

@@ -16,8 +16,8 @@ from kat_stream.errors import LogUnavailable
 from kat_stream.log import Committed, TopicPartition, broker, kafka_member
 from kat_stream.log.kafka import KafkaLog
 from kat_stream.log.message import seal
-from tests.contract.log_records import everything, forgive_cut_off_commits, reward
-from tests.contract.test_log_kafka_members import nothing, owned
+from tests.contract.kafka_kit import owned
+from tests.contract.log_records import everything, forgive_cut_off_commits, nothing, reward
 from topics import partition_of, topic_named
 
 pytestmark = [pytest.mark.anyio, pytest.mark.kafka, pytest.mark.timeout(300)]

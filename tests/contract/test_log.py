@@ -141,6 +141,9 @@ async def test_a_cancelled_read_loses_nothing(log: Log) -> None:
                 await log.publish(reward(number))
                 await anyio.sleep(0.003)
 
+        with anyio.move_on_after(0.004) as nothing_there:
+            await anext(follower)
+        assert nothing_there.cancelled_caught
         tasks.start_soon(write)
         with anyio.fail_after(30):
             while len(got) < 30:

@@ -2,86 +2,22 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
-
 import anyio
 import pytest
 from aiokafka.errors import ProducerFenced
 
 from kat_stream.errors import FencedError, LogError, LogUnavailable
-from kat_stream.log import Committed, Delivered, Emit, Message, Outcome, TopicPartition, kafka_producer, run_work, work
-from kat_stream.log.base import Member
-from kat_stream.log.kafka import KafkaLog
+from kat_stream.log import Committed, Delivered, Emit, Message, Outcome, kafka_producer, run_work, work
 from kat_stream.log.kafka_client import Broker
-from kat_stream.log.kafka_producer import KafkaWriter
 from kat_stream.log.message import seal
-from tests.contract.conftest import TOPICS
-from tests.contract.log_records import entry, everything, reward
+from tests.contract.kafka_kit import GROUP, PLACE, WAIT_S, Place, ids, owned, place, polled
+from tests.contract.log_records import entry, everything, reward, until_committed, until_written
+from tests.waiting import until
 from topics import partition_of
 
+__all__ = ["place"]
 pytestmark = [pytest.mark.anyio, pytest.mark.kafka, pytest.mark.timeout(180)]
-WAIT_S = 60.0
 COUNT = 8
-Client = Callable[..., Awaitable[KafkaLog]]
-
-
-class Place:
-    """One prefix on the broker, and clients of it."""
-
-    def __init__(self, bootstrap: str, opened: AsyncExitStack) -> None:
-        self.bootstrap, self.prefix = bootstrap, f"m{uuid.uuid4().hex[:8]}."
-        self._opened = opened
-
-    async def client(self, **options: int) -> KafkaLog:
-        settings = {"session_timeout_ms": 6000, "heartbeat_interval_ms": 200, **options}
-        log = KafkaLog(self.bootstrap, prefix=self.prefix, **settings)  # type: ignore[arg-type]
-        await log.start()
-        self._opened.push_async_callback(log.close)
-        return log
-
-    async def member(self, log: KafkaLog, *topics: str, together: bool = False, name: str = "m") -> Member:
-        joined = await log.join(topics, group="z", member=name, on_revoked=nothing, together=together)
-        self._opened.push_async_callback(joined.leave)
-        return joined
-
-    def unbound(self, writer_id: str) -> KafkaWriter:
-        """A writer as aiokafka makes it: it knows no generation."""
-        return KafkaWriter(Broker(self.bootstrap, self.prefix), writer_id, "z", None)
-
-
-@pytest.fixture
-async def place(kafka_bootstrap: str) -> AsyncIterator[Place]:
-    async with AsyncExitStack() as opened:
-        made = Place(kafka_bootstrap, opened)
-        await (await made.client()).apply_topics(TOPICS)
-        yield made
-
-
-async def nothing(partitions: frozenset[TopicPartition]) -> None:
-    """A member without work in hand has nothing to hand over."""
-
-
-async def polled(member: Member, count: int, limit: int = 100) -> list[Delivered]:
-    got: list[Delivered] = []
-    with anyio.fail_after(WAIT_S):
-        while len(got) < count:
-            got += await member.poll(limit=min(limit, count - len(got)), timeout_s=0.2)
-    return got
-
-
-async def owned(*members: Member, each: int) -> list[frozenset[TopicPartition]]:
-    """What each member owns, once all have settled on `each` partitions."""
-    with anyio.fail_after(WAIT_S):
-        while not all(len(member.assigned or ()) == each for member in members):
-            await anyio.sleep(0.02)
-    return [member.assigned or frozenset() for member in members]
-
-
-GROUP = next(name for name in map(str, range(999)) if partition_of(reward(0, name)) == 11)
-PLACE = TopicPartition("rewards", 11)
-"""The last partition: a second member gets it."""
 
 
 @pytest.mark.parametrize("bound", [False, True], ids=["aiokafka's own", "with its generation"])
@@ -176,18 +112,17 @@ async def test_a_task_longer_than_the_poll_interval_keeps_its_partition(
         tasks.start_soon(
             lambda: run_work(log, ["rewards"], group="z", member="a", handler=long, stopping=stopping, max_in_flight=1)
         )
-        with anyio.fail_after(WAIT_S):
-            while not handled:
-                await anyio.sleep(0.02)
-        before = [group.members for group in await log.groups() if group.name == "z"]
-        with anyio.move_on_after(6.0):  # three poll intervals: the group must not notice anything
-            while [group.members for group in await log.groups() if group.name == "z"] == before:
-                await anyio.sleep(0.1)
+        await until(lambda: handled)
+        before = await log.groups()
+
+        async def noticed() -> bool:
+            return await log.groups() != before
+
+        with anyio.move_on_after(6.0):  # three poll intervals
+            await until(noticed)
             pytest.fail("the member left its group")
         release.set()
-        with anyio.fail_after(WAIT_S):
-            while (await log.committed("z")).get(PLACE) != 1:
-                await anyio.sleep(0.05)
+        await until_committed(log, "z", "rewards")
         stopping.set()
     assert handled == [0]
 
@@ -212,16 +147,14 @@ async def test_a_transaction_that_the_broker_timed_out_is_fenced_and_the_next_wr
     await writer._producer.begin_transaction()
     await kafka_producer._send(writer._producer, Broker(place.bootstrap, place.prefix), [seal(entry("g", "lost"))])
     await log.publish(entry("g", "after"))
-    with anyio.fail_after(WAIT_S):  # readers stand at the open transaction until the broker aborts it
-        while not await everything(log, "ledger"):
-            await anyio.sleep(0.2)
+    await until_written(log, "ledger", 1)  # readers stand at the open transaction until the broker aborts it
     with pytest.raises(ProducerFenced):
         await writer._producer.commit_transaction()
     await writer.close()
     again = await log.writer("slow", group="z")
     await again.commit([seal(entry("g", "again"))], {})
     await again.close()
-    assert [d.record().rollout_id for d in await everything(log, "ledger")] == ["after", "again"]  # type: ignore[attr-defined]
+    assert await ids(log) == ["after", "again"]
 
 
 async def test_closing_in_an_open_transaction_frees_the_readers(place: Place) -> None:
@@ -232,7 +165,7 @@ async def test_closing_in_an_open_transaction_frees_the_readers(place: Place) ->
         await writer.commit([seal(entry("g", "torn")), bad], {})
     await writer.close()
     await log.publish(entry("g", "after"))
-    assert [d.record().rollout_id for d in await everything(log, "ledger")] == ["after"]  # type: ignore[attr-defined]
+    assert await ids(log) == ["after"]
 
 
 async def test_a_static_member_comes_back_to_its_partitions_unnoticed(place: Place) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import anyio
@@ -21,7 +18,9 @@ from kat_stream.errors import LogUnavailable
 from kat_stream.log import Delivered, Emit, Log, Outcome, broker, open_log, run_transform, run_work
 from kat_stream.log.tracker import Tracker
 from tests.contract.conftest import TOPICS
+from tests.contract.kafka_kit import kill_broker, own_broker
 from tests.contract.log_records import SIZE, GroupJoin, everything, forgive_cut_off_commits, reward
+from tests.waiting import until
 from topics import LedgerEntry, Reward
 
 pytestmark = [pytest.mark.anyio, pytest.mark.kafka, pytest.mark.timeout(300)]
@@ -69,27 +68,28 @@ async def written(log: Log) -> Counter[str]:
     return Counter(record.rollout_id for record in records if isinstance(record, LedgerEntry))
 
 
-async def wait_written(log: Log, distinct: int) -> None:
-    with anyio.fail_after(WAIT_S):
-        while len(await written(log)) < distinct:
-            await anyio.sleep(0.1)
+async def until_all_written(log: Log, distinct: int) -> None:
+    async def all_written() -> bool:
+        return len(await written(log)) >= distinct
+
+    await until(all_written, f"{distinct} entries", WAIT_S)
 
 
 async def two_members(fleet: Fleet, log: Log, way: str) -> subprocess.Popen[bytes]:
     """Start `a` and `b`, wait until both own partitions; returns `a`."""
     first = fleet.start(way, "a")
     fleet.start(way, "b")
-    with anyio.fail_after(WAIT_S):
-        while not [group for group in await log.groups() if len(group.members) == 2 and all(group.members.values())]:
-            await anyio.sleep(0.1)
+
+    async def both() -> bool:
+        return any(len(group.members) == 2 and all(group.members.values()) for group in await log.groups())
+
+    await until(both, "two members", WAIT_S)
     return first
 
 
-async def wait_began(fleet: Fleet, count: int) -> None:
+async def until_begun(fleet: Fleet, count: int) -> None:
     """Until both processes have begun this many messages."""
-    with anyio.fail_after(WAIT_S):
-        while min(len(fleet.began("a")), len(fleet.began("b"))) < count:
-            await anyio.sleep(0.01)
+    await until(lambda: min(len(fleet.began("a")), len(fleet.began("b"))) >= count, f"{count} by each", WAIT_S)
 
 
 async def finished_in_commits(log: Log) -> set[int]:
@@ -108,12 +108,12 @@ async def finished_in_commits(log: Log) -> set[int]:
 async def test_work_survives_kill_9(fleet: Fleet, log: Log) -> None:
     first = await two_members(fleet, log, "work")
     await log.publish(*[reward(number, f"g{number % 30}") for number in range(COUNT)])
-    await wait_began(fleet, 10)
+    await until_begun(fleet, 10)
     done = await finished_in_commits(log)
     before = set(fleet.began("b"))
     assert first.poll() is None
     first.kill()
-    await wait_written(log, COUNT)
+    await until_all_written(log, COUNT)
     counts = await written(log)
     assert counts.keys() == {str(number) for number in range(COUNT)}
     assert (set(fleet.began("b")) - before).isdisjoint(done)
@@ -128,10 +128,10 @@ async def test_no_group_comes_twice_after_kill_9(fleet: Fleet, log: Log) -> None
     random.Random(5).shuffle(records)
     first = await two_members(fleet, log, "transform")
     await log.publish(*records)
-    await wait_began(fleet, 10)
+    await until_begun(fleet, 10)
     assert first.poll() is None
     first.kill()
-    await wait_written(log, len(groups))
+    await until_all_written(log, len(groups))
     assert await written(log) == Counter(groups)
 
 
@@ -139,14 +139,6 @@ async def test_no_group_comes_twice_after_kill_9(fleet: Fleet, log: Log) -> None
 async def test_a_broker_that_is_not_there_is_said_at_start(address: str) -> None:
     with pytest.raises(LogUnavailable, match=f"no Kafka answers at {address}"):
         await open_log(f"kafka:{address}").start()
-
-
-@contextmanager
-def own_broker(state: Path) -> Iterator[str]:
-    try:
-        yield broker.up(state)
-    finally:
-        broker.down(state)
 
 
 async def test_writers_and_readers_live_through_kill_9_of_the_broker(tmp_path: Path, kafka_bootstrap: str) -> None:
@@ -169,9 +161,7 @@ async def test_writers_and_readers_live_through_kill_9_of_the_broker(tmp_path: P
             tasks.start_soon(anyio.to_thread.run_sync, broker.up, tmp_path)
             for number in range(20, 40):
                 await log.publish(reward(number), deadline_s=WAIT_S)
-            with anyio.move_on_after(WAIT_S):
-                while len(got) < 40:
-                    await anyio.sleep(0.02)
+            await until(lambda: len(got) == 40, "40 records", WAIT_S)
             tasks.cancel_scope.cancel()
         assert got == list(range(40))
         assert broker.status(tmp_path).bootstrap == bootstrap != kafka_bootstrap
@@ -209,24 +199,14 @@ async def test_both_stages_live_through_kill_9_of_the_broker(tmp_path: Path, kaf
                 )
             )
             await log.publish(*records[: COUNT // 2])
-            with anyio.fail_after(WAIT_S):
-                while len(worked) < 10:
-                    await anyio.sleep(0.01)
+            await until(lambda: len(worked) >= 10, "the first ones", WAIT_S)
             kill_broker(tmp_path)
             await anyio.to_thread.run_sync(broker.up, tmp_path)
             await log.publish(*records[COUNT // 2 :], deadline_s=WAIT_S)
-            with anyio.fail_after(WAIT_S):
-                while len(worked) < COUNT or (await written(log)).total() < len(groups):
-                    await anyio.sleep(0.1)
+            await until(lambda: len(worked) == COUNT, "all work", WAIT_S)
+            await until_all_written(log, len(groups))
             stopping.set()
         assert await written(log) == Counter(groups)
         assert worked == Counter(range(COUNT))
         assert kafka_bootstrap != bootstrap
         await log.close()
-
-
-def kill_broker(state: Path) -> None:
-    os.kill(broker.status(state).pid, signal.SIGKILL)
-    give_up = time.monotonic() + WAIT_S
-    while broker.status(state).running:
-        assert time.monotonic() < give_up

@@ -16,8 +16,8 @@ from kat_stream.rl.group import GroupRules
 from kat_stream.versions import Versions
 from tests import observe_kit as kit
 from tests.contract.conftest import BARE, Connect
-from tests.contract.log_records import WAIT_S, everything
-from tests.contract.test_stages_remember import reset
+from tests.contract.log_records import everything, until_committed, until_written
+from tests.contract.stages_kit import reset
 from topics import CATALOGUE, LedgerEntry, PackedBatch, Record, Reward, Trajectory
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("connect", BARE, indirect=True)]
@@ -65,18 +65,10 @@ async def records(log: Log, topic: str) -> list[Record]:
 
 async def finished(log: Log, groups: int, rewards: int) -> None:
     """So many batches and rewards are there, and both groups have read everything."""
-    with anyio.fail_after(2 * WAIT_S):
-        while len(await records(log, "batches")) < groups or len(await records(log, "rewards")) < rewards:
-            await anyio.sleep(0.05)
-        for stage, topics in (("verifier", ("trajectories",)), ("packer", ("trajectories", "rewards"))):
-            while not await at_the_end(log, f"demo.{stage}", topics):
-                await anyio.sleep(0.05)
-
-
-async def at_the_end(log: Log, stage: str, topics: tuple[str, ...]) -> bool:
-    places = await log.committed(stage)
-    ends = {(topic, number): end for topic in topics for number, end in (await log.end_offsets(topic)).items()}
-    return all(places.get(place, 0) >= end for place, end in ends.items())  # type: ignore[call-overload]
+    await until_written(log, "batches", groups)
+    await until_written(log, "rewards", rewards)
+    await until_committed(log, "demo.verifier", "trajectories")
+    await until_committed(log, "demo.packer", "trajectories", "rewards")
 
 
 async def test_a_reset_of_verifier_and_packer_doubles_no_output(connect: Connect) -> None:

@@ -18,7 +18,7 @@ from kat_stream.observe.sources import LogSource
 from kat_stream.rl.group import GroupRules
 from kat_stream.versions import Versions
 from tests.conftest_kafka import kafka_bootstrap
-from tests.contract.log_records import everything
+from tests.contract.log_records import everything, until_written
 from tests.contract.test_bad_input import members
 from tests.unit.records import RUN, request, turn
 from topics import CATALOGUE, LedgerEntry, PolicyVersion, catalogue, partition_of
@@ -87,9 +87,7 @@ async def pack_all(log: Log, partitions: int) -> None:
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(stage)
-        with anyio.fail_after(WAIT_S):
-            while len(await everything(log, "batches")) < len(GROUPS):
-                await anyio.sleep(0.05)
+        await until_written(log, "batches", len(GROUPS))
         stopping.set()
 
 

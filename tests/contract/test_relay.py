@@ -13,11 +13,6 @@ from kat_stream.ports import choose_port
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def _server(name: bytes, port: int = 0) -> asyncio.Server:
     """Says its name to whoever connects."""
 

@@ -18,6 +18,7 @@ from kat_stream.log.kafka import KafkaLog
 from kat_stream.observe.sources import open_source
 from kat_stream.service import Context
 from tests import observe_kit as fab
+from tests.contract.log_records import nothing
 from tests.observe_kit import FabricatedRun
 from topics import CATALOGUE
 
@@ -134,7 +135,3 @@ async def positions(run_dir: Path) -> list[object]:
 
 def words(table: str) -> list[list[str]]:
     return [line.split() for line in table.splitlines()[1:]]
-
-
-async def nothing(partitions: frozenset[TopicPartition]) -> None:
-    """A member without work in hand has nothing to hand over."""

@@ -21,7 +21,7 @@ from kat_stream.routing import Router
 from kat_stream.training.learner import LearnerConfig, TorchLearner
 from kat_stream.trees import make_batch, turns_of
 from kat_stream.trees.layout import MISSING
-from tests.contract.gateway_kit import until
+from tests.waiting import until
 from topics import Sampling, Turn, topic_named
 
 pytestmark = pytest.mark.anyio
@@ -76,7 +76,7 @@ async def test_every_token_of_a_session_has_the_experts_that_ran_it(tmp_path: Pa
                 for number in range(2):
                     group.start_soon(agent, number)
                 for done in (1, 3):
-                    await until(lambda n=done: len(replies) >= n, seconds=120.0)
+                    await until(lambda n=done: len(replies) >= n, deadline_s=120.0)
                     for mode in ("abort", "retract"):
                         await client.pause(mode)  # type: ignore[arg-type]
                         await client.resume()

@@ -26,6 +26,7 @@ from kat_stream.rl.scores import repeats_of
 from kat_stream.rl.teachers import Teachers
 from tests.engine_kit import CONTEXT, VOCAB, plain_logprobs, plain_model, save_model, save_tokenizer
 from tests.unit.records import RUN, request, trajectory, turn
+from tests.waiting import until
 from topics import Score, Trajectory, Turn, encode, header_of
 from topics.record import pack_ints
 
@@ -141,9 +142,7 @@ async def test_weights_that_change_meanwhile_give_no_score(directories: tuple[Pa
 
         async with anyio.create_task_group() as group:
             group.start_soon(ask)
-            with anyio.fail_after(30):
-                while not await waiting():
-                    await anyio.sleep(0.01)
+            await until(waiting, "all repeats waiting")
             await engine.update_weights(here.model, "a.1")
             await engine.resume()
     assert [score.reason for score in found] == ["other_version"]

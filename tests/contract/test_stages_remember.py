@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import anyio
 import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from kat_stream.log import Committed, Delivered, Log
+from kat_stream.log import Delivered, Log
 from kat_stream.log.kafka import KafkaLog
 from kat_stream.log.tracker import output_of
-from tests.contract.log_records import SIZE, GroupJoin, entry, eventually, everything, reward
-from tests.contract.test_stages_transform import transforming
+from tests.contract.log_records import SIZE, GroupJoin, entry, everything, reward, until_committed
+from tests.contract.stages_kit import reset, transforming
+from tests.waiting import until
 from topics import partition_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(280)]
@@ -51,16 +51,9 @@ async def life(log: Log, last: str) -> Counting:
     """A life of the stage, until it has written the group `last`."""
     handler = Counting()
     async with transforming(log, handler, batch=50, mine=handler.mine):
-        await eventually(lambda: last in handler.emitted.get(0, set()))
-        await _committed(log)
+        await until(lambda: last in handler.emitted.get(0, set()))
+        await until_committed(log, "t", "rewards")
     return handler
-
-
-async def _committed(log: Log) -> None:
-    with anyio.fail_after(60):
-        end = (await log.end_offsets("rewards"))[0]
-        while (await log.committed("t")).get(("rewards", 0), 0) < end:  # type: ignore[call-overload]
-            await anyio.sleep(0.05)
 
 
 async def words(log: Log) -> Counter[str]:
@@ -88,19 +81,6 @@ async def test_every_group_is_known_whatever_place_an_operator_sets(log: Log) ->
     assert await words(log) == Counter([*groups, last])
 
 
-async def reset(log: Log, group: str, *topics: str) -> None:
-    """As `kafka-consumer-groups --reset-offsets --to-earliest` does while the stage is down: metadata goes, too."""
-
-    async def nothing(partitions: object) -> None: ...
-
-    member = await log.join(topics, group=group, member="operator", on_revoked=nothing)
-    with anyio.fail_after(60):
-        while not member.assigned:
-            await member.poll(limit=1, timeout_s=0.05)
-    await member.commit({place: Committed(0) for place in member.assigned})
-    await member.leave()
-
-
 class Looking:
     """A log that counts how often somebody asked where the stage's own topic ends."""
 
@@ -125,20 +105,20 @@ async def test_what_an_open_transaction_of_others_hides_is_waited_for(log: Log) 
     try:
         first = Counting()
         async with transforming(log, first, mine=first.mine):
-            await eventually(lambda: 0 in first.emitted)
+            await until(lambda: 0 in first.emitted)
             await other.begin_transaction()
             await other.send_and_wait(broker.named("ledger"), b"open", key=b"k", partition=0)
             await publish_groups(log, groups[:4])
-            await eventually(lambda: groups[3] in first.emitted[0])
-            await _committed(log)
+            await until(lambda: groups[3] in first.emitted[0])
+            await until_committed(log, "t", "rewards")
         await reset(log, "t", "rewards")
         await publish_groups(log, groups[4:])
         looking, handler = Looking(log), Counting()
         async with transforming(looking, handler, mine=handler.mine):  # type: ignore[arg-type]
-            await eventually(lambda: looking.looks >= 2 or bool(handler.emitted))
+            await until(lambda: looking.looks >= 2 or bool(handler.emitted))
             assert not handler.emitted
             await other.abort_transaction()
-            await eventually(lambda: groups[4] in handler.emitted.get(0, set()))
+            await until(lambda: groups[4] in handler.emitted.get(0, set()))
     finally:
         await other.stop()
     assert await words(log) == Counter(groups)

@@ -16,24 +16,18 @@ from kat_stream.log.retries import TIERS
 from tests.contract.conftest import STAGES
 from tests.contract.log_records import (
     GroupJoin,
-    committed_up_to_end,
     entry,
-    eventually,
     everything,
     groups_on_one_partition,
+    nothing,
     reward,
+    until_committed,
 )
-from tests.contract.test_stages_work import scored, working
+from tests.contract.stages_kit import scored, working
+from tests.waiting import until
 from topics import Reward, partition_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(180), pytest.mark.parametrize("connect", STAGES, indirect=True)]
-
-
-async def wait_tiers_done(log: Log, group: str = "w") -> None:
-    with anyio.fail_after(60):
-        for topic in ("rewards", *TIERS):
-            while not await committed_up_to_end(log, group, topic):
-                await anyio.sleep(0.05)
 
 
 async def test_a_long_retry_waits_in_a_tier_and_its_partition_goes_on(log: Log, first_tier_s: float) -> None:
@@ -59,11 +53,9 @@ async def test_a_long_retry_waits_in_a_tier_and_its_partition_goes_on(log: Log, 
             lambda: run_work(log, ["train.steps"], group="other", member="o", handler=is_not_meant, stopping=stopping)
         )
         async with working(log, handle, max_in_flight=1):
-            await eventually(lambda: len(seen) == 5)
-            await wait_tiers_done(log)
-            with anyio.fail_after(30):
-                while not await committed_up_to_end(log, "other", "retries.10s"):
-                    await anyio.sleep(0.05)
+            await until(lambda: len(seen) == 5)
+            await until_committed(log, "w", "rewards", *TIERS)
+            await until_committed(log, "other", "retries.10s")
         stopping.set()
     assert [(score, topic, attempt) for score, topic, attempt, _ in seen] == [
         (0, "rewards", 1),
@@ -93,8 +85,8 @@ async def test_attempts_are_counted_across_a_tier_and_end_as_a_dead_letter_with_
         return Retry(first_tier_s, "not today")
 
     async with working(log, never, max_attempts=3):
-        await eventually(lambda: len(attempts) == 3)
-        await wait_tiers_done(log)
+        await until(lambda: len(attempts) == 3)
+        await until_committed(log, "w", "rewards", *TIERS)
     assert attempts == [b"1", b"2", b"3"]
     (letter,) = [d.record() for d in await everything(log, "dead.letters")]
     (sent,) = await everything(log, "rewards")
@@ -161,9 +153,7 @@ async def test_a_few_bad_messages_among_good_ones_stop_nothing(log: Log) -> None
         return Reject("threes") if next(handled) % 3 == 0 else Emit()
 
     async with working(log, a_third_is_bad, max_in_flight=1, dead_letters=LIMIT):
-        with anyio.fail_after(30):
-            while not await committed_up_to_end(log, "w", "rewards"):
-                await anyio.sleep(0.05)
+        await until_committed(log, "w", "rewards")
     assert len(await everything(log, "dead.letters")) == 20
 
 
@@ -172,7 +162,7 @@ async def test_messages_come_by_age_and_not_by_partition(log: Log) -> None:
     count = 240
     for number in range(count):
         await log.publish(reward(number, f"g{number % 40}"))
-        await anyio.sleep(0.001)
+        await anyio.sleep(0.001)  # an age is in milliseconds: each has its own
     member = await log.join(["rewards"], group="f", member="m", on_revoked=nothing)
     order: list[int] = []
     with anyio.fail_after(60):
@@ -212,7 +202,3 @@ async def test_a_paused_partition_gives_nothing_and_its_position_is_what_was_han
 
 def other(number: int) -> Reward:
     return reward(9, f"g{number}")
-
-
-async def nothing(partitions: frozenset[TopicPartition]) -> None:
-    """A member without work in hand has nothing to hand over."""

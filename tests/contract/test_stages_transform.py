@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 
 import anyio
 import pytest
@@ -16,51 +15,24 @@ from kat_stream.log import (
     Log,
     Message,
     TopicPartition,
-    TransformHandler,
     run_transform,
 )
 from kat_stream.log.message import seal
-from kat_stream.log.transform import Mine
 from tests.contract.conftest import Connect
-from tests.contract.log_records import SIZE, GroupJoin, entry, eventually, everything, groups_on_one_partition, reward
+from tests.contract.log_records import (
+    SIZE,
+    GroupJoin,
+    entry,
+    everything,
+    groups_on_one_partition,
+    reward,
+    until_written,
+)
+from tests.contract.stages_kit import emitted, transforming
+from tests.waiting import until
 from topics import LedgerEntry, Reward, partition_of
 
 pytestmark = pytest.mark.anyio
-
-
-@asynccontextmanager
-async def transforming(
-    log: Log, handler: TransformHandler, member: str = "m", batch: int = 100, mine: Mine = lambda delivered: True
-) -> AsyncIterator[None]:
-    stopping = anyio.Event()
-
-    async def run() -> None:
-        await run_transform(
-            log,
-            ["rewards"],
-            group="t",
-            member=member,
-            handler=handler,
-            stopping=stopping,
-            remember="ledger",
-            mine=mine,
-            batch=batch,
-        )
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run)
-        yield
-        stopping.set()
-
-
-async def emitted(log: Log) -> Counter[str]:
-    return Counter(d.record().group_id for d in await everything(log, "ledger"))  # type: ignore[attr-defined]
-
-
-async def wait_emitted(log: Log, count: int) -> None:
-    with anyio.fail_after(40):
-        while (await emitted(log)).total() < count:
-            await anyio.sleep(0.05)
 
 
 def interleaved(groups: Sequence[str], dice: random.Random) -> list[Reward]:
@@ -87,7 +59,7 @@ async def test_no_group_is_lost_or_emitted_twice_whatever_crashes(connect: Conne
         handler = GroupJoin(dies_sometimes if lives < 12 else lambda record: None)
         try:
             async with transforming(await connect(), handler, batch=dice.randrange(1, 6)):
-                await wait_emitted(log, len(groups))
+                await until_written(log, "ledger", len(groups))
         except* RuntimeError:
             pass
     assert lives > 1
@@ -115,12 +87,12 @@ async def test_the_committed_place_is_the_low_watermark_and_finished_messages_ar
     number = partition_of(reward(0, early))
     await log.publish(reward(0, early), *[reward(1 + i, late) for i in range(SIZE)], reward(9, early))
     async with transforming(log, GroupJoin()):
-        await wait_emitted(log, 1)
+        await until_written(log, "ledger", 1)
     assert (await log.committed("t"))["rewards", number] == 0  # type: ignore[index]
     again = GroupJoin()
     async with transforming(log, again):
         await log.publish(reward(10, early))
-        await wait_emitted(log, 2)
+        await until_written(log, "ledger", 2)
     assert again.handled == [0, 9, 10]
     assert (await log.committed("t"))["rewards", number] == 6  # type: ignore[index]
     assert await emitted(log) == Counter([early, late])
@@ -133,12 +105,12 @@ async def test_members_come_and_go_and_each_group_is_emitted_once(connect: Conne
     first, second = GroupJoin(), GroupJoin()
     async with transforming(await connect(), first, "a", batch=7):
         await log.publish(*records[:60])
-        await eventually(lambda: len(first.handled) > 20)
+        await until(lambda: len(first.handled) > 20)
         async with transforming(await connect(), second, "b", batch=7):
             await log.publish(*records[60:120])
-            await eventually(lambda: len(second.handled) > 5)
+            await until(lambda: len(second.handled) > 5)
         await log.publish(*records[120:])
-        await wait_emitted(log, len(groups))
+        await until_written(log, "ledger", len(groups))
     assert await emitted(log) == Counter(groups)
 
 
@@ -148,7 +120,7 @@ async def test_a_bad_message_is_a_dead_letter_of_the_same_transaction(log: Log) 
     await log.append(Message("rewards", number, b"k", b"\xc1", {"record": b"Reward/1"}))
     await log.publish(*[reward(i, group) for i in range(SIZE)])
     async with transforming(log, GroupJoin()):
-        await wait_emitted(log, 1)
+        await until_written(log, "ledger", 1)
     (letter,) = await everything(log, "dead.letters")
     assert letter.record().value == b"\xc1"  # type: ignore[attr-defined]
     assert (await log.committed("t"))["rewards", number] == SIZE + 1  # type: ignore[index]

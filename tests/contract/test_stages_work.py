@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 import anyio
 import pytest
@@ -17,53 +16,16 @@ from tests.contract.conftest import STAGES, Connect
 from tests.contract.log_records import (
     committed_up_to_end,
     entry,
-    eventually,
     everything,
     groups_on_one_partition,
     reward,
+    until_committed,
 )
-from topics import DeadLetter, Reward, encode
+from tests.contract.stages_kit import scored, working
+from tests.waiting import until
+from topics import DeadLetter, encode
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("connect", STAGES, indirect=True)]
-
-
-class Stopping:
-    """A stage running beside the test; `stop` ends it and returns when it has left."""
-
-    def __init__(self) -> None:
-        self.event = anyio.Event()
-        self.ended = anyio.Event()
-
-    async def stop(self, within_s: float = 20.0) -> None:
-        self.event.set()
-        with anyio.fail_after(within_s):
-            await self.ended.wait()
-
-
-@asynccontextmanager
-async def working(
-    log: Log, handler: Callable[[Delivered], Awaitable[Outcome]], **options: object
-) -> AsyncIterator[Stopping]:
-    """One member of group `w` on `rewards`, stopped at the end of the block."""
-    settings: dict[str, object] = {"max_in_flight": 8, "drain_s": 5.0, "member": "m", **options}
-    running = Stopping()
-
-    async def run() -> None:
-        try:
-            await run_work(log, ["rewards"], group="w", handler=handler, stopping=running.event, **settings)  # type: ignore[arg-type]
-        finally:
-            running.ended.set()
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run)
-        yield running
-        await running.stop()
-
-
-def scored(delivered: Delivered) -> int:
-    record = delivered.record()
-    assert isinstance(record, Reward)
-    return int(record.score)
 
 
 async def test_each_message_is_handled_and_what_follows_is_published(log: Log) -> None:
@@ -73,25 +35,21 @@ async def test_each_message_is_handled_and_what_follows_is_published(log: Log) -
         return Emit(entry(delivered.record().group_id, str(scored(delivered))))  # type: ignore[attr-defined]
 
     async with working(log, handle):
-        await wait_committed(log)
+        await until_committed(log, "w", "rewards")
     got = Counter(d.record().rollout_id for d in await everything(log, "ledger"))  # type: ignore[attr-defined]
     assert got == Counter(str(number) for number in range(60))
 
 
-async def wait_committed(log: Log) -> None:
-    with anyio.fail_after(30):
-        while not await committed_up_to_end(log, "w", "rewards"):
-            await anyio.sleep(0.02)
-
-
 async def settled_members(log: Log, names: set[str]) -> dict[str, tuple[TopicPartition, ...]]:
     """What each member of the group owns, once exactly these are in it."""
-    with anyio.fail_after(30):
-        while True:
-            for group in await log.groups():
-                if group.name == "w" and set(group.members) == names and all(group.members.values()):
-                    return dict(group.members)
-            await anyio.sleep(0.05)
+
+    async def settled() -> dict[str, tuple[TopicPartition, ...]] | None:
+        for group in await log.groups():
+            if group.name == "w" and set(group.members) == names and all(group.members.values()):
+                return dict(group.members)
+        return None
+
+    return await until(settled, f"{names} settled")  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -124,7 +82,7 @@ async def test_crashes_at_random_points_lose_nothing_and_repeat_only_what_was_un
         try:
             with anyio.move_on_after(60):
                 async with working(client, handle, max_in_flight=6) as stage:
-                    await eventually(lambda: len(finished | set(done_now)) == count)  # noqa: B023
+                    await until(lambda: len(finished | set(done_now)) == count)  # noqa: B023
                     await stage.stop()
         except* RuntimeError:
             pass
@@ -132,7 +90,7 @@ async def test_crashes_at_random_points_lose_nothing_and_repeat_only_what_was_un
     assert lives > 2
     assert finished == set(range(count))
     assert repeated == set()
-    await wait_committed(log)
+    await until_committed(log, "w", "rewards")
 
 
 async def test_a_slow_message_neither_blocks_others_nor_repeats_them_after_a_restart(log: Log) -> None:
@@ -147,7 +105,7 @@ async def test_a_slow_message_neither_blocks_others_nor_repeats_them_after_a_res
         return Emit()
 
     async with working(log, first_is_slow, drain_s=0.1):
-        await eventually(lambda: len(handled) == 30)
+        await until(lambda: len(handled) == 30)
     (lag,) = [lag for lag in await lags(log, ages=True) if lag.topic == "rewards"]
     assert (lag.group, lag.topic, lag.messages) == ("w", "rewards", 2)
     assert lag.seconds is not None and 0 < lag.seconds < 120
@@ -157,7 +115,7 @@ async def test_a_slow_message_neither_blocks_others_nor_repeats_them_after_a_res
         return Emit()
 
     async with working(log, quick):
-        await wait_committed(log)
+        await until_committed(log, "w", "rewards")
     assert {number for number, times in handled.items() if times > 1} == {0, 7}
     assert {lag.messages for lag in await lags(log)} == {0}
 
@@ -180,18 +138,18 @@ async def test_members_come_and_go_and_nothing_is_lost_or_done_twice(connect: Co
 
     async with working(await connect(), handler("a"), member="a"):
         await publish(0)
-        await eventually(lambda: by_member["a"] > 10)
+        await until(lambda: by_member["a"] > 10)
         async with working(await connect(), handler("b"), member="b") as second:
             owned = await settled_members(log, {"a", "b"})
             assert {name: len(partitions) for name, partitions in owned.items()} == {"a": 24, "b": 24}
             assert len(set().union(*owned.values())) == 48
             assert [sum(place.topic == "rewards" for place in places) for places in owned.values()] == [6, 6]
             await publish(100)
-            await eventually(lambda: by_member["b"] > 0)
+            await until(lambda: by_member["b"] > 0)
             await second.stop()
         await publish(200)
-        await eventually(lambda: len(done) == 300)
-        await wait_committed(log)
+        await until(lambda: len(done) == 300)
+        await until_committed(log, "w", "rewards")
     assert sorted(done) == list(range(300))
     assert {number for number, times in done.items() if times > 1} == set()
 
@@ -208,7 +166,7 @@ async def test_what_cannot_be_used_becomes_a_dead_letter_and_the_stage_goes_on(l
         return Emit(entry("g", "three"))
 
     async with working(log, handle):
-        await wait_committed(log)
+        await until_committed(log, "w", "rewards")
     assert len(await everything(log, "ledger")) == 1
     letters = [d.record() for d in await everything(log, "dead.letters")]
     assert all(isinstance(letter, DeadLetter) for letter in letters)
@@ -237,7 +195,7 @@ async def test_retries_are_counted_and_end_as_a_dead_letter(log: Log) -> None:
         return Emit(entry("g", str(number)))
 
     async with working(log, handle, max_attempts=3):
-        await wait_committed(log)
+        await until_committed(log, "w", "rewards")
     assert attempts == {0: 3, 1: 3, 2: 1}
     assert [d.record().rollout_id for d in await everything(log, "ledger")] == ["1"]  # type: ignore[attr-defined]
     letters = [d.record() for d in await everything(log, "dead.letters")]
@@ -271,17 +229,18 @@ async def test_members_that_stop_together_commit_what_each_of_them_ended(connect
         return Emit(entry("g", "0"))
 
     async def settled(*names: str) -> None:
-        with anyio.fail_after(30):
-            while [(group.state, {*group.members}) for group in await log.groups()] != [("Stable", {*names})]:
-                await anyio.sleep(0.05)
+        async def stable() -> bool:
+            return [(group.state, {*group.members}) for group in await log.groups()] == [("Stable", {*names})]
+
+        await until(stable, f"{names} settled")
 
     async with working(log, handle, member="a") as first, working(other, handle, member="b") as second:
         await settled("a", "b")
         await log.publish(reward(0))
-        await eventually(lambda: worked.total() == 1)
+        await until(lambda: worked.total() == 1)
         first.event.set()
         second.event.set()
-        await eventually(lambda: first.ended.is_set() or second.ended.is_set())
+        await until(lambda: first.ended.is_set() or second.ended.is_set())
         await settled("b" if first.ended.is_set() else "a")
         through.set()
     assert await committed_up_to_end(log, "w", "rewards")

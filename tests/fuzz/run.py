@@ -34,6 +34,7 @@ from kat_stream.training.learner import LearnerConfig, TorchLearner
 from kat_stream.versions import Versions
 from tests import observe_kit as kit
 from tests.fuzz.records import good, malformed
+from tests.waiting import until
 from topics import CATALOGUE, PackedBatch
 
 EVERY = 25
@@ -114,12 +115,10 @@ async def _pack(log: MemoryLog) -> list[str]:
             dead_letters=NO_CAP,
         )
 
-    with anyio.fail_after(WAIT_S):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(stage)
-            while handler.seen < sum(ends):
-                await anyio.sleep(0.01)
-            stopping.set()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage)
+        await until(lambda: handler.seen >= sum(ends), "all messages given to the packer", WAIT_S)
+        stopping.set()
     return [] if handler.seen == sum(ends) else [f"the packer was given {handler.seen} of {sum(ends)} messages"]
 
 

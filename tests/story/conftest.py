@@ -7,9 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from kat_stream.log import open_log
 from kat_stream.runs import targets_file
 from tests.conftest_kafka import kafka_bootstrap
+from tests.waiting import wait_for
 from topics import TrainStep
 
 __all__ = ["kafka_bootstrap"]
@@ -66,15 +66,6 @@ def start(*arguments: str | Path, out: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def wait_for(what: str, ready: Callable[[], bool], deadline_s: float = 120.0) -> float:
-    """Seconds until `ready`; fails loudly with what was awaited."""
-    began = time.monotonic()
-    while not ready():
-        assert time.monotonic() - began < deadline_s, f"{what}: not within {deadline_s} s"
-        time.sleep(0.05)
-    return time.monotonic() - began
-
-
 def wait_for_word(word: str, process: subprocess.Popen[bytes], out: Path, deadline_s: float = 400.0) -> None:
     """Until a command that was started with `out` has said `word`; fails at once if it ended without.
 
@@ -89,8 +80,8 @@ def wait_for_word(word: str, process: subprocess.Popen[bytes], out: Path, deadli
         return False
 
     try:
-        wait_for(repr(word), said, deadline_s)
-    except AssertionError:
+        wait_for(said, repr(word), deadline_s)
+    except (AssertionError, TimeoutError):
         if process.poll() is None:
             process.send_signal(signal.SIGABRT)
             process.wait(30)
@@ -144,17 +135,17 @@ def struck(kafka_bootstrap: str, tmp_path_factory: pytest.TempPathFactory) -> It
     run_dir, out = directory / "struck", directory / "out.txt"
     process, third = start("run", DEMO, *settings(directory, **changes), out=out), None
     try:
-        wait_for("every service", lambda: len(live(run_dir)) >= 12, 400)
+        wait_for(lambda: len(live(run_dir)) >= 12, "every service", 400)
         _every_service_answers_metrics(run_dir)
         third = start("serve", "rollout", "--run", run_dir, "--member", "rollout-3", out=directory / "third.txt")
-        wait_for("the third worker", lambda: "rollout-3" in live(run_dir), 400)
-        wait_for("partitions for it", lambda: _owned(kafka_bootstrap, "struck.rollout", "rollout-3") > 0, 400)
+        wait_for(lambda: "rollout-3" in live(run_dir), "the third worker", 400)
+        wait_for(lambda: _owned(kafka_bootstrap, "struck.rollout", "rollout-3") > 0, "partitions for it", 400)
         wait_for_word(f"step 1/{STEPS}", process, out)
         os.kill(live(run_dir)["rollout-1"]["pid"], signal.SIGKILL)
         third.send_signal(signal.SIGTERM)
         shown = kat("tail", "trajectories", "--run", run_dir, "-n", "3")
         assert (shown.returncode, len(shown.stdout.strip().splitlines())) == (0, 3), shown.stdout + shown.stderr
-        wait_for("a step beyond a checkpoint", lambda: _max_step(kafka_bootstrap) > EVERY, 400)
+        wait_for(lambda: _max_step(kafka_bootstrap) > EVERY, "a step beyond a checkpoint", 400)
         os.kill(live(run_dir)["trainer"]["pid"], signal.SIGKILL)
         assert third.wait(120) == 0, (directory / "third.txt").read_text()[-4000:]
         assert process.wait(600) == 0, out.read_text()
@@ -188,10 +179,10 @@ def _every_service_answers_metrics(run_dir: Path) -> None:
     services = live(run_dir)
     pairs = {"gateway", "gateway-2", "rollout-1", "rollout-2"}
     assert set(services) >= pairs | {"trainer", "engine", "packer", "verifier-1", "sampler"}
-    wait_for("a target for each, and the engine's own", lambda: len(_targets(run_dir)) == len(services) + 1)
+    wait_for(lambda: len(_targets(run_dir)) == len(services) + 1, "a target for each, and the engine's own", 120)
     found: set[str] = set()
     for address in _targets(run_dir):
-        wait_for(f"metrics at {address}", partial(_scrape, address, found))
+        wait_for(partial(_scrape, address, found), f"metrics at {address}", 120)
     assert {"kat_policy_version", "kat_rollouts", "kat_train_steps", "sglang:generation_tokens"} <= found
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kat_stream.observe.sources import archived_ledger, archived_records
-from tests.story.conftest import DEMO, end, kat, settings, start, wait_for, wait_for_word
+from tests.story.conftest import DEMO, end, kat, settings, start, wait_for_word
+from tests.waiting import wait_for
 from topics import TrainStep, Turn
 
 pytestmark = pytest.mark.timeout(1200)
@@ -23,7 +24,7 @@ def test_a_full_disk_is_waited_for(tmp_path: Path) -> None:
     out = tmp_path / "out.txt"
     process = start("run", DEMO, *settings(disk, run__name="full"), out=out)
     try:
-        wait_for("the first weights", lambda: any((disk / "full" / "weights").glob("*.0")), 300)
+        wait_for(lambda: any((disk / "full" / "weights").glob("*.0")), "the first weights", 300)
         (disk / "filler").write_bytes(b"x" * (free(disk) - (64 << 10)))
         wait_for_word("cannot be written", process, out)
         (disk / "filler").unlink()
@@ -51,7 +52,7 @@ def test_an_engine_that_dies_in_mid_turn_costs_no_rollout(tmp_path: Path) -> Non
         out = tmp_path / "out.txt"
         run = start("run", DEMO, *settings(tmp_path, run__name="shot", engine__urls=f"['{url}']"), out=out)
         try:
-            wait_for("turns", lambda: any((tmp_path / "shot" / "archive" / "turns").rglob("part-*.parquet")), 300)
+            wait_for(lambda: any((tmp_path / "shot" / "archive" / "turns").rglob("part-*.parquet")), "turns", 300)
             end(engine)
             engine = serve_engine(tmp_path / "engine2.txt", port=int(url.rpartition(":")[2]))
             assert run.wait(600) == 0, out.read_text()

@@ -26,18 +26,14 @@ from kat_stream.gateway.client import GatewayControl
 from kat_stream.gateway.sessions import SessionHandle
 from kat_stream.runs import create_run, open_run_log
 from kat_stream.service import Context
-from tests.contract.gateway_kit import by_bytes, paths, tokenizer, until, user
+from tests.contract.gateway_kit import by_bytes, paths, tokenizer, user
 from tests.story.conftest import end, start
+from tests.waiting import until
 from topics import CATALOGUE, Sampling, Turn
 
 pytestmark = [pytest.mark.anyio, pytest.mark.kafka, pytest.mark.timeout(400)]
 AGENTS, TURNS, STOOD_STILL = 32, 5, 4
 READY_S = 150.0
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 def _policy(prompt: list[int]) -> list[int]:
@@ -67,9 +63,7 @@ class Run:
 
     async def ready(self, number: int) -> None:
         control = GatewayControl(self.context.gateway_control_urls[number], self.http)
-        with anyio.fail_after(READY_S):
-            while not await control.healthy():
-                await anyio.sleep(0.1)
+        await until(control.healthy, f"gateway {number}", READY_S)
 
 
 @pytest.fixture
@@ -138,7 +132,7 @@ async def test_agents_go_on_when_their_gateway_is_killed(
         ):
             for handle, said in zip(handles, heard, strict=True):
                 agents.start_soon(_agent, f"http://127.0.0.1:{door.getsockname()[1]}", handle, said)
-            await until(lambda: sum(map(len, heard)) >= AGENTS * 2 and run.engine.in_flight > 0, 120.0)
+            await until(lambda: sum(map(len, heard)) >= AGENTS * 2 and run.engine.in_flight > 0, deadline_s=120.0)
             os.killpg(victim.pid, signal.SIGKILL)
             at_kill = [len(said) for said in heard]
             if not more:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -23,9 +22,7 @@ def test_stop_and_resume(tmp_path: Path) -> None:
     try:
         wait_for_word(f"step 1/{ENDLESS}", process, out)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
-        asked = time.monotonic()
-        assert process.wait(30) == 130
-        assert time.monotonic() - asked < STOP_S
+        assert process.wait(STOP_S) == 130
     finally:
         end(process)
     assert "go on with: kat-stream run --resume" in out.read_text()

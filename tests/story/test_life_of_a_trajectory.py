@@ -56,14 +56,14 @@ def test_each_request_became_one_trajectory_and_one_reward(finished: tuple[Path,
 
 
 def test_a_turn_is_on_the_log_before_its_trajectory_and_says_the_same(finished: tuple[Path, str]) -> None:
-    messages = list(read_archive(finished[0] / "archive", ["turns", "trajectories"]))
-    turns = {r.turn_id: (r, m.timestamp_ms) for m in messages if isinstance(r := m.record(), Turn)}
-    for message in messages:
-        trajectory = message.record()
-        for turn in trajectory.turns if isinstance(trajectory, Trajectory) else ():
-            recorded, written_ms = turns[turn.turn_id]
-            assert recorded == turn
-            assert written_ms <= message.timestamp_ms
+    messages = [(m.record(), m.timestamp_ms) for m in read_archive(finished[0] / "archive", ["turns", "trajectories"])]
+    turns = {turn.turn_id: (turn, written_ms) for turn, written_ms in messages if isinstance(turn, Turn)}
+    told = [(turn, ms) for record, ms in messages if isinstance(record, Trajectory) for turn in record.turns]
+    assert {turn.turn_id for turn, _ in told} <= turns.keys() and told
+    for turn, told_ms in told:
+        recorded, written_ms = turns[turn.turn_id]
+        assert recorded == turn
+        assert written_ms <= told_ms
 
 
 def test_what_was_sampled_is_what_is_shown_again(finished: tuple[Path, str]) -> None:

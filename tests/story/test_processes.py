@@ -7,7 +7,8 @@ import pytest
 
 from kat_stream.observe.lineages import surviving
 from kat_stream.observe.sources import archived_ledger, archived_records
-from tests.story.conftest import DEMO, ENDLESS, STEPS, end, live, settings, start, wait_for
+from tests.story.conftest import DEMO, ENDLESS, STEPS, end, live, settings, start
+from tests.waiting import wait_for
 from topics import TrainStep, Trajectory
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(1500)]
@@ -33,9 +34,9 @@ def test_services_do_not_outlive_their_supervisor(kafka_bootstrap: str, tmp_path
     run_dir = tmp_path / "orphans"
     process = start("run", DEMO, *settings(tmp_path, **changes), out=tmp_path / "out.txt")
     try:
-        wait_for("every service", lambda: len(live(run_dir)) >= 11, 400)
+        wait_for(lambda: len(live(run_dir)) >= 11, "every service", 400)
         pids = [service["pid"] for service in live(run_dir).values()]
     finally:
         end(process)
-    wait_for("the last service to stop", lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 120)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the last service to stop", 120)
     assert set(live(run_dir)) <= {"run"}

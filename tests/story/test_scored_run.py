@@ -41,5 +41,6 @@ def test_scores_are_joined_and_trained_on(tmp_path: Path) -> None:
     assert rows and all(len(row.teacher_logprobs) == len(row.logprobs) for row in rows)
     scored = [floats(row.scored_logprobs) for row in rows if row.scored_logprobs]
     assert scored and not np.isnan(np.concatenate(scored)).all()
-    assert all(s.metrics["applied"] for s in records if isinstance(s, TrainStep) if s.trained)
+    taught = [s for s in records if isinstance(s, TrainStep) if s.trained]
+    assert taught and all(s.metrics["applied"] for s in taught)
     assert archived_ledger(run_dir).summary().requested == archived_ledger(run_dir).summary().accounted == 24

@@ -21,7 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from kat_stream.access import SERVICES, rules_of
 from kat_stream.cli.run import INTERRUPTED
 from tests.conftest_secured import USERS, Secured, secured
-from tests.story.conftest import DEMO, ENDLESS, end, kat, settings, start, wait_for, wait_for_word
+from tests.story.conftest import DEMO, ENDLESS, end, kat, settings, start, wait_for_word
+from tests.waiting import wait_for
 
 __all__ = ["secured"]
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(1200)]
@@ -51,15 +52,15 @@ def test_a_run_over_tls_with_a_password_that_nobody_can_find(
     watcher: subprocess.Popen[bytes] | None = None
     exported: set[tuple[str, str]] = set()
     try:
-        wait_for("every service", lambda: len(list((run_dir / "services").glob("*.json"))) >= 11, 400)
+        wait_for(lambda: len(list((run_dir / "services").glob("*.json"))) >= 11, "every service", 400)
         assert _cmdlines_with(run_dir, USERS[USER]) == []
-        wait_for("the lag of every stage", lambda: _scraped(run_dir, exported), 300)
+        wait_for(lambda: _scraped(run_dir, exported), "the lag of every stage", 300)
         wait_for_word(f"step 1/{ENDLESS}", process, out)
         shadow = tmp_path / "shadow.txt"
         with as_user(monkeypatch, READER):
             watcher = start("shadow", run_dir, "--name", "noise", "--seed", "1", out=shadow)
             shown = kat("lag", run_dir, "--json")
-            wait_for("the account to close", lambda: "the account closes" in kat("ledger", run_dir).stdout, 300)
+            wait_for(lambda: "the account closes" in kat("ledger", run_dir).stdout, "the account to close", 300)
         assert {row["group"] for row in json.loads(shown.stdout)} >= STAGES, shown.stdout + shown.stderr
         wait_for_word("step 1:", watcher, shadow)
         process.send_signal(signal.SIGINT)

@@ -21,6 +21,7 @@ from kat_stream.supervisor import Patience, supervise
 from kat_stream.telemetry import DEATHS
 from tests.chaos.system import member_pid
 from tests.story.conftest import kat
+from tests.waiting import until
 from topics import CATALOGUE, PolicyVersion
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
@@ -52,10 +53,8 @@ def _processes_of(run_dir: Path) -> list[str]:
 
 
 async def _new_pid(run_dir: Path, member: str, old: int, deadline_s: float = 150) -> int:
-    with anyio.fail_after(deadline_s):
-        while (pid := member_pid(run_dir, member)) in (0, old):
-            await anyio.sleep(0.05)
-    return pid
+    await until(lambda: member_pid(run_dir, member) not in (0, old), f"{member}'s next process", deadline_s)
+    return member_pid(run_dir, member)
 
 
 def _deaths(member: str, how: str) -> float:
@@ -155,9 +154,8 @@ def test_only_a_sampler_whose_schedule_is_done_ends_the_run(run_dir: Path, caplo
         async with anyio.create_task_group() as group:
             group.start_soon(supervise, run_dir, stopping, ("sampler",))
             first = await _new_pid(run_dir, "sampler", 0)
-            with anyio.fail_after(60):  # until then the signal would kill it
-                while "training tasks" not in (run_dir / "logs" / "sampler.log").read_text():
-                    await anyio.sleep(0.05)
+            said = run_dir / "logs" / "sampler.log"
+            await until(lambda: "training tasks" in said.read_text(), "a sampler that a signal does not kill")
             os.kill(first, signal.SIGTERM)
             await _new_pid(run_dir, "sampler", first)
             assert not stopping.is_set() and "the schedule is done" not in caplog.text

@@ -1,4 +1,8 @@
-"""Small records for tests, made by hand."""
+"""Small records for tests, made by hand; a field that matters to a test is given by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 from topics import Environment, Reward, RolloutRequest, Sampling, Task, Trajectory, Turn, VerifierSpec, VersionSpan
 from topics.record import pack_floats, pack_ints
@@ -28,28 +32,42 @@ def request(group: str = "r-t000000", sample: int = 0, size: int = 2, purpose: s
     )
 
 
-def turn(asked: RolloutRequest, prompt: list[int], sampled: list[int], *, version: str = "a.0", name: str = "") -> Turn:
+def turn(
+    asked: RolloutRequest,
+    prompt: Sequence[int],
+    sampled: Sequence[int],
+    *,
+    version: str = "a.0",
+    name: str = "",
+    **fields: object,
+) -> Turn:
+    made: dict[str, object] = {
+        "session_id": "s",
+        "index": 0,
+        "logprobs": pack_floats([-0.5] * len(sampled)),
+        "spans": (VersionSpan(version, 0, len(sampled)),),
+        "finish_reason": "stop",
+        **fields,
+    }
     return Turn(
-        run=RUN,
+        run=asked.run,
         group_id=asked.group_id,
         rollout_id=asked.rollout_id,
-        session_id="s",
         turn_id=name or f"{asked.rollout_id}x",
-        index=0,
         prompt_ids=pack_ints(prompt),
         sampled_ids=pack_ints(sampled),
-        logprobs=pack_floats([-0.5] * len(sampled)),
-        spans=(VersionSpan(version, 0, len(sampled)),),
-        finish_reason="stop",
+        **made,  # type: ignore[arg-type]
     )
 
 
-def trajectory(asked: RolloutRequest, *turns: Turn, outcome: str = "submitted", **fields: object) -> Trajectory:
+def trajectory(
+    asked: RolloutRequest, *turns: Turn, outcome: str = "submitted", attempt: int = 1, **fields: object
+) -> Trajectory:
     return Trajectory(
-        run=RUN,
+        run=asked.run,
         group_id=asked.group_id,
         rollout_id=asked.rollout_id,
-        attempt=1,
+        attempt=attempt,
         request=asked,
         turns=turns,
         outcome=outcome,  # type: ignore[arg-type]
@@ -59,10 +77,10 @@ def trajectory(asked: RolloutRequest, *turns: Turn, outcome: str = "submitted", 
 
 def reward(asked: RolloutRequest, score: float, **fields: object) -> Reward:
     return Reward(
-        run=RUN,
+        run=asked.run,
         group_id=asked.group_id,
         rollout_id=asked.rollout_id,
-        task_id="task",
+        task_id=asked.task.task_id,
         verifier="harbor",
         score=score,
         purpose=asked.purpose,

@@ -25,7 +25,6 @@ from kat_stream.log import (
 from kat_stream.log.memory_group import MemoryMember
 from tests.contract.log_records import (
     WAIT_S,
-    committed_up_to_end,
     entry,
     everything,
     reward,
@@ -115,12 +114,6 @@ def transforming(log: object, handler: object, **how: Any) -> Any:
 
 async def ledger(log: MemoryLog) -> Counter[str]:
     return Counter(d.record().rollout_id for d in await everything(log, "ledger"))  # type: ignore[attr-defined]
-
-
-async def until_committed(log: MemoryLog, group: str) -> None:
-    with anyio.fail_after(WAIT_S):
-        while not await committed_up_to_end(log, group, "rewards"):
-            await anyio.sleep(0.001)
 
 
 class Each:

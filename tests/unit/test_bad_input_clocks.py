@@ -27,7 +27,7 @@ from kat_stream.observe.stage_lag import stage_lags
 from kat_stream.observe.state import RunState
 from kat_stream.observe.tail import json_line, line
 from kat_stream.rl.group import GroupRules
-from kat_stream.rl.incomplete import GRACE_S, LONGEST_TURN_S
+from kat_stream.rl.incomplete import GRACE_S, LONGEST_TURN_S, Listening
 from kat_stream.versions import Versions
 from tests import observe_kit as kit
 from topics import CATALOGUE, PackedBatch, Record, encode, header_of, partition_of, topic_of
@@ -100,6 +100,21 @@ def batches_of(outcome: Outcome | None) -> list[PackedBatch]:
 GROUP = f"{kit.RUN}-t000001"
 MEMBERS = [kit.request(GROUP, sample, 2) for sample in range(2)]
 WHOLE: list[Record] = [r for one in MEMBERS for r in (kit.trajectory(one), kit.reward(one, float(one.sample)))]
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.booleans()), max_size=20))
+def test_only_time_that_a_stage_listened_counts_and_the_log_comes_on_by_it_in_silence(
+    turns: list[tuple[int, bool]],
+) -> None:
+    partition, now_s = Listening(0.0), 0.0
+    for gap_s, hears in turns:
+        if hears:
+            partition.hear(-1.0)
+        now_s += gap_s
+        partition.turn(now_s)
+    counted = [(min(gap_s, LONGEST_TURN_S), hears) for gap_s, hears in turns]
+    assert partition.listened_s == sum(seconds for seconds, _ in counted)
+    assert partition.log_s == sum(seconds for seconds, hears in counted if not hears)
 
 
 @given(st.lists(jumps, min_size=4, max_size=4), st.lists(st.floats(0, LEAST_S / 3 - TURN_S), min_size=3, max_size=3))

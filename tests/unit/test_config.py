@@ -34,6 +34,7 @@ def test_a_dumped_configuration_loads_as_itself(tmp_path: Path) -> None:
         ("log.security = 3", "`log.security` is a section, written [log.security]"),
         ("scorer.teachers = [1]", "`scorer.teachers` is a list of sections, written [[scorer.teachers]]"),
         ("[run\n", "not valid TOML"),
+        ("run = " + "[" * 2000 + "]" * 2000, "not valid TOML"),
     ],
 )
 def test_a_mistake_names_file_key_and_the_nearest_valid_one(tmp_path: Path, text: str, expected: str) -> None:
@@ -61,6 +62,9 @@ def test_a_mistake_names_file_key_and_the_nearest_valid_one(tmp_path: Path, text
         ("sampler.rollout_timeout_s=nan", "sampler.rollout_timeout_s is nan, expected more than 0"),
         ("log.dead_letters_share=1.5", "log.dead_letters_share is 1.5, expected at most 1"),
         ("gateway.more=[[0, 0], [0, 70000]]", "gateway.more[1][1] is 70000, expected at most 65535"),
+        ("trainer.dual_clip=nan", "trainer.dual_clip is nan, expected a number of 64 bits"),
+        ("sampler.scaffold.codex=nan", "sampler.scaffold.codex is nan, expected a number of 64 bits"),
+        (f"sampler.max_turns={1 << 63}", f"sampler.max_turns is {1 << 63}, expected a number of 64 bits"),
     ],
 )
 def test_a_number_outside_its_range_is_refused_with_key_value_and_bound(override: str, expected: str) -> None:
@@ -130,6 +134,23 @@ def test_static_weights_with_several_updates_are_refused() -> None:
     load(None, settings)
     with pytest.raises(ConfigError, match=r"\[trainer\] loss static_weights is exact on-policy"):
         load(None, [*settings, "trainer.updates=2"])
+
+
+def test_two_teachers_of_one_name_are_refused() -> None:
+    """One would be asked under the scores of the other."""
+    one = "{name='t', url='http://a', model='m', scores={'d/s'=1.0}}"
+    load(None, [f"scorer.teachers=[{one}]"])
+    with pytest.raises(ConfigError, match="there are two teachers t"):
+        load(None, [f"scorer.teachers=[{one}, {one}]"])
+
+
+def test_a_store_in_a_folder_is_the_same_wherever_a_service_starts() -> None:
+    """A worker started elsewhere would put its values where no other service finds them: dead letters."""
+    for url in ("", "file:/blobs", "file:///blobs", "file:~/blobs", "s3://bucket/prefix"):
+        assert load(None, [f"blobs.url='{url}'"]).blobs.url == url
+    for url in ("file:blobs", "file://blobs", "file:"):
+        with pytest.raises(ConfigError, match="expected an absolute path"):
+            load(None, [f"blobs.url='{url}'"])
 
 
 @pytest.mark.parametrize("override", ["steps=3", "run.steps", "run.stepz=3"])

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat_stream.engines.embedded.radix import RadixCache, common_prefix
+from kat_stream.engines.embedded.radix import RadixCache
+from kat_stream.trees.forest import common_prefix
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=25)
 

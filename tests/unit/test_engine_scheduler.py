@@ -83,7 +83,7 @@ def check_logprobs(request: Request, models: dict[str, object]) -> None:
     """Each span against a plain forward of that span's weights; the spans cover the output without gaps."""
     ids = [*request.prompt.tolist(), *request.output]
     assert [start for _, start, _ in request.spans] == [0, *(end for _, _, end in request.spans)][:-1]
-    assert not request.spans or request.spans[-1][2] == len(request.output) == len(request.logprobs)
+    assert (request.spans[-1][2] if request.spans else 0) == len(request.output) == len(request.logprobs)
     for version, start, end in request.spans:
         expected = plain_logprobs(models[version], ids, request.params.temperature)[len(request.prompt) - 1 :]  # type: ignore[arg-type]
         np.testing.assert_allclose(request.logprobs[start:end], expected[start:end], rtol=0, atol=TOLERANCE)
@@ -299,7 +299,9 @@ def test_buffers_that_a_checkpoint_holds_are_replaced_with_the_parameters(tmp_pa
     engine.update(new, "v1")
     engine.scheduler.submit(make_request("000", list(range(3, 43)), 8))
     engine.drain()
-    check_logprobs(engine.ended[0], {"v1": plain_model(new)})
+    (answer,) = engine.ended
+    assert len(answer.output) == 8 and [version for version, _, _ in answer.spans] == ["v1"]
+    check_logprobs(answer, {"v1": plain_model(new)})
 
 
 def test_a_truncated_checkpoint_is_refused(directories: dict[str, Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from kat_stream.policy import model_dir
 from kat_stream.runs import choose_ports
 from kat_stream.service import Context
 from producers.engine import Engine
+from tests.waiting import until
 from topics import CATALOGUE, PolicyVersion
 
 
@@ -42,10 +43,8 @@ def test_a_dead_model_thread_ends_the_service(tmp_path: Path) -> None:
         async with anyio.create_task_group() as group:
 
             async def sabotage() -> None:
-                with anyio.fail_after(120):
-                    while not (workers := [found for found in _workers() if found not in others]):
-                        await anyio.sleep(0.1)
-                _break(workers[0])
+                (worker,) = await until(lambda: [found for found in _workers() if found not in others], "a worker", 120)
+                _break(worker)
 
             group.start_soon(sabotage)
             with anyio.fail_after(150), pytest.raises(EngineError, match="thread has ended: MemoryError"):

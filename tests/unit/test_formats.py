@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,9 +18,10 @@ from kat_stream.env.manager import FAILED, GROUP, Format, Policy, Rollout, Row, 
 from kat_stream.env.manager.where import parse_where
 from kat_stream.errors import ConfigError, TurnError
 from kat_stream.trees import turns_of
-from tests.unit.records import RUN, request, trajectory
-from topics import Turn, VersionSpan
-from topics.record import pack_floats, pack_ints
+from tests.unit import records
+from tests.unit.records import request, trajectory
+from topics import Turn
+from topics.record import pack_floats
 
 ASKED = request()
 DEMO = Policy("demo")
@@ -42,21 +44,10 @@ def turn(
     **fields: object,
 ) -> Turn:
     """Each sampled token of a rollout has a log-probability of its own."""
-    return Turn(
-        run=RUN,
-        group_id=ASKED.group_id,
-        rollout_id=ASKED.rollout_id,
-        session_id="s",
-        turn_id=f"t{number}",
-        index=number,
-        parent="" if parent is None else f"t{parent}",
-        prefix_len=prefix,
-        prompt_ids=pack_ints(list(prompt)),
-        sampled_ids=pack_ints(list(sampled)),
-        logprobs=pack_floats([-(number * 16 + i + 1) / 1024 for i in range(len(sampled))]),
-        spans=(VersionSpan("a.0", 0, len(sampled)),),
-        finish_reason="stop",
-        **fields,  # type: ignore[arg-type]
+    logprobs = pack_floats([-(number * 16 + i + 1) / 1024 for i in range(len(sampled))])
+    before = {"parent": "" if parent is None else f"t{parent}", "prefix_len": prefix}
+    return records.turn(
+        ASKED, prompt, sampled, name=f"t{number}", **{"index": number, "logprobs": logprobs, **before, **fields}
     )
 
 
@@ -165,6 +156,12 @@ def test_a_branch_begins_a_line_of_its_own() -> None:
 )
 def test_orders(order: str, expected: tuple[int, ...]) -> None:
     assert apply_rules(forked(), Rules(order), DEMO.decode).kept == expected  # type: ignore[arg-type]
+
+
+def test_a_turn_without_a_name_is_ordered_too() -> None:
+    """Foreign bytes decode to it: it was taken for its own child, for ever."""
+    made = rollout_of(trajectory(ASKED, msgspec.structs.replace(turn(0, [1], [2]), turn_id=""), turn(1, [1], [3])), 1.0)
+    assert apply_rules(made, Rules("branch"), DEMO.decode).kept == (0, 1)
 
 
 def test_a_failed_call_is_context_and_not_learned() -> None:

@@ -17,9 +17,9 @@ from kat_stream.gateway.dialects.anthropic import AnthropicMessages
 from kat_stream.gateway.messages import Message, ToolCall
 from kat_stream.gateway.render import Renderer
 from tests.contract.gateway_kit import CHATML, FORGETFUL, THINKING, tokenizer
-from tests.unit.records import RUN, request, trajectory
-from topics import Trajectory, Turn, VersionSpan
-from topics.record import ints, pack_floats, pack_ints
+from tests.unit.records import request, trajectory, turn
+from topics import Trajectory, Turn
+from topics.record import ints
 
 # As Qwen2.5: tools inside the instructions, results of tools as a user's, those of one reply together.
 QWEN = (
@@ -93,20 +93,14 @@ def recorded(renderer: Renderer, messages: tuple[Message, ...], tools: list[dict
 
 
 def said(message: Message, number: int, prompt: list[int], sampled: list[int], prefix: int) -> Turn:
-    return Turn(
-        run=RUN,
-        group_id=ASKED.group_id,
-        rollout_id=ASKED.rollout_id,
-        session_id="s",
-        turn_id=f"t{number}",
+    return turn(
+        ASKED,
+        prompt,
+        sampled,
+        name=f"t{number}",
         index=number,
         parent=f"t{number - 1}" if number else "",
         prefix_len=prefix,
-        prompt_ids=pack_ints(prompt),
-        sampled_ids=pack_ints(sampled),
-        logprobs=pack_floats([-0.5] * len(sampled)),
-        spans=(VersionSpan("a.0", 0, len(sampled)),),
-        finish_reason="stop",
         content=message.content,
         tool_calls=msgspec.json.encode(message.tool_calls).decode() if message.tool_calls else "",
         reasoning=message.reasoning,
@@ -212,3 +206,29 @@ def test_ids_that_are_no_messages_are_refused(tmp_path: Path) -> None:
     made = rollout_of(trajectory(ASKED, said(Message(role="assistant", content="x"), 0, prompt, prompt[:1], 0)), 1.0)
     with pytest.raises(DataError, match="writes no message like 'once upon"):
         list(FORMAT.rows(made, policy))
+
+
+def test_a_reply_may_go_on_where_another_stopped(tmp_path: Path) -> None:
+    """Nothing new in the prompt: no message stands between the two."""
+    policy = Policy(saved(CHATML, tmp_path))
+    prompt = list(ints(policy.renderer.encode(policy.renderer.text([{"role": "user", "content": "go"}], None))))
+    turns = [
+        said(Message(role="assistant", content="a"), 0, prompt, prompt[-1:], 0),
+        said(Message(role="assistant", content="b"), 1, [], prompt[-1:], len(prompt) + 1),
+    ]
+    (row,) = FORMAT.rows(rollout_of(trajectory(ASKED, *turns), 1.0), policy)
+    assert [(m["role"], m["content"]) for m in row["messages"]] == [
+        ("user", "go"),
+        ("assistant", "a"),
+        ("assistant", "b"),
+    ]
+    assert row["learned"] == ["t0", "t1"] and row["exact"] is False
+
+
+@pytest.mark.parametrize("calls", ["{", "[1]", '[{"id": 1}]'])
+def test_calls_that_are_none_are_refused_with_the_turn(calls: str, tmp_path: Path) -> None:
+    policy = Policy(saved(CHATML, tmp_path))
+    made = recorded(policy.renderer, CONVERSATION, None)
+    broken = msgspec.structs.replace(made, turns=(msgspec.structs.replace(made.turns[0], tool_calls=calls),))
+    with pytest.raises(DataError, match="turn t0: tool_calls: "):
+        list(FORMAT.rows(rollout_of(broken, 1.0), policy))

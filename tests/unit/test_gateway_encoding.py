@@ -15,6 +15,7 @@ from kat_stream.errors import ContextOverflow
 from kat_stream.gateway import encoding
 from kat_stream.gateway.encoding import HEAD_CHARS, LONG_CHARS, Encoder, NotEncoded
 from tests.contract.gateway_kit import tokenizer
+from tests.waiting import until
 from topics.record import pack_ints
 
 LONG = "so it goes " * LONG_CHARS
@@ -66,8 +67,7 @@ def test_the_loop_goes_on_meanwhile_and_a_groups_prompt_is_encoded_once() -> Non
         async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as tasks:
             for _ in range(8):
                 tasks.create_task(encoder.make_ready(LONG, ENOUGH))
-            while not slow.asked:
-                await asyncio.sleep(0.001)
+            await until(lambda: slow.asked)
             slow.let_go.set()  # only a loop that is free gets here
 
     asyncio.run(meanwhile())
@@ -81,8 +81,7 @@ def test_a_text_that_is_given_up_is_finished_before_the_next_begins() -> None:
 
     async def meanwhile() -> None:
         first = asyncio.create_task(encoder.make_ready(LONG, ENOUGH))
-        while not slow.asked:
-            await asyncio.sleep(0.001)
+        await until(lambda: slow.asked)
         first.cancel()
         second = asyncio.create_task(encoder.make_ready(LONG + "!", ENOUGH))
         for _ in range(20):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from kat_stream.errors import BatchError
 from kat_stream.rl.group import GroupRules, pack_group
 from kat_stream.rl.scores import ScoreRules
-from kat_stream.rl.step import assemble
+from kat_stream.rl.step import assemble, check_group
 from tests.unit.records import request, reward, trajectory, turn
 from topics import Reward, Score, Trajectory, VersionSpan
 from topics.record import pack_floats
@@ -83,6 +84,26 @@ def test_turns_that_cannot_be_trained_are_filtered_with_the_reason() -> None:
     }
     for reason, case in cases.items():
         assert fates(member(0, 1.0), member(1, 0.0), case)[2] == ("filtered", reason)
+
+
+def test_a_group_whose_turns_contradict_each_other_closes_with_the_reason() -> None:
+    """As if two models had sampled it: their experts differ in number."""
+    group = []
+    for sample, width in enumerate((1, 2)):
+        asked = request(sample=sample)
+        said = turn(asked, [1, 2, 3], [10 + sample, 4], routed_experts=bytes(2 * 4 * width))
+        group.append((trajectory(asked, said), reward(asked, float(sample))))
+    assert fates(*group) == [("filtered", "bad_group")] * 2
+
+
+def test_a_group_whose_packed_members_are_not_in_its_rows_is_refused() -> None:
+    good = pack_group([member(0, 1.0, size=2), member(1, 0.0, size=2)], "a.0", {}, RULES)
+    check_group(good)
+    (row,), (first, second) = good.rows, good.members
+    with pytest.raises(BatchError, match="a member has no rollout_id"):
+        check_group(replace(good, members=(replace(first, rollout_id=""), second)))
+    with pytest.raises(BatchError, match=f"{first.rollout_id} is packed, but has no weight in any row"):
+        check_group(replace(good, rows=(replace(row, weight=pack_floats([0.0, 1.0])),)))
 
 
 def test_a_rollout_that_grew_old_in_the_queue_has_no_weight() -> None:

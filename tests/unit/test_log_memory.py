@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from kat_stream.errors import ConfigError, LogError
 from kat_stream.log import Emit, MemoryLog, TopicPartition, open_log, run_work
 from kat_stream.log.assignment import assign
+from kat_stream.log.dead_letters import replay
 from kat_stream.log.lag import lags
-from topics import CATALOGUE, LedgerEntry, Reward, partition_of, topic_named
+from tests.contract.log_records import until_committed
+from tests.waiting import until
+from topics import CATALOGUE, DeadLetter, LedgerEntry, Reward, partition_of, topic_named
 
 names = st.sampled_from("abcde")
 
@@ -85,43 +88,25 @@ def test_retention_counts_bytes_and_waits_for_the_slowest_group() -> None:
             tasks.start_soon(
                 lambda: run_work(log, ["rewards"], group="w", member="m", handler=handle, stopping=stopping)
             )
-            await wait_joined(log)
+            await until(lambda: log._group("w").members)
             for i in range(60):
                 await log.publish(reward(i, evidence="x" * 500))
-            await wait_for(lambda: len(handled) == 60)
-            await wait_for(lambda: log.partitions("rewards")[number].begin <= 5)
+            await until(lambda: len(handled) == 60)
+            await until(lambda: log.partitions("rewards")[number].begin <= 5)
             await log.publish(reward(60, evidence="x" * 500))
             assert (await log.beginning_offsets("rewards"))[number] <= 5
             (lag,) = [lag for lag in await lags(log, ages=True) if lag.topic == "rewards"]
             assert (lag.group, lag.topic) == ("w", "rewards") and 1 <= lag.messages <= 2
             assert lag.seconds is not None and 0 <= lag.seconds < 60
             release.set()
-            await wait_committed(log, number, 61)
+            await until_committed(log, "w", "rewards")
             await log.publish(*[reward(i, evidence="x" * 500) for i in range(61, 100)])
             assert (await log.beginning_offsets("rewards"))[number] > 30
-            await wait_committed(log, number, 100)
+            await until_committed(log, "w", "rewards")
             assert {lag.messages for lag in await lags(log)} == {0}
             stopping.set()
 
     in_loop(scenario)
-
-
-async def wait_for(condition: Callable[[], bool]) -> None:
-    with anyio.fail_after(20):
-        while not condition():
-            await anyio.sleep(0.005)
-
-
-async def wait_joined(log: MemoryLog) -> None:
-    with anyio.fail_after(20):
-        while not any(group.members for group in await log.groups()):
-            await anyio.sleep(0.005)
-
-
-async def wait_committed(log: MemoryLog, number: int, offset: int) -> None:
-    with anyio.fail_after(20):
-        while (await log.committed("w")).get(("rewards", number), 0) < offset:  # type: ignore[call-overload]
-            await anyio.sleep(0.005)
 
 
 def test_a_compacted_topic_keeps_the_newest_of_every_key() -> None:
@@ -167,20 +152,19 @@ def test_an_address_is_memory_or_kafka() -> None:
 
 def test_no_partition_starves_when_one_message_is_taken_at_a_time() -> None:
     """A worker with one free slot must reach the oldest message, whatever partition it is in."""
-    anyio.run(_take_one_by_one)
 
+    async def scenario() -> None:
+        log = MemoryLog()
+        await log.apply_topics([topic_named("ledger")])
+        groups = [f"g{number}" for number in range(40)]
+        for group in groups:
+            await log.publish(LedgerEntry(run="r", group_id=group, rollout_id=group, state="finished"))
+            await anyio.sleep(0.002)  # an age is in milliseconds: each has its own
+        positions = {TopicPartition("ledger", number): 0 for number in range(12)}
+        order = [log.take(positions, 1)[0].record() for _ in groups]
+        assert [entry.group_id for entry in order if isinstance(entry, LedgerEntry)] == groups
 
-async def _take_one_by_one() -> None:
-    log = MemoryLog()
-    await log.start()
-    await log.apply_topics([topic_named("ledger")])
-    groups = [f"g{number}" for number in range(40)]
-    for number, group in enumerate(groups):
-        await log.publish(LedgerEntry(run="r", group_id=group, rollout_id=f"{group}-{number}", state="finished"))
-        await anyio.sleep(0.002)
-    positions = {TopicPartition("ledger", number): 0 for number in range(12)}
-    order = [log.take(positions, 1)[0].record() for _ in groups]
-    assert [entry.group_id for entry in order if isinstance(entry, LedgerEntry)] == groups
+    in_loop(scenario)
 
 
 def test_a_member_that_is_cancelled_while_it_joins_owns_nothing() -> None:
@@ -202,9 +186,21 @@ def test_a_member_that_is_cancelled_while_it_joins_owns_nothing() -> None:
             await handing_over.wait()
             tasks.cancel_scope.cancel()
         handed_over.set()
-        with anyio.fail_after(10):
-            while len(first.assigned or ()) < topic_named("rewards").partitions:
-                await anyio.sleep(0.001)
+        await until(lambda: len(first.assigned or ()) == topic_named("rewards").partitions)
         assert [set(group.members) for group in await log.groups()] == [{"a"}]
 
     in_loop(scenario)
+
+
+def test_a_letter_of_a_topic_that_this_build_does_not_know_stays_and_holds_up_no_other() -> None:
+    about = {"run": "r", "stage": "s", "partition": 0, "offset": 1, "error_type": "E", "message": "m", "value": b"x"}
+
+    async def put_back() -> dict[str, str]:
+        log = MemoryLog()
+        await log.apply_topics(CATALOGUE)
+        await log.publish(*[DeadLetter(topic=topic, **about) for topic in ("renamed", "rewards")])
+        stay = {letter.record.topic: letter.stays async for letter in replay(log, lambda letter: True)}
+        assert sum((await log.end_offsets("rewards")).values()) == 1
+        return stay
+
+    assert anyio.run(put_back) == {"renamed": "this build knows no topic 'renamed'", "rewards": ""}

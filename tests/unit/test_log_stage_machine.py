@@ -35,7 +35,8 @@ from kat_stream.log import (
     run_work,
 )
 from kat_stream.log.memory_group import MemoryMember, MemoryWriter
-from tests.contract.log_records import SIZE, GroupJoin, committed_up_to_end, everything, reward
+from tests.contract.log_records import SIZE, GroupJoin, everything, reward, until_committed, until_written
+from tests.waiting import until
 from topics import CATALOGUE, Reward, Score
 
 WAIT_S = 120.0
@@ -221,9 +222,7 @@ class Stages(RuleBasedStateMachine):
 
     async def _join(self) -> None:
         self.lives.append(Life(self.log, f"m{self.number}", self.worked))
-        with anyio.fail_after(WAIT_S):
-            while not self.lives[-1].process.works:
-                await anyio.sleep(TURN_S)
+        await until(lambda: self.lives[-1].process.works, "a life that works", WAIT_S)
 
     @precondition(lambda self: self.lives)
     @rule(which=pick, how=st.sampled_from(["leaves", "crashes", "is fenced"]), after=st.integers(0, 12))
@@ -283,15 +282,12 @@ class Stages(RuleBasedStateMachine):
         more = range(self.published, self.published + 24 * SIZE)
         self.published = more.stop
         await self._send(more)
-        with anyio.fail_after(WAIT_S):
-            while len(await self._groups()) < self.published // SIZE:
-                await anyio.sleep(0.005)
-            await self._send(range(self.published))
-            while not (await self._all_put_out() and await committed_up_to_end(self.log, "t", "rewards")):
-                await anyio.sleep(0.005)
+        await until_written(self.log, "ledger", self.published // SIZE, WAIT_S)
+        await self._send(range(self.published))
+        await until(self._all_put_out, "all outputs", WAIT_S)
+        await until_committed(self.log, "t", "rewards")
         with anyio.move_on_after(ZOMBIE_S):
-            while any(life.process.has_unread for life in self.zombies):
-                await anyio.sleep(0.005)
+            await until(lambda: not any(life.process.has_unread for life in self.zombies))
         for life in [*self.zombies, *self.lives]:
             await life.leave()
 

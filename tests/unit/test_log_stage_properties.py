@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import anyio
 import anyio.lowlevel
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat_stream.log import Delivered, Emit, MemoryLog, Outcome, run_transform, run_work
-from tests.contract.log_records import SIZE, GroupJoin, entry, everything, reward
-from topics import CATALOGUE, Reward
+from kat_stream.log import Delivered, Emit, MemoryLog, Outcome, run_transform, run_work, transform, work
+from tests.contract.log_records import SIZE, GroupJoin, entry, everything, reward, until_written
+from tests.unit.stage_kit import opened
+from tests.waiting import until
+from topics import Reward
 
 COUNT = 12
 WAIT_S = 20.0
@@ -21,10 +24,13 @@ orders = st.permutations(range(COUNT))
 crashes = st.lists(st.integers(1, COUNT), max_size=4)
 
 
-async def opened() -> MemoryLog:
-    log = MemoryLog()
-    await log.apply_topics(CATALOGUE)
-    return log
+@pytest.fixture(scope="module", autouse=True)
+def quick_polls() -> Iterator[None]:
+    """A stage notices that it is to stop once per poll."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "POLL_S", 0.01)
+        patch.setattr(transform, "POLL_S", 0.01)
+        yield
 
 
 def score_of(delivered: Delivered) -> int:
@@ -67,25 +73,17 @@ class WorkLife:
 
     async def run(self) -> None:
         stopping = anyio.Event()
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._follow)
-            tasks.start_soon(
-                lambda: run_work(
-                    self.log,
-                    ["rewards"],
-                    group="w",
-                    member="m",
-                    handler=self.handle,
-                    stopping=stopping,
-                    max_in_flight=COUNT,
-                    drain_s=0.0,
+        how = {"max_in_flight": COUNT, "drain_s": 0.0, "stopping": stopping}
+        async with anyio.create_task_group() as following:
+            following.start_soon(self._follow)
+            async with anyio.create_task_group() as working:
+                working.start_soon(
+                    lambda: run_work(self.log, ["rewards"], group="w", member="m", handler=self.handle, **how)  # type: ignore[arg-type]
                 )
-            )
-            with anyio.fail_after(WAIT_S):
-                await self.over.wait()
-            stopping.set()
-            await anyio.sleep(0.02)
-            tasks.cancel_scope.cancel()
+                with anyio.fail_after(WAIT_S):
+                    await self.over.wait()
+                stopping.set()
+            following.cancel_scope.cancel()
 
     async def _follow(self) -> None:
         async for delivered in self.log.follow(["ledger"]):
@@ -155,9 +153,7 @@ async def transform_life(log: MemoryLog, handler: GroupJoin, batch: int) -> None
                     batch=batch,
                 )
             )
-            with anyio.fail_after(WAIT_S):
-                while len(await everything(log, "ledger")) < GROUPS:
-                    await anyio.sleep(0.001)
+            await until_written(log, "ledger", GROUPS, WAIT_S)
             stopping.set()
     except* RuntimeError:
         pass
@@ -209,10 +205,9 @@ def test_members_come_and_go_in_any_order(plan: list[str]) -> None:
                 elif step == "publish":
                     await log.publish(*[reward(i, f"g{i // SIZE}") for i in range(published, published + 4 * SIZE)])
                     published += 4 * SIZE
-                await anyio.sleep(0.005)
-            with anyio.fail_after(WAIT_S):
-                while len(worked) < published or len(await everything(log, "ledger")) < published // SIZE:
-                    await anyio.sleep(0.01)
+                await anyio.sleep(0.005)  # any time at all: the stages get a little way between the steps
+            await until(lambda: len(worked) == published, "all work", WAIT_S)
+            await until_written(log, "ledger", published // SIZE, WAIT_S)
             for stop in members:
                 stop.set()
         assert worked == Counter(range(published))

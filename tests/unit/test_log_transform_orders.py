@@ -13,7 +13,7 @@ import pytest
 from kat_stream.errors import LogUnavailable
 from kat_stream.log import Committed, Delivered, MemoryLog, Message, Outcome, TopicPartition
 from kat_stream.log.memory_group import MemoryMember
-from tests.contract.log_records import SIZE, WAIT_S, GroupJoin, eventually, reward
+from tests.contract.log_records import SIZE, GroupJoin, reward, until_committed
 from tests.unit.stage_kit import (
     PLACE,
     Each,
@@ -23,9 +23,10 @@ from tests.unit.stage_kit import (
     no_pauses,
     opened,
     transforming,
-    until_committed,
     working,
 )
+from tests.waiting import until
+from topics import topic_named
 
 __all__ = ["no_pauses"]
 pytestmark = pytest.mark.anyio
@@ -58,7 +59,7 @@ async def test_what_a_poll_threw_away_as_partitions_moved_is_no_marker(stage: Ca
     await log.publish(*[reward(n) for n in range(4)])
     handler = worker if stage is working else Each(worker)
     async with stage(Moving(log), handler):
-        await until_committed(log, "w" if stage is working else "t")
+        await until_committed(log, "w" if stage is working else "t", "rewards")
     assert worker.worked == Counter(range(4))
     assert await ledger(log) == Counter(f"g-{n}" for n in range(4))
 
@@ -88,7 +89,7 @@ async def test_a_batch_that_was_not_written_is_read_again_by_the_same_member() -
     log, handler = await opened(), GroupJoin()
     await log.publish(*[reward(n) for n in range(SIZE)])
     async with transforming(Broken(log), handler, remember="ledger"):
-        await until_committed(log, "t")
+        await until_committed(log, "t", "rewards")
     assert await ledger(log) == {"g": 1}
 
 
@@ -119,16 +120,17 @@ async def test_what_is_written_and_the_place_are_one_transaction() -> None:
             await anyio.sleep_forever()
     assert died.group_contains(Dies)
     async with transforming(log, Each(worker)):
-        await until_committed(log, "t")
+        await until_committed(log, "t", "rewards")
     assert await ledger(log) == Counter(f"g-{n}" for n in range(4))
 
 
 async def test_a_handler_is_told_of_partitions_that_it_lost() -> None:
     log, first, second = await opened(), GroupJoin(), GroupJoin()
     async with transforming(log, first, member="a"):
-        await eventually(lambda: bool(first.open))
+        await until(lambda: bool(first.open))
         async with transforming(log, second, member="b"):
-            await eventually(lambda: bool(second.open) and not first.open.keys() & second.open.keys())
+            await until(lambda: second.open and not first.open.keys() & second.open.keys(), "the hand-over")
+            assert first.open.keys() | second.open.keys() == set(range(topic_named("rewards").partitions))
 
 
 class StandsStill(GroupJoin):
@@ -154,10 +156,10 @@ async def test_an_owner_that_stood_still_cannot_write_once_the_next_has_opened()
         assert zombie.member is not None
         await zombie.member.leave()
         async with transforming(log, owner, member="b", remember="ledger"):
-            await until_committed(log, "t")
+            await until_committed(log, "t", "rewards")
             stop_zombie.set()
             late.through.set()
-            await eventually(lambda: not late.open)
+            await until(lambda: not late.open)
     assert await ledger(log) == {"g": 1}
     assert (await log.committed("t"))[PLACE] == SIZE
 
@@ -172,10 +174,11 @@ class LastWord(Steered):
     async def writer(self, writer_id: str, *, group: str) -> Any:
         if not self.late.through.is_set():
             self.late.through.set()
-            with anyio.fail_after(WAIT_S):
-                while (await self.log.committed("t")).get(PLACE) != SIZE:
-                    await anyio.sleep(0.001)
+            await until(self.told)
         return await self.log.writer(writer_id, group=group)
+
+    async def told(self) -> bool:
+        return (await self.log.committed("t")).get(PLACE) == SIZE
 
 
 @pytest.mark.parametrize("remember", ["ledger", None])
@@ -193,6 +196,6 @@ async def test_what_an_owner_wrote_while_the_next_opened_is_known(remember: str 
         async with transforming(LastWord(log, late), owner, member="b", remember=remember):
             await late.through.wait()
             await log.publish(*[reward(n) for n in range(SIZE if remember else 1)])
-            await until_committed(log, "t")
+            await until_committed(log, "t", "rewards")
     assert worker.worked == ({} if remember else {0: 1})
     assert await ledger(log) == ({"g": 1} if remember else {"g": 1, "g-0": 1})

@@ -27,7 +27,7 @@ from kat_stream.log import (
 )
 from kat_stream.log.memory_group import MemoryMember
 from kat_stream.log.message import seal
-from tests.contract.log_records import eventually, reward
+from tests.contract.log_records import reward, until_committed
 from tests.unit.stage_kit import (
     PLACE,
     Steered,
@@ -37,9 +37,9 @@ from tests.unit.stage_kit import (
     opened,
     running_stage,
     turns,
-    until_committed,
     working,
 )
+from tests.waiting import until
 
 __all__ = ["no_pauses"]
 pytestmark = pytest.mark.anyio
@@ -67,7 +67,7 @@ async def test_no_place_moves_past_a_message_whose_records_are_not_acknowledged(
         await turns()
         assert (await log.committed("w")).get(PLACE, 0) == 0
         unheard.through.set()
-        await until_committed(log, "w")
+        await until_committed(log, "w", "rewards")
     assert await ledger(log) == {"g-0": 1}
 
 
@@ -97,15 +97,15 @@ async def test_partitions_that_were_lost_and_came_back_between_two_looks_go_on_w
     slow = Slow(log)
     await log.publish(*[reward(n, f"g{n}") for n in range(40)])
     async with working(slow, first, member="a"):
-        await until_committed(log, "w")
+        await until_committed(log, "w", "rewards")
         slow.held = True
         await slow.waiting.wait()
         await log.publish(*[reward(n, f"g{n}") for n in range(40, 80)])
         async with working(log, second, member="b"):
-            await eventually(lambda: second.worked.total() > 5)
+            await until(lambda: second.worked.total() > 5)
         slow.held = False
         slow.through.set()
-        await until_committed(log, "w")
+        await until_committed(log, "w", "rewards")
     assert first.worked + second.worked == Counter(range(80))
 
 
@@ -127,7 +127,7 @@ async def test_a_stage_that_stops_lets_its_tasks_end() -> None:
     log, worker = await opened(), Standing(0)
     await log.publish(reward(0))
     async with working(log, worker) as stopping:
-        await eventually(lambda: worker.worked.total() == 1)
+        await until(lambda: worker.worked.total() == 1)
         stopping.set()
         await turns()
         worker.through.set()
@@ -139,9 +139,9 @@ async def test_a_stage_that_stops_commits_what_ended_after_its_peer_left_and_sta
     log, first, second = await opened(), Standing(0), Standing(0)
     async with working(log, first, member="a") as stopping:
         async with working(log, second, member="b", drain_s=0.0):
-            await eventually(lambda: len(log._group("w").members) == 2)
+            await until(lambda: len(log._group("w").members) == 2)
             await log.publish(*[reward(n, f"g{n}") for n in range(40)])
-            await eventually(lambda: (first.worked | second.worked).total() == 16)
+            await until(lambda: (first.worked | second.worked).total() == 16)
             mine = set(first.worked)
             stopping.set()
         await turns()
@@ -149,7 +149,7 @@ async def test_a_stage_that_stops_commits_what_ended_after_its_peer_left_and_sta
     assert set(first.worked) == mine and await ledger(log) == {f"g{n}-{n}": 1 for n in mine}
     third = Worker()
     async with working(log, third, member="c"):
-        await until_committed(log, "w")
+        await until_committed(log, "w", "rewards")
     assert set(third.worked) == set(range(40)) - mine
 
 
@@ -159,7 +159,7 @@ async def test_a_stage_that_stops_leaves_once_its_partitions_have_settled() -> N
     steered = Steered(log)
     await log.publish(reward(0))
     async with working(steered, worker) as stopping:
-        await eventually(lambda: worker.worked.total() == 1)
+        await until(lambda: worker.worked.total() == 1)
         stopping.set()
         member = steered.member
         assert member is not None
@@ -176,22 +176,22 @@ async def test_a_task_that_ends_while_partitions_move_takes_no_place_back() -> N
     slow = Slow(log)
     await log.publish(*[reward(n, f"g{n}") for n in range(40)])
     async with working(slow, first, member="a", max_in_flight=100, drain_s=0.0):
-        await until_committed(log, "w")
+        await until_committed(log, "w", "rewards")
         await log.publish(*[reward(n, f"g{n - 40}") for n in range(40, 80)])
-        await eventually(lambda: first.worked.total() == 80)
+        await until(lambda: first.worked.total() == 80)
         slow.held = True
         await slow.waiting.wait()
         async with working(log, second, member="b"):
-            await eventually(lambda: second.worked.total() > 5)
+            await until(lambda: second.worked.total() > 5)
             await log.publish(*[reward(n, f"g{n - 80}") for n in range(80, 120)])
-            await eventually(lambda: max(second.worked) >= 80)
+            await until(lambda: max(second.worked) >= 80)
         before = await log.committed("w")
         first.through.set()
         await turns()
         assert {place: offset for place, offset in (await log.committed("w")).items() if offset < before[place]} == {}
         slow.held = False
         slow.through.set()
-        await until_committed(log, "w")
+        await until_committed(log, "w", "rewards")
     assert first.worked.keys() | second.worked.keys() == set(range(120))
 
 
@@ -213,9 +213,9 @@ async def test_tasks_of_partitions_that_are_lost_are_cancelled() -> None:
     await log.publish(*[reward(n, f"g{n}") for n in range(40)])
     how: dict[str, Any] = {"group": "w", "max_in_flight": 40, "drain_s": 0.0}
     async with running_stage(run_work, log, stands_still, member="a", **how):
-        await eventually(lambda: len(running) == 40)
+        await until(lambda: len(running) == 40)
         async with working(log, second, member="b"):
-            await eventually(lambda: bool(cancelled) and second.worked.keys() == cancelled)
+            await until(lambda: bool(cancelled) and second.worked.keys() == cancelled)
             assert running == set(range(40)) - cancelled and running
 
 
@@ -234,7 +234,7 @@ async def test_messages_that_rest_together_are_all_handled_when_they_are_due() -
     await deferred(log, 0, due_s)
     await deferred(log, 1, due_s)
     async with working(log, worker):
-        await eventually(lambda: worker.worked.total() == 2)
+        await until(lambda: worker.worked.total() == 2)
     assert worker.worked == Counter(range(2))
 
 
@@ -254,7 +254,8 @@ async def test_a_message_rests_once_whatever_the_clock_says_then(monkeypatch: py
     await deferred(log, 0, time.time() + 0.1)
     monkeypatch.setattr(retries, "time", SetBack())
     async with working(log, worker):
-        await eventually(lambda: worker.worked.total() == 1)
+        await until(lambda: worker.worked.total() == 1)
+    assert worker.worked == {0: 1}
 
 
 class Unsure(Steered):
@@ -282,7 +283,7 @@ async def test_a_place_whose_commit_failed_is_committed_though_nothing_else_happ
     log, worker = await opened(), Worker()
     await log.publish(reward(0))
     async with working(Unsure(log, error), worker):
-        await until_committed(log, "w")
+        await until_committed(log, "w", "rewards")
     assert worker.worked == {0: 1}
 
 
@@ -302,7 +303,7 @@ async def test_records_that_were_not_acknowledged_are_written_again() -> None:
     log, worker = await opened(), Worker()
     await log.publish(reward(0))
     async with working(Away(log), worker):
-        await until_committed(log, "w")
+        await until_committed(log, "w", "rewards")
     assert await ledger(log) == {"g-0": 1} and worker.worked == {0: 1}
 
 
@@ -312,7 +313,7 @@ async def test_between_two_attempts_to_write_there_is_a_pause(monkeypatch: pytes
     away = Away(log)
     await log.publish(reward(0))
     async with working(away, worker, drain_s=0.0):
-        await eventually(lambda: away.tries > 0)
+        await until(lambda: away.tries > 0)
         await turns()
         assert away.tries == 1
 
@@ -321,12 +322,12 @@ async def test_what_expired_unread_is_reported_and_passed_over(caplog: pytest.Lo
     log, worker = await opened(), Worker()
     await log.publish(reward(0))
     async with working(log, worker):
-        await until_committed(log, "w")
+        await until_committed(log, "w", "rewards")
     await log.publish(*[reward(n) for n in range(1, 5)])
     partition = log.partitions("rewards")[PLACE.partition]
     partition.trim(2, 1 << 30, floor=partition.end)
     async with working(log, worker):
-        await until_committed(log, "w")
+        await until_committed(log, "w", "rewards")
     assert worker.worked == Counter([0, 3, 4])
     assert "2 messages expired unread" in caplog.text
 
@@ -350,9 +351,7 @@ async def test_a_message_is_open_until_what_follows_from_it_is_acknowledged() ->
     steered = FirstUnacknowledged(log)
     await log.publish(reward(0), reward(1))
     async with working(steered, worker):
-        while PLACE not in await log.committed("w"):  # `working` has the deadline
-            await anyio.sleep(0.001)
-        assert (await log.committed("w"))[PLACE] == 0
+        assert (await until(lambda: log.committed("w")))[PLACE] == 0
         steered.through.set()
-        await until_committed(log, "w")
+        await until_committed(log, "w", "rewards")
     assert await ledger(log) == {"g-0": 1, "g-1": 1}

@@ -25,6 +25,7 @@ from kat_stream.rl.incomplete import GRACE_S
 from kat_stream.versions import Versions
 from tests.contract.log_records import WAIT_S, everything
 from tests.unit.records import RUN, request, reward, trajectory, turn
+from tests.waiting import until
 from topics import CATALOGUE, GroupClosed, PackedBatch, PolicyVersion, Record
 
 ROLLOUT_S = 600.0
@@ -126,19 +127,16 @@ async def live(log: MemoryLog, life: Life) -> None:
 
     async def turns(count: int) -> None:
         """So many turns of every partition pass, with nothing left to read."""
-        until = handler.turns + count * len(handler.time)
-        while handler.turns < until or watched.has_unread:
-            await anyio.sleep(TURN_S)
+        end = handler.turns + count * len(handler.time)
+        await until(lambda: handler.turns >= end and not watched.has_unread, f"{count} turns", WAIT_S)
 
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(stage)
-            with anyio.fail_after(WAIT_S):
-                while not handler.time or watched.has_unread:
-                    await anyio.sleep(TURN_S)
-                await turns(2)
-                handler.passing_s = 2 * (ROLLOUT_S + GRACE_S) if life.gives_up else 0.0
-                await turns(2)
+            await until(lambda: handler.time and not watched.has_unread, "everything read", WAIT_S)
+            await turns(2)
+            handler.passing_s = 2 * (ROLLOUT_S + GRACE_S) if life.gives_up else 0.0
+            await turns(2)
             stopping.set()
     except* RuntimeError:
         assert life.crash_after is not None

@@ -21,6 +21,8 @@ def test_of_a_range_that_is_partly_outgoing_the_rest_is_chosen(tmp_path: Path, m
     kernel.write_text("1024\t29997\n")
     monkeypatch.setattr(ports, "_OUTGOING", kernel)
     assert {ports.choose_port(but=[29998]) for _ in range(20)} == {29999}
+    kernel.write_text("20001\t29999\n")
+    assert ports.choose_port() == 20_000
     kernel.write_text("1024\t65535\n")
     assert ports.choose_port() > 0, "all are outgoing: one of them, as before"
 

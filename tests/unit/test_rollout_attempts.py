@@ -16,7 +16,7 @@ from kat_stream.log.message import seal
 from kat_stream.log.retries import ATTEMPT, numbered
 from kat_stream.runs import choose_ports
 from kat_stream.service import Context
-from tests.contract.log_records import committed_up_to_end, everything
+from tests.contract.log_records import everything, until_committed
 from tests.observe_kit import RUN, request, trajectory
 from topics import CATALOGUE, Deferred, LedgerEntry, RolloutRequest, Trajectory
 
@@ -51,9 +51,7 @@ async def test_more_attempts_than_other_stages_make_are_made_and_end_as_a_trajec
     ctx = Context(load(None), RUN, tmp_path, log, "rollout")
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(work, ctx, RolloutHandler(RUN, runner, attempts=6))
-        with anyio.fail_after(20):
-            while not await committed_up_to_end(log, ctx.group("rollout"), "rollout.requests"):
-                await anyio.sleep(0.01)
+        await until_committed(log, ctx.group("rollout"), "rollout.requests")
         ctx.stopping.set()
     waiting, ended, word = [d.record() for d in await everything(log, "retries.10s", "trajectories", "ledger")]
     assert isinstance(waiting, Deferred) and waiting.attempt == 6

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 import anyio
@@ -17,13 +16,9 @@ from kat_stream.engines.scripted import ScriptedEngine, start_scripted_engine
 from kat_stream.errors import DeadlineExceeded, EngineUnavailable
 from kat_stream.routing import EngineState, Router, StickyLeastLoaded, router
 from kat_stream.routing.engine_state import SILENT_POLLS
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 def _state(load: int = 0) -> EngineState:
@@ -128,12 +123,6 @@ async def _silent_until(stack: AsyncExitStack, awake: asyncio.Event, says: str =
     return site.name
 
 
-async def _until(true: Callable[[], bool]) -> None:
-    with anyio.fail_after(10):
-        while not true():
-            await anyio.sleep(0.005)
-
-
 async def test_an_engine_that_says_nothing_is_left_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router, "POLL_DEADLINE_S", 0.05)
     async with AsyncExitStack() as stack:
@@ -141,9 +130,9 @@ async def test_an_engine_that_says_nothing_is_left_until_it_answers(monkeypatch:
         url = await _silent_until(stack, awake)
         async with Router([url], poll_s=0.01) as fleet:
             (state,) = fleet.list()
-            await _until(lambda: state.silent_polls > 0)
+            await until(lambda: state.silent_polls > 0)
             assert state.available(time.monotonic()), "one poll without an answer says nothing: it may be busy"
-            await _until(lambda: not state.available(time.monotonic() + 3600))
+            await until(lambda: not state.available(time.monotonic() + 3600))
             with pytest.raises(EngineUnavailable, match="none of 1 engines"):
                 async with fleet.lease("s", 1, deadline_s=0.1):
                     pass
@@ -171,7 +160,8 @@ async def test_a_call_goes_on_where_an_engine_cannot_tell_its_load_but_lives(mon
     async with AsyncExitStack() as stack:
         url = await _silent_until(stack, asyncio.Event(), says="/model_info")
         async with Router([url], poll_s=0.01) as fleet, fleet.lease("s", 1, deadline_s=1) as state:
-            await _until(lambda: state.silent_polls > SILENT_POLLS)
+            await until(lambda: state.silent_polls > SILENT_POLLS)
+            assert len(state.underway) == 1
 
 
 async def test_a_call_that_ran_out_of_time_counts_against_a_silent_engine_only() -> None:
@@ -183,7 +173,7 @@ async def test_a_call_that_ran_out_of_time_counts_against_a_silent_engine_only()
                     async with fleet.lease("s", 1, deadline_s=1) as state:
                         if url == well.url:
                             answers = state.answers
-                            await _until(lambda state=state, answers=answers: state.answers > answers)  # type: ignore[misc]
+                            await until(lambda state=state, answers=answers: state.answers > answers)  # type: ignore[misc]
                         raise DeadlineExceeded("the answer", 1)
                 assert (state.failures == 0) == (url == well.url)
 
@@ -192,11 +182,9 @@ async def test_engines_are_added_and_removed_while_it_runs() -> None:
     async with AsyncExitStack() as stack:
         (engine,) = await _fleet(stack, 1)
         async with Router([]) as router:
-            started = time.monotonic()
-            with pytest.raises(EngineUnavailable, match="none of 0 engines"):
+            with pytest.raises(EngineUnavailable, match="none of 0 engines"), anyio.fail_after(5):
                 async with router.lease("s", 1, deadline_s=0.1):
                     pass
-            assert time.monotonic() - started < 5
             router.add(engine.url + "/")
             router.add(engine.url)
             async with router.lease("s", 1, deadline_s=1) as state:
@@ -209,9 +197,9 @@ async def test_a_poller_that_dies_is_raised_where_the_router_is_used(monkeypatch
     monkeypatch.setattr(EngineState, "polled", lambda self, load: 1 / 0)
     async with AsyncExitStack() as stack:
         (engine,) = await _fleet(stack, 1)
-        with pytest.raises(ExceptionGroup) as caught:
+        with pytest.raises(ExceptionGroup) as caught, anyio.fail_after(60):
             async with Router([engine.url]):
-                await anyio.sleep(10)
+                await anyio.sleep_forever()
         assert caught.group_contains(ZeroDivisionError)
 
 

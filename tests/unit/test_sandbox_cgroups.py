@@ -89,3 +89,9 @@ def test_a_name_tells_whether_its_owner_lives() -> None:
     # The number was given to another process since.
     assert is_orphan(f"{os.getpid()}-1-0")
     assert not is_orphan("mount") and not is_orphan("1-2")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_smallest_share_of_a_cpu_is_one_that_the_kernel_takes(version: int) -> None:
+    values = dict(limits(version, memory_mb=1, pids=1, cpus=0.001))
+    assert {"cpu.cfs_quota_us": "1000", "cpu.max": "1000 100000"}.items() & values.items()

@@ -72,7 +72,18 @@ def test_a_teacher_may_be_of_any_version_and_its_absence_is_nan() -> None:
     joined = with_scores(turns, [score(VALUES[:1], "y", kind="teacher", version="expert")], RULES)
     assert joined[0].teacher_logprobs is not None and np.isnan(joined[0].teacher_logprobs).all()
     np.testing.assert_array_equal(joined[1].teacher_logprobs, VALUES[0])
-    assert all(turn.scored_logprobs is None for turn in joined)
+    assert [turn.scored_logprobs for turn in joined] == [None, None]
+
+
+def test_one_turn_with_a_score_of_each_kind_that_is_wanted_is_enough() -> None:
+    turns = [tokens(VersionSpan("a.0", 0, 3), name=name) for name in "xy"]
+    only_teacher, only_repeats = ScoreRules(teacher=True), ScoreRules(repeats=True)
+    taught, repeated = score(VALUES[:1], "y", kind="teacher"), score(VALUES, "y")
+    assert is_scored(with_scores(turns, [taught], only_teacher), only_teacher)
+    assert is_scored(with_scores(turns, [repeated], only_repeats), only_repeats)
+    assert is_scored(with_scores(turns, [taught, repeated], RULES), RULES)
+    for wrong, rules in ((repeated, only_teacher), (taught, only_repeats), (taught, RULES), (repeated, RULES)):
+        assert not is_scored(with_scores(turns, [wrong], rules), rules)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,15 +17,11 @@ from kat_stream.errors import CheckpointError
 from kat_stream.log import MemoryLog
 from kat_stream.service import Context
 from kat_stream.training.publication import weights_checksum
+from tests.waiting import until
 from topics import CATALOGUE, PolicyVersion
 
 pytestmark = pytest.mark.anyio
 SECONDS = 30.0
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +43,7 @@ class Engine:
         self.paused = True
         self.pauses += 1
         if self.silent_pause:
-            await asyncio.sleep(SECONDS)
+            await anyio.sleep_forever()
         return web.Response()
 
     async def update(self, http: web.Request) -> web.Response:
@@ -62,7 +57,7 @@ class Engine:
             assert http.transport is not None
             http.transport.abort()
         elif fault == "slow":
-            await asyncio.sleep(SECONDS)
+            await anyio.sleep_forever()
         if not fault:
             self.paused = False
         return web.Response(status=503 if fault else 200)
@@ -92,12 +87,6 @@ class Engine:
             yield site.name
         finally:
             await runner.cleanup()
-
-
-async def until(true: Callable[[], bool]) -> None:
-    with anyio.fail_after(SECONDS):
-        while not true():
-            await anyio.sleep(0.005)
 
 
 def published(number: int, path: Path = Path("nowhere"), checksum: str = "") -> PolicyVersion:
@@ -144,6 +133,7 @@ async def test_an_engine_that_an_earlier_life_left_paused_is_resumed_at_start(tm
     engine.paused = True
     async with synced(tmp_path, engine):
         await until(lambda: not engine.paused)
+    assert (engine.paused, engine.pauses, engine.loaded) == (False, 0, [""])
 
 
 def _weights(directory: Path, content: bytes) -> Path:
@@ -183,6 +173,6 @@ async def test_weights_that_stay_wrong_stop_the_run(tmp_path: Path, monkeypatch:
     with pytest.raises(ExceptionGroup) as caught:
         async with synced(tmp_path, engine) as ctx:
             await ctx.log.publish(published(1, path, "0" * 64))
-            await anyio.sleep(SECONDS)
+            await anyio.sleep_forever()
     assert caught.group_contains(CheckpointError, match=f"{weights_checksum(path)}, published was {'0' * 64}")
     assert (engine.version, engine.pauses) == ("a.0", 0)

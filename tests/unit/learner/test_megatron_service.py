@@ -24,11 +24,6 @@ WAIT_S = 500.0
 PROMPT, SAMPLED = [1, 2, 3], ([5, 6], [4, 2, 1])
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def packed(version: str) -> PackedBatch:
     group = f"{RUN}-t000000"
     pairs = []

@@ -126,6 +126,8 @@ def test_static_weights_are_the_ratios_gradient_on_policy(p: float, gap: float) 
     inputs = case(5, gap)
     config = replace(FREE, length_exponent=p)
     expected = gradient(turn_ratio(inputs, config).loss, inputs)
+    output = static_weights(replace(inputs, advantage=inputs.advantage.clamp(min=0)), config)
+    assert not output.masked.any()  # a turn with nothing to learn is not one on which the engines disagree
     found = gradient(static_weights(inputs, config).loss, inputs)
     assert (found - expected).abs().max() <= (1e-15 if gap == 0 else 1e-6)
 
@@ -243,7 +245,6 @@ def test_each_sample_is_scored_by_the_best_teacher_of_its_own_family() -> None:
     assert [teachers.choose(f) for f in (("swe", "shell"), ("web", "shell"), ("x", "y"), ("none", "shell"))] == [
         "b", "a", "b", None,
     ]  # fmt: skip
-    assert teachers.coverage([("swe", "shell"), ("none", "shell")]) == 0.5
     teachers.check("v1")
     with pytest.raises(ConfigError, match="teacher 'a' has the vocabulary v1, the policy has v2"):
         teachers.check("v2")
@@ -327,14 +328,14 @@ def test_a_student_of_two_experts_is_as_good_as_each_on_its_own_task() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MASKS))
-def test_a_mask_never_weighs_a_token_more_than_a_number_can(name: str) -> None:
-    """k may overflow inside a unit whose mean is in the band, or where the band has no upper end."""
-    train, rollout = torch.tensor([0.0, -100.0]), torch.tensor([-100.0, 0.0])
+def test_a_mask_weighs_a_token_neither_more_nor_less_than_a_number_can(name: str) -> None:
+    """k may overflow inside a unit whose mean is in the band, or where the band has no ends; 0 would leave it out."""
+    train, rollout = torch.tensor([0.0, -200.0]), torch.tensor([-200.0, 0.0])
     config = replace(FREE, mask=name, mask_low=0.0, mask_high=math.inf, denominator="train")  # type: ignore[arg-type]
     unit, length = torch.zeros(2, dtype=torch.int64), torch.tensor([2.0])
     scale = mismatch_scale(train, rollout, unit, length, config)
     assert scale.isfinite().all()
-    assert scale[0] > 0
+    assert (scale > 0).all()
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])

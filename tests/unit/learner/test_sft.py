@@ -22,7 +22,7 @@ CHAT = [
 
 def test_turns_are_what_the_template_adds_for_each_reply() -> None:
     tokenizer = load_tokenizer("demo")
-    first, second = turns_of_line(json.dumps({"messages": CHAT}).encode(), 1, tokenizer)
+    first, second = turns_of_line(json.dumps({"messages": CHAT}).encode(), 1, tokenizer, 400)
     assert tokenizer.decode(first.sampled_ids).startswith("mv sugar.py fennel.py")
     assert tokenizer.decode(second.sampled_ids).startswith("submit")
     path = [*first.prompt_ids, *first.sampled_ids]
@@ -51,11 +51,12 @@ def test_the_loss_falls_and_the_result_loads(tmp_path: Path) -> None:
         (json.dumps({"messages": "x"}), "line 7: Expected `array`"),
         (json.dumps({"messages": CHAT[:2]}), "line 7: no assistant message"),
         (json.dumps({"messages": CHAT[2:]}), "line 7: it begins with an assistant message"),
+        (json.dumps({"messages": [*CHAT, *CHAT[1:]] * 9}), r"line 7: \d+ tokens, the model has 400 positions"),
     ],
 )
 def test_a_bad_line_is_named(line: str, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        turns_of_line(line.encode(errors="surrogateescape"), 7, load_tokenizer("demo"))
+        turns_of_line(line.encode(errors="surrogateescape"), 7, load_tokenizer("demo"), 400)
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no tools here') }}", "{{ messages[0].content + 1 }}"])
@@ -63,7 +64,7 @@ def test_a_conversation_that_the_template_refuses_is_named(template: str) -> Non
     tokenizer = load_tokenizer("demo")
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=r"line 7: chat template: (TemplateError: no tools here|TypeError: )"):
-        turns_of_line(json.dumps({"messages": CHAT}).encode(), 7, tokenizer)
+        turns_of_line(json.dumps({"messages": CHAT}).encode(), 7, tokenizer, 400)
 
 
 def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
@@ -73,4 +74,4 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     line = json.dumps({"messages": spoken}, ensure_ascii=False)
     data.write_bytes(f"{line}\r\n\n{line}".encode())
     assert [number for number, _ in lines_of(data)] == [1, 3]
-    assert all(turns_of_line(text, number, load_tokenizer("demo")) for number, text in lines_of(data))
+    assert all(turns_of_line(text, number, load_tokenizer("demo"), 400) for number, text in lines_of(data))

@@ -13,8 +13,8 @@ from kat_stream.log import MemoryLog
 from kat_stream.rl.group import GroupRules, pack_group
 from kat_stream.service import Context
 from kat_stream.training.weights import prune, take_over
-from tests.contract.log_records import eventually
 from tests.unit.records import RUN, request, reward, trajectory, turn
+from tests.waiting import until
 from topics import CATALOGUE, PackedBatch, PolicyVersion
 
 pytestmark = pytest.mark.anyio
@@ -76,9 +76,9 @@ async def test_the_last_step_is_saved_while_the_run_goes_on_and_earlier_weights_
     first, last = f"{trainer.lineage}.0", f"{trainer.lineage}.1"
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(trainer.run, ctx)
-        await eventually(lambda: trainer.announced_step == 0, "the first version")
+        await until(lambda: trainer.announced_step == 0, "the first version")
         await log.publish(group("old.0"))
-        await eventually((saved / f"step-000001.{trainer.lineage}").is_dir, "the checkpoint of the last step")
+        await until((saved / f"step-000001.{trainer.lineage}").is_dir, "the checkpoint of the last step")
         assert not ctx.stopping.is_set()
         assert names(weights) == {first, last}
         ctx.stopping.set()

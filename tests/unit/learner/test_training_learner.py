@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BlenderbotSmallConfig,
     BloomConfig,
     GptOssConfig,
     Lfm2Config,
@@ -23,6 +24,7 @@ from transformers import (
     PhimoeConfig,
     PreTrainedConfig,
     Qwen3_5TextConfig,
+    RobertaConfig,
 )
 
 from kat_stream.errors import BatchError, CheckpointError, ConfigError, StepCancelled
@@ -239,29 +241,36 @@ LONG = {
     "long_factor": [4.0] * 4,
     "factor": 8.0,
 }
-NOT_FOR_TREES = {
-    "layers of type linear_attention": lambda: Qwen3_5TextConfig(**SMALL, **LINEAR),
-    "layers of type conv": lambda: Lfm2Config(**SMALL, full_attn_idxs=[1], block_auto_adjust_ff_dim=False),
-    "RoPE of type longrope": lambda: Phi3Config(
+OTHER = "a branch of a tree has other logits than its path alone"
+NOT_FOR_TREES: list[tuple[str, Callable[[], PreTrainedConfig]]] = [
+    ("layers of type linear_attention", lambda: Qwen3_5TextConfig(**SMALL, **LINEAR)),
+    ("layers of type conv", lambda: Lfm2Config(**SMALL, full_attn_idxs=[1], block_auto_adjust_ff_dim=False)),
+    ("RoPE of type longrope", lambda: Phi3Config(
         **SMALL, pad_token_id=0, original_max_position_embeddings=8,
         rope_parameters={**LONG, "original_max_position_embeddings": 8},
-    ),
-    "it does not run": lambda: MptConfig(vocab_size=7, d_model=32, n_layers=2, n_heads=4),
-    "cannot have a sliding window": lambda: PhimoeConfig(**SMALL, num_local_experts=4, sliding_window=32),
-    "cannot have attention sinks": lambda: GptOssConfig(
+    )),
+    ("it does not run", lambda: MptConfig(vocab_size=7, d_model=32, n_layers=2, n_heads=4)),
+    ("cannot have a sliding window", lambda: PhimoeConfig(**SMALL, num_local_experts=4, sliding_window=32)),
+    ("cannot have attention sinks", lambda: GptOssConfig(
         **SMALL, head_dim=8, layer_types=["full_attention"] * 2, num_local_experts=4, num_experts_per_tok=2
-    ),
-    "other logits than its path alone": lambda: BloomConfig(
+    )),
+    (OTHER, lambda: BloomConfig(
         vocab_size=7, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4
-    ),
-}  # fmt: skip
+    )),
+    (OTHER, lambda: BlenderbotSmallConfig(  # takes no positions; its own are mild
+        vocab_size=7, d_model=32, decoder_layers=4, decoder_attention_heads=4, decoder_ffn_dim=48, encoder_layers=1,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )),
+    (OTHER, lambda: RobertaConfig(**SMALL, is_decoder=True)),  # its own begin at 2
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("reason", NOT_FOR_TREES)
-def test_a_model_whose_paths_would_not_run_as_alone_is_refused_when_it_is_loaded(reason: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("reason", "config"), NOT_FOR_TREES)
+def test_a_model_whose_paths_would_not_run_as_alone_is_refused_when_it_is_loaded(
+    reason: str, config: Callable[[], PreTrainedConfig], tmp_path: Path
+) -> None:
     torch.manual_seed(0)
-    config: PreTrainedConfig = NOT_FOR_TREES[reason]()
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(config()).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=f"trees.* {reason}"):
         TorchLearner(tmp_path, LearnerConfig())
 

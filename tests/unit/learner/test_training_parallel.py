@@ -14,20 +14,41 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig
 
 import kat_stream.training.ranks as ranks_module
-from kat_stream.errors import ServiceDied, StepCancelled
+from kat_stream.errors import OffPolicyError, ServiceDied, StepCancelled
 from kat_stream.rl.settings import RatioConfig
 from kat_stream.training.dealing import deal
 from kat_stream.training.learner import LearnerConfig, TorchLearner
 from kat_stream.training.parallel import ParallelLearner, open_learner
-from kat_stream.training.ranks import Ranks
+from kat_stream.training.ranks import Ranks, commands
 from kat_stream.trees import TrainBatch
 
 Build = Callable[..., Any]
 CONFIG = LearnerConfig(
-    ratio=RatioConfig(level="sequence", mask="none"), learning_rate=1e-3, warmup_steps=1, dtype="float64"
-)
+    ratio=RatioConfig(level="sequence", mask="none"), learning_rate=1e-3, warmup_steps=1, weight_decay=0.5,
+    dtype="float64",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of experts with a routing bias that no gradient reaches: weight decay must leave it alone."""
+    torch.manual_seed(0)
+    config = Ernie4_5_MoeConfig(
+        vocab_size=7, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, moe_num_experts=4, moe_k=2, moe_intermediate_size=8, max_position_embeddings=128,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("e_score_correction_bias"):
+                parameter.fill_(0.1)
+    directory = tmp_path_factory.mktemp("ernie")
+    model.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +131,18 @@ def test_a_rank_that_stands_still_is_not_waited_for_without_end(monkeypatch: pyt
     finally:
         child.kill()
         child.join()
+
+
+def refuse(pipe: Connection, rank: int, ranks: int, rendezvous: Path, wait_s: float) -> None:
+    """A rank whose trees are of another policy."""
+    for _ in commands(pipe):
+        raise OffPolicyError("a log-ratio is 2 nats")
+
+
+@pytest.mark.parametrize("noticed_as", [RuntimeError("Connection closed by peer"), ServiceDied("a rank is gone")])
+def test_why_a_rank_could_not_go_on_is_what_its_caller_is_told(noticed_as: Exception) -> None:
+    others = Ranks(refuse, 2, threads=1, step_s=120.0)
+    others.tell("step")
+    others.children[0].join(120)
+    with pytest.raises(OffPolicyError, match="2 nats"), others.together():
+        raise noticed_as

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
 from kat_stream.errors import ServiceDied, StepCancelled
@@ -65,6 +66,8 @@ def test_shares_make_the_steps_of_the_whole_and_resume(
     ranks.publish(tmp_path / "weights")
     published = TorchLearner(tmp_path / "weights", replace(CONFIG, updates=1))
     assert difference(published.state_dict(), saved) == 0
+    with safe_open(tmp_path / "weights/model.safetensors", "pt") as file:
+        assert set(file.keys()) == saved["model"].keys() - {"lm_head.weight"}  # tied
     with pytest.raises(StepCancelled, match="nothing was changed"):
         ranks.step(batches[0], lambda: True)
     first = ranks.step(batches[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -76,11 +75,6 @@ def test_packing_keeps_every_turn_and_the_budget(pairs: list[tuple[list[int], li
             assert path_to(row, int(row.tokens_of(k)[-1])) == sum(pairs[number], [])
 
 
-def test_nodes_are_the_runs_between_branches(turn: MakeTurn) -> None:
-    (tree,) = build_forest([turn("a", [1, 2], [3, 4]), turn("b", [1, 2], [3, 5]), turn("c", [1, 2, 6], [1])]).trees
-    assert [tree.ids[a:b].tolist() for a, b in tree.nodes] == [[1, 2], [3], [4], [5], [6, 1]]
-
-
 def test_siblings_share_their_prompt_and_stay_two_turns(turn: MakeTurn) -> None:
     (tree,) = build_forest([turn("a", [1, 2], [3, 4]), turn("b", [1, 2], [3, 5])]).trees
     assert len(tree) == 5
@@ -105,13 +99,6 @@ def test_untrainable_turns_are_counted_and_left_out(turn: MakeTurn) -> None:
     assert forest.untrainable == 1
     assert [tree.turns.tolist() for tree in forest.trees] == [[0]]
     assert build_forest([]).trees == ()
-
-
-def test_a_path_longer_than_the_positions_is_refused(turn: MakeTurn) -> None:
-    trees = build_forest([turn("a", [1, 2, 3], [4, 5])]).trees
-    assert len(pack(trees, 2, max_positions=5)) == 1
-    with pytest.raises(BatchError, match="5 tokens, the model has 4 positions"):
-        pack(trees, 2, max_positions=4)
 
 
 @pytest.mark.parametrize(
@@ -168,20 +155,3 @@ def test_a_turn_that_cannot_be_trained_on_is_refused(
 ) -> None:
     with pytest.raises(TurnError, match=message):
         TurnTokens("x", np.array(prompt, np.int32), np.array(sampled, np.int32), np.array(logprobs, np.float32))
-
-
-def test_a_million_flat_tokens_take_less_than_a_second() -> None:
-    rng = np.random.default_rng(0)
-    base = rng.integers(0, 1000, 900).astype(np.int32)
-    turns = []
-    for number in range(1000):
-        prompt = base.copy()
-        cut = int(rng.integers(1, 900))
-        prompt[cut:] = rng.integers(0, 1000, 900 - cut)
-        sampled = rng.integers(0, 1000, 100).astype(np.int32)
-        turns.append(TurnTokens(str(number), prompt, sampled, np.full(100, -1, np.float32)))
-    began = time.process_time()
-    forest = build_forest(turns)
-    seconds = time.process_time() - began
-    print(f"1.0 M flat tokens -> {sum(map(len, forest.trees))} unique in {seconds:.2f} s of CPU")
-    assert seconds < 1.0

@@ -235,6 +235,17 @@ def test_a_merge_takes_the_memory_of_a_part_of_the_files(tmp_path: Path, monkeyp
     assert list(read_archive(tmp_path)) == sorted(messages, key=lambda one: one.position)
 
 
+def test_files_are_as_large_as_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its file, what compresses to nothing would be merged until a partition was more than an array holds."""
+    monkeypatch.setattr(writing, "SIZES", (64 << 10, 128 << 10, 256 << 10))
+    writer = ArchiveWriter(tmp_path)
+    for offset in range(3 * writing.MERGE_AT):
+        writer.add(Delivered(Position("turns", 0, offset), None, bytes(256 << 10), {}, 1))
+        (path,) = writer.flush()
+        assert path.stat().st_size < 64 << 10
+    assert writer.merge() == 0
+
+
 FLUSHES = """
 import random, sys
 from pathlib import Path

@@ -126,7 +126,7 @@ def test_a_reader_has_one_file_open_at_a_time(tmp_path: Path, rewards: list[Deli
 def test_files_that_always_go_away_are_an_error(
     tmp_path: Path, rewards: list[Delivered], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone = parts.Part(tmp_path / TOPIC / "run=demo" / "day=2026-01-01" / "part-1-x.parquet", "", {0: (0, 1)}, (1, 1))
+    gone = parts.Part(tmp_path / TOPIC / "run=demo" / "day=2026-01-01" / "part-1-x.parquet", "", {0: (0, 1)}, (1, 1), 0)
     monkeypatch.setattr(reader, "parts", lambda directory, topic: [gone])
     for reading in (read_archive(tmp_path, [TOPIC]), read_rows(tmp_path, TOPIC, [])):
         with pytest.raises(DataError, match="change faster than they can be read"):

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from kat_stream.cli import lag, main
+from kat_stream.cli import lag, main, tail, topics
 from kat_stream.cli.broker import running_meanwhile
+from kat_stream.cli.eval import _Rows
 from kat_stream.cli.run import INTERRUPTED, close
+from kat_stream.env.evaluation import Result
 from kat_stream.errors import ConfigError, LogUnavailable
-from kat_stream.execute import Result
+from kat_stream.execute import Result as RunResult
 from kat_stream.log import Group, MemoryLog, broker
+from kat_stream.log.kafka_topics import Difference
+from kat_stream.observe.sources import LogSource
 from kat_stream.runs import worked_on
+from topics import CATALOGUE
 
 EVAL = ("eval", "--dataset", "mend:held-out?count=1", "--agent", "nop")
 A_FILE = "runs/demo/config.toml"
@@ -41,11 +50,18 @@ def test_how_many_is_at_least_one(words: tuple[str, ...], run_dir: Path, capsys:
     assert f"{words[-2]}: {words[-1]}: expected at least 1" in capsys.readouterr().err
 
 
+def test_a_port_is_one(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lag", "--log", "kafka:here:1", "--serve", "70000"]) == 2
+    assert "--serve: 70000: expected 0 to 65535" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
         ((*EVAL, "--json", "/no/dir/x.json"), 1, "/no/dir/x.json: cannot be written (No such file or directory)"),
         (("export", "latest", "--out", A_FILE), 1, f"{A_FILE}/train.parquet cannot be written"),
+        (("sft", "--set", "sft.data=x.jsonl", "--set", "sft.out=runs"), 2, "sft.out: runs exists already"),
+        (("sft", "--set", "sft.data=x.jsonl", "--set", f"sft.out={A_FILE}/x/y"), 1, "cannot be written (Not a dir"),
         (("datasets", "write", A_FILE), 1, "cannot be written (Not a directory)"),
         (("tail", "turns", "--log", "kafka:here:abc"), 2, "'abc' is no port"),
         (("tail", "turns", "--log", "kafka:here:1,there:99999"), 2, "'99999' is no port"),
@@ -125,7 +141,63 @@ def test_who_watches_lag_sees_a_log_go_and_come_back(
     assert said.err == "lag is not known: the broker is gone\nkat-stream lag: over\n"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="environment: needs /dev/full")
+def test_output_that_is_closed_from_the_start_is_no_failure(run_dir: Path) -> None:
+    command = f"{sys.executable} -m kat_stream.cli ledger latest >&-"
+    done = subprocess.run(command, shell=True, cwd=run_dir.parents[1], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_an_evaluation_has_done_is_in_its_file_after_each_task(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("of another evaluation")
+    rows = _Rows(path)
+    assert path.read_text() == "of another evaluation"  # until this one has something to say
+    done = [Result("a", 1.0, "completed", 0.5), Result("b", None, "infra_error", 2.0), Result("ç", 0.0, "nop", 1.0)]
+    for count, result in enumerate(done, 1):
+        rows.add(result)
+        assert json.loads(path.read_text()) == [one.as_row() for one in done[:count]]
+
+
+def test_topics_with_too_few_copies_are_left_to_the_operator_who_is_told_what_to_do() -> None:
+    few = [Difference(name, "replicas", "2", "3") for name in ("tasks", "turns")]
+    *lines, told = topics.done([*few, Difference("rewards", "missing")], "")
+    assert lines == [
+        "! tasks: replicas 2, the catalogue says 3",
+        "! turns: replicas 2, the catalogue says 3",
+        "created rewards",
+    ]
+    assert told.startswith("2 topics have fewer copies") and "kafka-reassign-partitions" in told
+    assert topics.advice([Difference("rewards", "missing")]) == []
+
+
+class Away(Flaky):
+    """As it, asked for a topic's end. Nothing comes on it."""
+
+    async def end_offsets(self, topic: str) -> dict[int, int]:
+        await self.groups()
+        return {}
+
+
+def test_who_tails_is_told_once_that_the_log_is_away_and_that_it_is_back(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def source() -> AsyncIterator[LogSource]:
+        log = Away()
+        log.answers = iter([None, *[LogUnavailable("gone")] * 3, None, ConfigError("over")])
+        await log.apply_topics(CATALOGUE)
+        yield LogSource(log, "kafka:here:1", "")
+
+    monkeypatch.setattr(tail, "where", lambda args: SimpleNamespace(source=source))
+    monkeypatch.setattr(tail, "QUIET_S", 0.0)
+    monkeypatch.setattr(tail, "POLL_S", 0.0)
+    assert main(["tail", "turns"]) == 2
+    away, back, over = capsys.readouterr().err.splitlines()
+    assert away == "kat-stream tail: kafka:here:1 does not answer; tail waits for it, Ctrl-C ends"
+    assert back == "kat-stream tail: kafka:here:1 answers again"
+    assert over == "kat-stream tail: over"
+
+
 def test_a_full_disk_is_one_line(run_dir: Path) -> None:
     command = f"{sys.executable} -m kat_stream.cli topics list > /dev/full"
     done = subprocess.run(command, shell=True, cwd=run_dir.parents[1], capture_output=True, text=True, timeout=60)
@@ -142,7 +214,7 @@ def test_who_interrupts_a_run_waits_for_its_steps_alone(run_dir: Path, capsys: p
     """An archive has gigabytes of turns; here they could not even be read."""
     for path in (run_dir / "archive" / "turns").rglob("*.parquet"):
         path.write_bytes(b"not to be opened")
-    assert close("run", Result(seconds=1.0, interrupted=True), run_dir) == INTERRUPTED
+    assert close("run", RunResult(seconds=1.0, interrupted=True), run_dir) == INTERRUPTED
     assert "stopped at step 2; go on with:" in capsys.readouterr().out
 
 

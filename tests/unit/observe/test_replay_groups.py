@@ -20,11 +20,6 @@ pytestmark = pytest.mark.anyio
 PLACE = (3, 0)
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def archive_group(directory: Path, log_id: str, group: str, timestamp_ms: int) -> None:
     """The group at PLACE of a log."""
     member = GroupMember(rollout_id=f"{group}-0", fate="filtered", reason="equal_rewards")

@@ -16,15 +16,11 @@ from kat_stream.observe.lag_export import export_lag
 from kat_stream.observe.stage_lag import stage_lags
 from kat_stream.service import Context
 from kat_stream.telemetry import LAG_READ
+from tests.contract.log_records import nothing
 from tests.observe_kit import small
 from topics import CATALOGUE, PackedBatch, TrainStep
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 async def filled() -> MemoryLog:
@@ -52,10 +48,6 @@ async def test_a_log_that_is_away_leaves_the_time_of_the_last_reading(tmp_path: 
             await anyio.wait_all_tasks_blocked()
             ctx.stopping.set()
         assert (LAG_READ._value.get() > 0) == known
-
-
-async def nothing(partitions: object) -> None:
-    """A member without work in hand has nothing to hand over."""
 
 
 async def test_the_trainer_is_behind_by_what_its_newest_step_left(tmp_path: Path) -> None:

@@ -17,14 +17,10 @@ from kat_stream.observe.ledger import Ledger
 from kat_stream.observe.sources import LOG_ID, LogSource, read_ledger
 from kat_stream.retention import plan
 from tests import observe_kit as fab
+from tests.contract.log_records import nothing
 from topics import CATALOGUE, Record
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 def run_folder(parent: Path, name: str) -> Path:
@@ -63,10 +59,6 @@ async def commit_all(log: MemoryLog, run: str) -> None:
             await member.poll(limit=1, timeout_s=0.1)
     ends = await log.end_offsets("trajectories")
     await member.commit({TopicPartition("trajectories", number): Committed(end) for number, end in ends.items()})
-
-
-async def nothing(partitions: object) -> None:
-    """A member without work in hand has nothing to hand over."""
 
 
 async def filled() -> MemoryLog:
