@@ -206,7 +206,8 @@ def _sized(cluster: Cluster) -> dict[str, str]:
     """Settings that follow from the number of nodes.
 
     One node must come back fast after kill -9, before which its old session has to run out; several must not call a
-    node dead that only was slow on a busy machine (research/kafka_real.md 5.2, 5.7).
+    node dead that only was slow on a busy machine (research/kafka_real.md 5.2, 5.7). Nodes wait request.timeout.ms for
+    each other's answers about transactions: with the default of 30 s a node that stands still holds them up as long.
     """
     alone = len(cluster.nodes) == 1
     replicas = min(MAX_REPLICAS, len(cluster.nodes))
@@ -219,6 +220,7 @@ def _sized(cluster: Cluster) -> dict[str, str]:
         "offsets.topic.num.partitions": str(sizes["num.partitions"]),
         "broker.session.timeout.ms": "1000" if alone else "3000",
         "broker.heartbeat.interval.ms": "200" if alone else "500",
+        "request.timeout.ms": "5000",
     }
 
 

@@ -19,12 +19,12 @@ from aiokafka.protocol.commit import OffsetFetchRequest
 
 from kat_stream.errors import LogError, LogUnavailable
 from kat_stream.log.base import Committed, Group, TopicPartition
-from kat_stream.log.kafka_client import CONNECT_S, Broker, refused_at_the_door, stopped
+from kat_stream.log.kafka_client import ASK_S, CONNECT_S, Broker, refused_at_the_door, stopped
 from kat_stream.log.kafka_generation import UNSTABLE, StableOffsetFetch
+from kat_stream.log.kafka_silent import wary
 from kat_stream.log.kafka_topics import REPLICAS, Difference, KafkaTopics, settings_of
 from topics.catalogue import Topic
 
-ASK_S = 15.0
 ALREADY_EXISTS = 36
 
 
@@ -37,8 +37,9 @@ class KafkaAdmin:
 
     async def start(self) -> None:
         options = self._broker.options()
-        self._admin = AIOKafkaAdminClient(**options)
-        self._offsets = AIOKafkaConsumer(**options, isolation_level="read_committed", enable_auto_commit=False)
+        self._admin = wary(AIOKafkaAdminClient(**options))
+        offsets = AIOKafkaConsumer(**options, isolation_level="read_committed", enable_auto_commit=False)
+        self._offsets = wary(offsets)
         try:
             protocol = self._broker.security.get("security_protocol", "PLAINTEXT")
             with self._broker.translated(f"no Kafka answers at {self._broker.bootstrap} with protocol {protocol}"):
@@ -83,7 +84,7 @@ class KafkaAdmin:
         return dict(self._known)
 
     async def count(self, topic: str, operation: str = "Describe") -> int:
-        """Partitions of a topic; LogError if it does not exist (a send to it would wait 40 s to say so).
+        """Partitions of a topic; LogError if it does not exist (a send to it would wait REQUEST_S to say so).
 
         `operation`: what it is asked for; without the right to do that a topic may not be seen at all.
         """
@@ -106,7 +107,7 @@ class KafkaAdmin:
     async def high_watermarks(self, topic: str) -> dict[int, int]:
         """Asked on a connection for this one question: a reader of committed messages is told less."""
         options = self._broker.options()
-        asking = AIOKafkaConsumer(**options, isolation_level="read_uncommitted", enable_auto_commit=False)
+        asking = wary(AIOKafkaConsumer(**options, isolation_level="read_uncommitted", enable_auto_commit=False))
         try:
             with self._broker.translated(f"offsets of {topic}"):
                 async with asyncio.timeout(CONNECT_S):
@@ -201,18 +202,21 @@ class KafkaAdmin:
     async def _create(self, topics: list[Topic]) -> None:
         nodes = (await self._ask("brokers", lambda: self._admin.describe_cluster()))["brokers"]
         new = [self._new_topic(topic, min(REPLICAS, len(nodes))) for topic in topics]
-        with self._broker.translated("creating topics", "Create"):
-            async with asyncio.timeout(ASK_S):
-                reply = await self._admin.create_topics(new)
-                for name, code, _ in reply.topic_errors:
-                    if code == TopicAuthorizationFailedError.errno:
-                        raise TopicAuthorizationFailedError(name)
+        reply = await self._ask("creating topics", lambda: self._created(new), "Create")
         for name, code, message in reply.topic_errors:
             if code not in (0, ALREADY_EXISTS):
                 raise LogError(f"topic {name}: {for_code(code).__name__} {message or ''}")
         await self._ask("new topics", lambda: self._visible({topic.name for topic in topics}))
         for topic in topics:  # a topic younger than half a second may have no leader: wait until it answers
             await self.end_offsets(topic.name)
+
+    async def _created(self, new: list[NewTopic]) -> Any:
+        """Asked again, it finds what an earlier question without an answer has made: ALREADY_EXISTS."""
+        reply = await self._admin.create_topics(new)
+        for name, code, _ in reply.topic_errors:
+            if code == TopicAuthorizationFailedError.errno:
+                raise TopicAuthorizationFailedError(name)
+        return reply
 
     async def _visible(self, names: set[str]) -> None:
         missing = names - (await self.topics()).keys()

@@ -21,10 +21,13 @@ from aiokafka.conn import create_conn, get_ip_port_afi
 
 from kat_stream.errors import AccessDenied, DataError, FencedError, LogError, LogUnavailable
 from kat_stream.log.base import TopicPartition
+from kat_stream.log.kafka_silent import REQUEST_S
 
 logger = logging.getLogger(__name__)
 
-CONNECT_S = 15.0
+CONNECT_S = 20.0
+ASK_S = 20.0
+"""Longer than a few steps of which each meets a node that stands still: see REQUEST_S."""
 STOP_S = 5.0
 FENCED = (
     kafka_errors.CommitFailedError,
@@ -157,7 +160,7 @@ async def refused_at_the_door(broker: Broker) -> None:
     what = f"{broker.bootstrap} does not let us in"
     try:
         async with asyncio.timeout(CONNECT_S):
-            connection = await create_conn(host, port, request_timeout_ms=int(CONNECT_S * 1000), **broker.security)
+            connection = await create_conn(host, port, request_timeout_ms=int(REQUEST_S * 1000), **broker.security)
         connection.close()
     except DOOR as error:
         raise AccessDenied(broker.principal, "log in to", f"this cluster ({_text(error)})", what) from error

@@ -16,6 +16,7 @@ from kat_stream.log.follower import BaseFollower
 from kat_stream.log.kafka_admin import KafkaAdmin
 from kat_stream.log.kafka_client import CONNECT_S, Broker, stopped
 from kat_stream.log.kafka_member import delivered
+from kat_stream.log.kafka_silent import wary
 
 FETCH = 500
 """Messages a follower takes at once."""
@@ -53,12 +54,14 @@ class KafkaFollower(BaseFollower):
                 self._positions = starts
 
     async def _connect(self, starts: Mapping[TopicPartition, int]) -> AIOKafkaConsumer:
-        consumer = AIOKafkaConsumer(
-            **self._broker.options(),
-            enable_auto_commit=False,
-            auto_offset_reset="none",
-            isolation_level="read_committed",
-            fetch_max_wait_ms=100,
+        consumer = wary(
+            AIOKafkaConsumer(
+                **self._broker.options(),
+                enable_auto_commit=False,
+                auto_offset_reset="none",
+                isolation_level="read_committed",
+                fetch_max_wait_ms=100,
+            )
         )
         try:
             with self._broker.translated(f"following {', '.join(self._topics)}", "Read"):

@@ -25,6 +25,7 @@ from kat_stream.log.fair import FairBuffer
 from kat_stream.log.kafka_assignor import Claim, assignor
 from kat_stream.log.kafka_client import Broker, stopped
 from kat_stream.log.kafka_generation import NOBODY, Holder
+from kat_stream.log.kafka_silent import wary
 from kat_stream.whole import whole
 
 FETCH_BYTES = 1 << 20
@@ -87,6 +88,7 @@ class KafkaMember:
             max_partition_fetch_bytes=FETCH_BYTES,
             partition_assignment_strategy=(self._assignor,),
         )
+        wary(self._consumer)
         self._consumer.subscribe([broker.named(topic) for topic in topics], listener=_Listener(self))
 
     async def start(self) -> None:

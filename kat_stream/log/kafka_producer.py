@@ -15,7 +15,7 @@ from hashlib import blake2b
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, ProducerClosed
+from aiokafka.errors import KafkaError, ProducerClosed, UnknownTopicOrPartitionError
 from aiokafka.producer import sender
 from aiokafka.structs import OffsetAndMetadata
 
@@ -24,6 +24,7 @@ from kat_stream.log.base import Committed, Message, TopicPartition
 from kat_stream.log.kafka_client import CONNECT_S, Broker, stopped
 from kat_stream.log.kafka_generation import NOBODY, bind
 from kat_stream.log.kafka_member import KafkaMember
+from kat_stream.log.kafka_silent import wary
 from kat_stream.log.kafka_unacknowledged import unacknowledged
 from kat_stream.log.message import OVERHEAD, largest
 from kat_stream.whole import whole
@@ -118,6 +119,8 @@ class KafkaPublisher:
                 earlier = self._unknown.pop(_digest(message), None) if self._unknown else None
                 pending[number] = earlier or await _handed_over(producer, self._broker, message)
             await _acknowledged(pending.values())
+        except UnknownTopicOrPartitionError:  # no node said who leads a topic: this message was not handed over
+            raise
         except Exception:  # whatever it is: this producer is not used again, and it is raised again
             self._discard(producer)
             raise
@@ -135,7 +138,7 @@ class KafkaPublisher:
     async def _running(self) -> AIOKafkaProducer:
         async with self._starting:
             if self._producer is None:
-                producer = AIOKafkaProducer(**_options(self._broker, 20), enable_idempotence=True)
+                producer = wary(AIOKafkaProducer(**_options(self._broker, 20), enable_idempotence=True))
                 await _started(producer)
                 self._producer = producer
             return self._producer
@@ -198,6 +201,7 @@ class KafkaWriter:
             transactional_id=broker.named(writer_id),
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
         )
+        wary(self._producer)
         bind(self._producer, lambda: member.holder if member is not None else NOBODY)
 
     async def start(self) -> None:

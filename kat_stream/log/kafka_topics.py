@@ -19,13 +19,12 @@ from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.types import Array, Boolean, Int8, Int16, Int32, Schema, String
 
 from kat_stream.errors import LogError
-from kat_stream.log.kafka_client import Broker
+from kat_stream.log.kafka_client import ASK_S, Broker
 from kat_stream.log.message import OVERHEAD, largest
 from topics.catalogue import Topic
 
 REPLICAS = 3
 """Copies of a topic where there are as many brokers."""
-ASK_S = 15.0
 TOPIC_RESOURCE, SET = 2, 0
 
 
