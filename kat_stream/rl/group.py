@@ -167,7 +167,6 @@ def _batch(packed: Sequence[_Member], rules: GroupRules) -> TrainBatch:
         weight=turn_weights(owner, lengths, aggregation=rules.aggregation, level=rules.level),
         rollout_ids=[member.trajectory.rollout_id for member in packed],
         budget_tokens=rules.budget_tokens,
-        max_positions=rules.max_positions,
     )
 
 

@@ -61,6 +61,5 @@ class Objective:
             terms["entropy"] = -self.penalty.entropy_coefficient * entropy(inputs)
         if not terms:
             return output
-        extra = sum(list(terms.values())[1:], next(iter(terms.values())))
         shares = {name: term.detach() for name, term in ({"policy": output.loss} | terms).items()}
-        return replace(output, loss=output.loss + extra, terms=shares, counts=counts)
+        return replace(output, loss=output.loss + sum(terms.values()), terms=shares, counts=counts)

@@ -9,7 +9,6 @@ a small tree), so that is an `OffPolicyError`.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from kat_stream.errors import OffPolicyError
 from kat_stream.rl.loss import Loss, LossInputs, LossOutput, ratio_units
@@ -20,8 +19,11 @@ TOLERANCE_NATS = 1e-4
 """Largest log-ratio of a unit that still counts as on-policy: the relative error of its gradient."""
 
 
-def token_weights(inputs: LossInputs, config: RatioConfig) -> Tensor:
-    """float[S], detached: d loss / d logp. `OffPolicyError` if a unit's ratio is not 1."""
+def static_weights(inputs: LossInputs, config: RatioConfig) -> LossOutput:
+    """The loss above; its value differs from `turn_ratio` by a constant, its gradient does not.
+
+    `OffPolicyError` if a unit's ratio is not 1.
+    """
     old, scale = compared(inputs, config)
     delta = torch.where(scale > 0, inputs.logp.detach() - old, 0.0)
     gaps = torch.zeros_like(inputs.length).index_add(0, inputs.unit, delta).abs()
@@ -31,14 +33,9 @@ def token_weights(inputs: LossInputs, config: RatioConfig) -> Tensor:
             "use the loss turn_ratio, or denominator = train"
         )
     per_unit = -inputs.weight * inputs.advantage * inputs.length.pow(-config.length_exponent)
-    return per_unit.index_select(0, inputs.unit) * scale
-
-
-def static_weights(inputs: LossInputs, config: RatioConfig) -> LossOutput:
-    """The loss above; its value differs from `turn_ratio` by a constant, its gradient does not."""
-    weights = token_weights(inputs, config)
+    weights = per_unit.index_select(0, inputs.unit) * scale
     ones = torch.ones_like(inputs.length)
-    return LossOutput((weights * inputs.logp).sum(), ones, ones < 0, weights == 0)
+    return LossOutput((weights * inputs.logp).sum(), ones, ones < 0, scale == 0)
 
 
 LOSS = Loss(ratio_units, static_weights)

@@ -42,7 +42,3 @@ class Teachers:
         best = max(row.values())
         tied = sorted(name for name, score in row.items() if score == best)
         return self.default if self.default in tied else tied[0]
-
-    def coverage(self, families: list[Family]) -> float:
-        """Share of the given families (one a sample) that have a teacher."""
-        return sum(self.choose(family) is not None for family in families) / max(len(families), 1)

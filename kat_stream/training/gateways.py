@@ -62,7 +62,6 @@ class Gateways:
         self._running: _Open | None = None
         self.peak_tokens = 0
         """Most tokens whose graphs were alive at once."""
-        self.computed_tokens = 0
 
     def through(self, key: Tensor, value: Tensor) -> Pair:
         """Keys and values [1, H_kv, n, D] of the running part's next call, behind those of the path above it.
@@ -84,7 +83,6 @@ class Gateways:
     def enter(self, part: Part) -> None:
         self.leave(part.start)
         self._running = _Open(part)
-        self.computed_tokens += len(part)
         self.peak_tokens = max(self.peak_tokens, len(part) + sum(len(above.part) for above in self._open))
 
     def finish(self, values: Tensor, loss: Tensor | None) -> None:

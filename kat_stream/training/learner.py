@@ -141,7 +141,7 @@ class TorchLearner:
         norms: list[float] = []
         for share in shares:
             self.optimizer.zero_grad()
-            self._gradients(share, tally, should_stop if not norms else _never)
+            self._gradients(share, tally, should_stop if not norms else lambda: False)
             norms.append(self._clip())
             if len(norms) == 1:
                 self.step_count += 1
@@ -230,7 +230,7 @@ class TorchLearner:
         copy_companions(self.model_dir, directory)
         self.model.config.save_pretrained(directory)
         # In memory transformers 5 holds a layer's experts as one tensor; files name each expert, as SGLang reads them.
-        named = revert_weight_conversion(self.model, _untied(weights))
+        named = revert_weight_conversion(self.model, _untied(self.model, weights))
         save_file(
             {name: value.contiguous() for name, value in named.items()},
             directory / "model.safetensors",
@@ -310,17 +310,11 @@ class TorchLearner:
         self.optimizer.step()
 
 
-def _never() -> bool:
-    return False
-
-
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (value.shape, value.dtype) for name, value in state.items()}
 
 
-def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each storage once, under its first name: loading ties the others again."""
-    seen: dict[int, str] = {}
-    for name, value in state.items():
-        seen.setdefault(value.data_ptr(), name)
-    return {name: state[name] for name in seen.values()}
+def _untied(model: torch.nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each parameter once, under its first name: loading ties the others again."""
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    return {name: value for name, value in weights.items() if name not in tied}

@@ -47,14 +47,22 @@ def open_learner(
 
 
 def sum_over_ranks(model: torch.nn.Module, flag: bool) -> bool:
-    """Add up all gradients in place, in one collective; True if any rank raised its flag. ServiceDied if one left."""
-    gradients = gradients_of(model.parameters())
-    raised = gradients[0].new_full((1,), float(flag))
+    """Add up all gradients in place, in one collective; True if any rank raised its flag. ServiceDied if one left.
+
+    A parameter that has no gradient in any rank keeps none: a zero would have the optimizer decay it.
+    """
+    parameters = list(model.parameters())
+    has = [float(parameter.grad is not None) for parameter in parameters]
+    gradients = gradients_of(parameters)
+    raised = gradients[0].new_tensor([float(flag), *has])
     try:
         sum_in_one([*gradients, raised])
     except RuntimeError as error:  # gloo has no type of its own for a rank that went away or was too late
         raise ServiceDied(f"a rank of the learner is gone: {error}") from error
-    return bool(raised > 0)
+    for parameter, ranks in zip(parameters, raised[1:], strict=True):
+        if not ranks:
+            parameter.grad = None
+    return bool(raised[0] > 0)
 
 
 class RankLearner(TorchLearner):

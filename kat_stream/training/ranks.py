@@ -2,7 +2,8 @@
 
 Owns their start, the pipes to them and their end, and what each of them adds up with the others. Invariants: commands
 go through pipes, so that a rank waits for its next one for as long as its parent lives, and ends with it; one that is
-gone, or says nothing, is a `ServiceDied`.
+gone, or says nothing, is a `ServiceDied`; one that could not use its share of the data has said why before, and that
+`DataError` is raised in its place.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kat_stream.errors import ServiceDied
+from kat_stream.errors import DataError, ServiceDied
 
 JOIN_S = 300.0
 """Start of all ranks: imports and the model, on a loaded machine."""
@@ -63,7 +64,7 @@ class Ranks:
             except BlockingIOError as error:
                 raise ServiceDied(f"a rank of the learner took nothing for {self.wait_s:g} s") from error
             except OSError as error:
-                raise ServiceDied(f"a rank of the learner is gone: {error}") from error
+                raise self._gone(error) from error
 
     def hear(self) -> list[Any]:
         """What each other rank has to say."""
@@ -74,7 +75,9 @@ class Ranks:
             try:
                 heard.append(pipe.recv())
             except (EOFError, OSError) as error:
-                raise ServiceDied(f"a rank of the learner is gone: {error}") from error
+                raise self._gone(error) from error
+            if isinstance(heard[-1], DataError):
+                raise heard[-1]
         return heard
 
     @contextmanager
@@ -82,10 +85,22 @@ class Ranks:
         """Around collectives: the back end has no error of its own for a rank that went away or was too late."""
         try:
             yield
+        except ServiceDied as error:  # a rank may still be ending: what it said is here already
+            raise self._gone(error) from error
         except RuntimeError as error:
             if all(child.is_alive() for child in self.children):
                 raise
-            raise ServiceDied(f"a rank of the learner is gone: {error}") from error
+            raise self._gone(error) from error
+
+    def _gone(self, error: BaseException) -> DataError | ServiceDied:
+        """What a rank said before it went, or what its absence looks like from here."""
+        for pipe in self._pipes:
+            with suppress(EOFError, OSError):
+                while pipe.poll():
+                    last = pipe.recv()
+                    if isinstance(last, DataError):
+                        return last
+        return error if isinstance(error, ServiceDied) else ServiceDied(f"a rank of the learner is gone: {error}")
 
     def close(self) -> None:
         """End the other ranks, and the process group of this one."""
@@ -109,7 +124,12 @@ def _limit(pipe: Connection, wait_s: float) -> None:
 def _live(serve: Serve, threads: int, pipe: Connection, rank: int, ranks: int, rendezvous: Path, wait_s: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; this process ends with rank 0
     torch.set_num_threads(threads)
-    serve(pipe, rank, ranks, rendezvous, wait_s)
+    try:
+        serve(pipe, rank, ranks, rendezvous, wait_s)
+    except DataError as error:
+        with suppress(OSError):  # rank 0 is gone, too
+            pipe.send(error)
+        raise
     os._exit(0)  # nothing is left to do, and the native end of a process group takes 10 s
 
 

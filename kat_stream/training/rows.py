@@ -81,19 +81,13 @@ def plan_micro_batches(batch: TrainBatch, units: Units, budget_tokens: int) -> l
 
 def joined_rows(batch: TrainBatch, units: Units) -> list[list[int]]:
     """Row numbers of each set of rows that units join."""
-    owner = _owners(batch, units)
-    return [np.flatnonzero(owner == k).tolist() for k in range(int(owner.max(initial=-1)) + 1)]
-
-
-def _owners(batch: TrainBatch, units: Units) -> Wide:
-    """int64[rows]: number of the connected set (rows joined by units) that each row belongs to."""
     label = np.arange(len(batch.rows))
     row_of = np.repeat(label, [len(row.index) for row in batch.rows])
     pairs = np.unique(np.stack([units.unit, row_of], axis=1), axis=0)
     joined = np.flatnonzero(pairs[1:, 0] == pairs[:-1, 0])
     for first, second in zip(pairs[joined, 1], pairs[joined + 1, 1], strict=True):
         label[label == label[second]] = label[first]
-    return np.unique(label, return_inverse=True)[1]
+    return [np.flatnonzero(label == k).tolist() for k in np.unique(label)]
 
 
 def make_micro_batch(batch: TrainBatch, rows: list[int], budget_tokens: int) -> MicroBatch:

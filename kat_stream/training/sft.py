@@ -37,7 +37,6 @@ def fine_tune(config: Config, report: Callable[[StepMetrics, int], None]) -> Pub
     """Train as the section [sft] says and write the result; `report` gets each step and the number of steps."""
     section = config.sft
     tokenizer = load_tokenizer(config.policy.model)
-    data = [turns_of_line(line, number, tokenizer) for number, line in lines_of(Path(section.data))]
     learner = TorchLearner(
         model_dir(config.policy.model),
         LearnerConfig(
@@ -48,15 +47,17 @@ def fine_tune(config: Config, report: Callable[[StepMetrics, int], None]) -> Pub
             micro_batch_tokens=config.trainer.micro_batch_tokens,
         ),
     )
+    positions = learner.max_positions
+    data = [turns_of_line(line, number, tokenizer, positions) for number, line in lines_of(Path(section.data))]
     steps = list(_batches(len(data), section.batch, section.epochs, config.run.seed))
     for chosen in steps:
-        batch = _batch([data[i] for i in chosen], config.trainer.micro_batch_tokens, learner.max_positions)
+        batch = _batch([data[i] for i in chosen], config.trainer.micro_batch_tokens)
         report(learner.step(batch), len(steps))
     return learner.publish(Path(section.out))
 
 
-def turns_of_line(line: bytes, number: int, tokenizer: PreTrainedTokenizerFast) -> list[TurnTokens]:
-    """The trained turns of one conversation; `DataError` names the line."""
+def turns_of_line(line: bytes, number: int, tokenizer: PreTrainedTokenizerFast, positions: int) -> list[TurnTokens]:
+    """The trained turns of one conversation, each a path of at most `positions` tokens; `DataError` names the line."""
     try:
         conversation = msgspec.json.decode(line, type=Conversation)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -66,7 +67,11 @@ def turns_of_line(line: bytes, number: int, tokenizer: PreTrainedTokenizerFast) 
         raise DataError(f"line {number}: no assistant message to learn from")
     if spoken[0] == 0:
         raise DataError(f"line {number}: it begins with an assistant message, which answers nothing")
-    return [_turn(conversation, at, number, tokenizer) for at in spoken]
+    turns = [_turn(conversation, at, number, tokenizer) for at in spoken]
+    longest = max(len(turn.prompt_ids) + len(turn.sampled_ids) for turn in turns)
+    if longest > positions:
+        raise DataError(f"line {number}: {longest} tokens, the model has {positions} positions")
+    return turns
 
 
 def _turn(conversation: Conversation, at: int, number: int, tokenizer: PreTrainedTokenizerFast) -> TurnTokens:
@@ -111,7 +116,7 @@ def _batches(count: int, size: int, epochs: int, seed: int) -> Iterator[list[int
         yield from (order[at : at + size] for at in range(0, count, size))
 
 
-def _batch(conversations: Sequence[Sequence[TurnTokens]], budget: int, positions: int) -> TrainBatch:
+def _batch(conversations: Sequence[Sequence[TurnTokens]], budget: int) -> TrainBatch:
     turns = [turn for conversation in conversations for turn in conversation]
     owner = np.repeat(np.arange(len(conversations)), [len(conversation) for conversation in conversations])
     return make_batch(
@@ -121,5 +126,4 @@ def _batch(conversations: Sequence[Sequence[TurnTokens]], budget: int, positions
         weight=np.ones(len(turns)),
         rollout_ids=[conversation[0].turn_id for conversation in conversations],
         budget_tokens=budget,
-        max_positions=positions,
     )

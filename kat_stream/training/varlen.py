@@ -80,15 +80,6 @@ def varlen_plan(row: TreeLayout, above: int, device: torch.device | None) -> Var
     )
 
 
-def flash_available(device: torch.device) -> bool:
-    """True where flash-attn is installed and can run."""
-    try:
-        _flash()
-    except ConfigError:
-        return False
-    return device.type == "cuda"
-
-
 def _cuts(lengths: Tensor, device: torch.device | None) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(device)
 

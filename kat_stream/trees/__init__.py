@@ -4,16 +4,14 @@ records --turns--> TurnTokens --forest--> TreeLayout (DFS) --packing--> rows --b
 """
 
 from kat_stream.trees.batch import TrainBatch, make_batch, merge
-from kat_stream.trees.forest import Forest, build_forest
+from kat_stream.trees.forest import build_forest
 from kat_stream.trees.layout import TreeLayout, check_layout, concat
 from kat_stream.trees.packing import pack
-from kat_stream.trees.partition import Part, partition, parts_of, with_path
+from kat_stream.trees.partition import partition, with_path
 from kat_stream.trees.turns import TurnTokens, turns_of
 from kat_stream.trees.wire import from_arrays, to_arrays
 
 __all__ = [
-    "Forest",
-    "Part",
     "TrainBatch",
     "TreeLayout",
     "TurnTokens",
@@ -25,7 +23,6 @@ __all__ = [
     "merge",
     "pack",
     "partition",
-    "parts_of",
     "to_arrays",
     "turns_of",
     "with_path",

@@ -92,14 +92,12 @@ def make_batch(
     weight: ArrayLike,
     rollout_ids: Sequence[str],
     budget_tokens: int,
-    max_positions: int | None = None,
 ) -> TrainBatch:
     """Turns of one group, with per-turn rollout number, advantage and weight, as packed rows.
 
-    Untrainable turns are left out. Raises `BatchError` for a path longer than `max_positions`.
+    Untrainable turns are left out.
     """
-    forest = build_forest(turns)
-    packed = pack(forest.trees, budget_tokens, max_positions)
+    packed = pack(build_forest(turns).trees, budget_tokens)
     rows, order = number_turns([with_routes(row, [turns[i].routes for i in row.turns]) for row in packed])
     chosen = [turns[i].logprobs for i in order]
     return TrainBatch(

@@ -63,7 +63,7 @@ def _sort(turns: Sequence[TurnTokens], kept: Wide) -> _Paths:
     rank = sorted(range(len(keys)), key=keys.__getitem__)
     paths = [found[i] for i in rank]
     order = kept[np.array(rank, np.int64)]
-    shared = [0, *(_shared_prefix(before, path) for before, path in pairwise(paths))]
+    shared = [0, *(common_prefix(before, path) for before, path in pairwise(paths))]
     return _Paths(
         order=order,
         fresh=[path[known:] for path, known in zip(paths, shared, strict=True)],
@@ -73,12 +73,12 @@ def _sort(turns: Sequence[TurnTokens], kept: Wide) -> _Paths:
     )
 
 
-def _shared_prefix(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
+def common_prefix(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
     """How many first ids two paths have in common."""
     size = min(len(one), len(other))
     differ = one[:size] != other[:size]
-    first = int(differ.argmax())
-    return first if differ[first] else size
+    first = int(differ.argmax()) if size else 0
+    return first if size and differ[first] else size
 
 
 def _expand(counts: Wide) -> tuple[Wide, Wide]:

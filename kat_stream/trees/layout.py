@@ -59,14 +59,6 @@ class TreeLayout:
         return int(self.pos.max(initial=-1)) + 1
 
     @property
-    def nodes(self) -> NDArray[np.int64]:
-        """int64[K, 2]: [start, stop) of each maximal run without a branch."""
-        children = np.bincount(self.parent[self.parent >= 0], minlength=len(self))
-        before = np.arange(-1, len(self) - 1)
-        starts = np.flatnonzero((self.parent != before) | (before < 0) | (children[before] != 1))
-        return np.stack([starts, np.append(starts[1:], len(self))], axis=1).astype(np.int64)
-
-    @property
     def flat_tokens(self) -> int:
         """Tokens that the leaf paths hold one by one; paths that are a prefix of another are not counted again."""
         leaf = self.end == np.arange(1, len(self) + 1)

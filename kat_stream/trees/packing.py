@@ -7,18 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kat_stream.errors import BatchError
 from kat_stream.trees.layout import TreeLayout, concat
 
 
-def pack(layouts: Sequence[TreeLayout], budget_tokens: int, max_positions: int | None = None) -> list[TreeLayout]:
-    """First-fit decreasing. A tree larger than the budget becomes a row of its own.
-
-    Raises `BatchError` for a path longer than `max_positions`, the model's number of positions.
-    """
-    for layout in layouts:
-        if max_positions is not None and layout.depth > max_positions:
-            raise BatchError(f"a path has {layout.depth} tokens, the model has {max_positions} positions")
+def pack(layouts: Sequence[TreeLayout], budget_tokens: int) -> list[TreeLayout]:
+    """First-fit decreasing. A tree larger than the budget becomes a row of its own."""
     rows: list[list[int]] = []
     room: list[int] = []
     for number in sorted(range(len(layouts)), key=lambda i: -len(layouts[i])):

@@ -7,7 +7,7 @@ batches of several shapes; otherwise the same function runs eagerly, and if that
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from logging import ERROR
 from typing import Any
 
@@ -52,13 +52,7 @@ class StepInput:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The arrays as tensors that share their memory, in the order of `StepModule.forward`."""
-        return tuple(
-            torch.from_numpy(array)
-            for array in (
-                self.ids, self.positions, self.slots, self.lens, self.chunks, self.context, self.rows,
-                self.temperature, self.uniform, self.filters, self.prompt_rows, self.prompt_targets,
-            )
-        )  # fmt: skip
+        return tuple(torch.from_numpy(getattr(self, field.name)) for field in fields(self))
 
 
 @dataclass(slots=True)

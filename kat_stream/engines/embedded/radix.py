@@ -12,6 +12,8 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
+from kat_stream.trees.forest import common_prefix
+
 Tokens = NDArray[np.int32]
 Slots = NDArray[np.int64]
 
@@ -32,14 +34,6 @@ class Node:
     def __lt__(self, other: Node) -> bool:
         """Older first: the order in which leaves are evicted."""
         return self.used < other.used
-
-
-def common_prefix(left: Tokens, right: Tokens) -> int:
-    """Length of the longest common prefix of two int32 arrays."""
-    size = min(len(left), len(right))
-    differs = left[:size] != right[:size]
-    first = int(differs.argmax()) if size else 0
-    return first if size and differs[first] else size
 
 
 class RadixCache:
