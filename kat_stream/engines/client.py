@@ -344,10 +344,11 @@ class EngineClient:
 
 async def _to_the_end(response: aiohttp.ClientResponse) -> None:
     """Read past a stream's last answer: its connection serves the next call then. One that does not end is closed."""
+    if response.content.is_eof():  # all of it is here, and the connection is free
+        return
     with suppress(TimeoutError, aiohttp.ClientError):
         async with asyncio.timeout(REST_SECONDS):
-            async for _ in response.content:
-                pass
+            await response.content.read()
 
 
 def _body(

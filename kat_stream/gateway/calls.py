@@ -36,8 +36,26 @@ from kat_stream.routing.router import Router
 log = logging.getLogger(__name__)
 
 
+class News:
+    """Tells all who wait that a call has more. No part of the call: a ring would keep each ended call as garbage."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def tell(self) -> None:
+        """Whoever waits now goes on."""
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Until the next one is told."""
+        await self._event.wait()
+
+
 class Call:
-    """One model call. Watch it with `async with`; `result` is the reply, `next_ids` tells a stream what is new."""
+    """One model call. Watch it with `async with`; `result` is the reply, `wait_for_news` tells a stream of more ids."""
 
     def __init__(
         self, session: Session, asked: ModelCall, prompt: Prompt, digest: bytes, side: str, service: CallService
@@ -51,7 +69,8 @@ class Call:
         self.result: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self.task: asyncio.Task[None] | None = None
         self._service = service
-        self._news = asyncio.Event()
+        self.news = News()
+        """More was sampled, or the call ended."""
         self.sampler = service.sampler(self)
 
     async def __aenter__(self) -> Call:
@@ -63,25 +82,20 @@ class Call:
         if self.watchers == 0 and not self.result.done():
             self._service.unwatched(self)
 
-    def grown(self) -> None:
-        """More was sampled, or the call ended."""
-        self._news.set()
-        self._news = asyncio.Event()
-
     def let_go(self) -> None:
         """The call is remembered for a while, for retries; its prompt, which is in the record, is not."""
+        self.task = None
         self.sampler.prompt = b""
         self.prompt = replace(self.prompt, ids=b"", wire=b"", heard=None)
         self.asked = msgspec.structs.replace(self.asked, messages=(), tools=None)
 
     async def wait_for_news(self, known: int, timeout_s: float) -> bool:
         """Wait until more than `known` ids were sampled or the call ended; False if neither happens in time."""
-        news = self._news
         if self.result.done() or len(self.sampler.draft.ids) > known:
             return True
         try:
             async with asyncio.timeout(timeout_s):
-                await news.wait()
+                await self.news.wait()
         except TimeoutError:
             return False
         return True
@@ -170,7 +184,7 @@ class CallService:
             budget=budget,
             decode=self.renderer.decode,
             stream=call.asked.stream,
-            grown=call.grown,
+            grown=call.news.tell,
         )
 
     def unwatched(self, call: Call) -> None:
@@ -230,10 +244,10 @@ class CallService:
                 await call.sampler.abort()
         except (EngineError, DeadlineExceeded, TimeoutError) as error:
             log.warning("turn %s could not be aborted on its engine: %s", call.turn_id, error)
-        if call.task is not None:
-            await asyncio.wait({call.task}, timeout=self.limits.abort_s if call.sampler.dispatched else 0)
+        if (task := call.task) is not None:
+            await asyncio.wait({task}, timeout=self.limits.abort_s if call.sampler.dispatched else 0)
             if not call.sampler.draft.finish_reason:
-                call.task.cancel()
+                task.cancel()
 
     async def _run(self, call: Call) -> None:
         IN_FLIGHT.inc()
@@ -251,7 +265,7 @@ class CallService:
             IN_FLIGHT.dec()
             call.session.running.discard(call)
             call.let_go()
-            call.grown()
+            call.news.tell()
 
     async def _answer(self, call: Call) -> Reply:
         """Sample, record, remember; the reply may be seen once this returns."""

@@ -107,7 +107,8 @@ class DataListener:
     ) -> tuple[ModelCall, bytes]:
         """The request as a model call, and a digest of its body apart from whether it is streamed."""
         try:
-            async with asyncio.timeout(self._limits.body_s):
+            # A body that came with its head has nothing to wait for: it needs no timer.
+            async with asyncio.timeout(None if request.content.is_eof() else self._limits.body_s):
                 body = bytearray()
                 async for piece in request.content.iter_any():
                     body += piece

@@ -92,4 +92,4 @@ class Encoder:
     def _encode(self, text: str) -> bytes:
         # The batch's way is the one that does not keep where in the text each token stands: half the work.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
-        return pack_ints(list(encoding.ids))
+        return pack_ints(encoding.ids)

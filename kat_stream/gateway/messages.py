@@ -34,7 +34,7 @@ def _number(text: str) -> float:
 _compared = msgspec.json.Decoder(float_hook=_number)
 
 
-class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
+class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One call of a tool; `arguments` is the JSON text as it was written."""
 
     id: str
@@ -75,8 +75,11 @@ def _parsed(text: str) -> Any:
         return text
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """One message of a conversation, whatever dialect it came in."""
+class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One message of a conversation, whatever dialect it came in.
+
+    Its parts are texts: no ring can go through it, so that the search for garbage need not walk long conversations.
+    """
 
     role: str
     content: str = ""

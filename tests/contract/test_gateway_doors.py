@@ -15,7 +15,8 @@ from kat_stream.config import GatewaySection
 from kat_stream.errors import ConfigError, GatewayError
 from kat_stream.gateway.app import GatewayControl, SessionHandle, start_gateway
 from kat_stream.gateway.limits import Limits
-from tests.contract.gateway_kit import World, saying, tokenizer, until, user, world
+from tests.contract.gateway_kit import World, saying, tokenizer, user, world
+from tests.waiting import until
 from topics import Sampling
 
 pytestmark = pytest.mark.anyio
@@ -194,9 +195,11 @@ async def test_the_workers_port_and_its_client() -> None:
 async def test_sessions_that_nobody_uses_are_closed() -> None:
     async with world(saying("ls"), limits=Limits(idle_s=0.05)) as w:
         handle = await w.session()
-        with anyio.fail_after(60):
-            while await w.control.sessions():
-                await anyio.sleep(0.01)
+
+        async def nobody() -> bool:
+            return await w.control.sessions() == []
+
+        await until(nobody, "the session closed")
         assert await w.control.close(handle.session_id) == []
 
 

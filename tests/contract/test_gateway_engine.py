@@ -12,7 +12,8 @@ from kat_stream.gateway.app import GatewayControl, start_gateway
 from kat_stream.log.memory import MemoryLog
 from kat_stream.policy import DEMO, load_tokenizer
 from kat_stream.routing import Router
-from tests.contract.gateway_kit import paths, until
+from tests.contract.gateway_kit import paths
+from tests.waiting import until
 from topics import Sampling, Turn, topic_named
 from topics.record import floats
 
@@ -52,7 +53,7 @@ async def test_conversations_stay_exact_over_weight_updates() -> None:
                 for number in range(8):
                     group.start_soon(agent, number)
                 for version in range(1, 4):
-                    await until(lambda n=version: len(replies) >= 6 * n, seconds=60.0)
+                    await until(lambda n=version: len(replies) >= 6 * n, deadline_s=60.0)
                     await client.pause("abort")
                     await client.update_weights(DEMO, f"demo.{version}")
                     await client.resume()

@@ -21,7 +21,8 @@ from kat_stream.gateway.recording import Publisher
 from kat_stream.log import Message
 from kat_stream.log.kafka_producer import _digest
 from kat_stream.routing import router
-from tests.contract.gateway_kit import Gates, World, by_bytes, going_on, paths, saying, tokenizer, until, user, world
+from tests.contract.gateway_kit import Gates, World, by_bytes, going_on, paths, saying, tokenizer, user, world
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -322,7 +323,7 @@ async def test_a_paused_engine_makes_the_agent_wait_with_signs_of_life() -> None
 
 async def _done_within(answers: list[bytes], seconds: float) -> bool:
     with anyio.move_on_after(seconds):
-        await until(lambda: bool(answers), seconds * 2)
+        await until(lambda: bool(answers), deadline_s=seconds * 2)
     return bool(answers)
 
 

@@ -18,7 +18,8 @@ import pytest
 from kat_stream.engines.client import MAX_STOP_BYTES, MAX_STOPS, EngineClient, Generation
 from kat_stream.gateway.app import SessionHandle
 from kat_stream.gateway.limits import Limits
-from tests.contract.gateway_kit import World, saying, until, user, world
+from tests.contract.gateway_kit import World, saying, user, world
+from tests.waiting import until
 from topics import Sampling
 
 pytestmark = pytest.mark.anyio

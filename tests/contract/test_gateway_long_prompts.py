@@ -10,7 +10,8 @@ import pytest
 
 from kat_stream.gateway.encoding import HEAD_CHARS, LONG_CHARS, Encoder, NotEncoded
 from kat_stream.gateway.limits import Limits
-from tests.contract.gateway_kit import saying, until, user, world
+from tests.contract.gateway_kit import saying, user, world
+from tests.waiting import until
 from topics import Sampling
 
 pytestmark = pytest.mark.anyio

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from pathlib import Path
@@ -11,6 +12,7 @@ import anyio
 import pytest
 
 from kat_stream.gateway.app import SessionHandle
+from kat_stream.gateway.calls import Call
 from kat_stream.gateway.limits import Limits
 from tests.contract.gateway_kit import (
     CHATML,
@@ -21,10 +23,10 @@ from tests.contract.gateway_kit import (
     by_bytes,
     paths,
     saying,
-    until,
     user,
     world,
 )
+from tests.waiting import until
 from topics import Sampling, Turn
 
 pytestmark = pytest.mark.anyio
@@ -351,3 +353,22 @@ async def test_what_real_agents_sent_is_served_on_its_wire(capture: str) -> None
 
 def _whole_request(turn: Turn, w: World) -> bool:
     return paths([turn])[turn.turn_id][0] == w.engines[0].requests[0].input_ids and turn.messages >= 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_ended_call_that_is_not_remembered_is_no_garbage(stream: bool) -> None:
+    """It is gone at once: what waits for the search for garbage makes it long, and it stops all calls."""
+    async with world(saying("ls"), limits=Limits(remembered_calls=1)) as w:
+        handle = await w.session()
+        url, headers = f"{w.server.data_url}{handle.path}/v1/chat/completions", {"x-api-key": handle.key}
+        gc.collect()
+        gc.disable()
+        try:
+            for number in range(4):
+                body = {"model": "m", "messages": [user(f"task {number}")], "stream": stream}
+                async with w.http.post(url, json=body, headers=headers) as answer:
+                    assert answer.status == 200 and "ls" in await answer.text()
+            left = sum(isinstance(known, Call) for known in gc.get_objects())
+        finally:
+            gc.enable()
+        assert left == 1

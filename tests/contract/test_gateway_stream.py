@@ -13,7 +13,8 @@ import pytest
 
 from kat_stream.gateway.limits import Limits
 from kat_stream.log import Message
-from tests.contract.gateway_kit import Gates, World, by_bytes, paths, saying, until, user, world
+from tests.contract.gateway_kit import Gates, World, by_bytes, paths, saying, user, world
+from tests.waiting import until
 from topics import Sampling
 
 pytestmark = pytest.mark.anyio
