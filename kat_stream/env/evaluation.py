@@ -110,7 +110,8 @@ async def _one(
     seconds = time.monotonic() - started
     if reward.status == "failed":
         return Result(entry.task_id, None, "verifier_failed", seconds, f"{reward.error_class}: {reward.evidence}")
-    return Result(entry.task_id, reward.score, trajectory.outcome, seconds, trajectory.detail or reward.evidence)
+    detail = "; ".join(filter(None, (trajectory.detail, reward.evidence)))
+    return Result(entry.task_id, reward.score, trajectory.outcome, seconds, detail)
 
 
 def _request(task: Task, agent: str, sampling: Sampling) -> RolloutRequest:

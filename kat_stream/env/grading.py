@@ -1,8 +1,8 @@
 """Grading: a trajectory in, a Reward out, by default in a second, clean sandbox.
 
 Owns the way from a patch to a verdict. Invariant: `grade` never raises (but for its own cancellation), a Reward with
-status "failed" is the grader's failure and carries no score, and hidden tests enter a sandbox only after the agent has
-left it or in one that the agent never saw.
+status "failed" is the grader's failure and carries no score, and hidden tests enter only a sandbox that the agent never
+saw, or one in which nothing that it left running can see them or write their result (base.Sandbox.hand_over).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from kat_stream.env.datasets import dataset_of
+from kat_stream.env.datasets import files_of
 from kat_stream.env.sandboxes.base import Sandbox, SandboxBackend
-from kat_stream.env.trajectories import apply_patch, sandbox_spec
+from kat_stream.env.trajectories import TESTS_OWN, apply_patch, sandbox_spec
 from kat_stream.env.verifiers import Verdict, Verifier, get_verifier
 from kat_stream.errors import ConfigError, SandboxDied, SandboxError, VerifierError
 from topics import Reward, Trajectory
@@ -51,10 +51,10 @@ class Grader:
             return missing
         spec = sandbox_spec(task, wall_s=task.verifier.timeout_s + _OVERHEAD_S)
         async with await self._sandboxes.create(spec, owner=f"grade-{trajectory.rollout_id}") as sandbox:
-            await sandbox.put(dataset_of(task).files(task), task.environment.workdir)
+            await sandbox.put(await files_of(task, "files"), task.environment.workdir)
             if problem := await apply_patch(sandbox, task, trajectory.patch):
                 return Verdict(0.0, {}, problem)
-            return await verifier.grade(task, dataset_of(task).tests(task), sandbox)
+            return await verifier.grade(task, await files_of(task, "tests"), sandbox)
 
 
 async def _judge(trajectory: Trajectory, verifier: Verifier, sandbox: Sandbox) -> Verdict:
@@ -62,9 +62,12 @@ async def _judge(trajectory: Trajectory, verifier: Verifier, sandbox: Sandbox) -
     task = trajectory.request.task
     if trajectory.outcome == "sandbox_died":
         return Verdict(0.0, {}, f"nothing is left to be graded: {trajectory.detail}")
-    tests = dataset_of(task).tests(task)
+    if missing := _unsubmitted(trajectory):
+        return missing
+    tests = await files_of(task, "tests")
     try:
-        return _unsubmitted(trajectory) or await verifier.grade(task, tests, sandbox)
+        await sandbox.hand_over(TESTS_OWN)
+        return await verifier.grade(task, tests, sandbox)
     except SandboxDied:  # under the tests, which may be too large for it
         raise
     except SandboxError as error:

@@ -12,10 +12,10 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from kat_stream.env.datasets import Files, dataset_of
+from kat_stream.env.datasets import Files, files_of
 from kat_stream.env.grading import Grader
 from kat_stream.env.sandboxes.base import Sandbox, SandboxBackend
 from kat_stream.env.scaffolds import Limits, Scaffold, ScaffoldResult, SessionEndpoint, get_scaffold
@@ -33,6 +33,8 @@ _CREATE_TIMEOUT_S = 60.0
 # Longer than a gateway that died takes to be back, and to read a session from the log.
 _SESSION_TIMEOUT_S = 100.0
 _RELEASE_TIMEOUT_S = 110.0
+# A worker that stops, or lost the partition, has no use for the turns: no gateway that is gone is waited for.
+_CUT_OFF_S = 5.0
 # What an agent or its sandbox says of itself is theirs, and so is its length; a record has room for so much of it.
 _DETAIL_CHARS = 2000
 # A rollout that could not even start its agent is no rollout.
@@ -123,10 +125,12 @@ class RolloutRunner:
             state = self._prepare(request)
         except (ConfigError, DeadlineExceeded) as error:
             return _record(request, attempt, None, _failed(error), started), None
+        close_s = _CUT_OFF_S
         try:
             end = await _unless(cancelled, self._guarded(state))
+            close_s = _RELEASE_TIMEOUT_S
         finally:
-            await whole(self._release(state))
+            await whole(self._release(state, close_s))
         return _record(request, attempt, state, end or _End("cancelled"), started), state.reward
 
     async def close(self) -> None:
@@ -156,7 +160,7 @@ class RolloutRunner:
 
     async def _work(self, state: _State) -> _End:
         task = state.request.task
-        files = dataset_of(task).files(task)
+        files = await files_of(task, "files")
         endpoint = await self._open_session(state)
         state.sandbox = sandbox = await self._create(state)
         await lay_out(sandbox, task, files)
@@ -212,7 +216,7 @@ class RolloutRunner:
         except TimeoutError:
             if not clock.expired():
                 raise
-            result = ScaffoldResult("time_limit", f"not done after {state.agent_s:.0f} s")
+            result = ScaffoldResult("time_limit", f"not done after {state.agent_s:.1f} s")
         if result.outcome == "time_limit" and state.cut_short:
             raise DeadlineExceeded("the rollout's deadline: the agent's end", state.agent_s)
         state.log = result.log
@@ -223,14 +227,21 @@ class RolloutRunner:
         if end.outcome in ("sandbox_died", "infra_error"):
             return end
         assert state.sandbox is not None
+        task = state.request.task
         try:
-            state.patch = await take_patch(state.sandbox, state.request.task, files)
+            if not task.verifier.in_place:
+                # What still writes would change the work tree under the patch; in place it may be what was asked for.
+                await state.sandbox.kill_leftovers()
+            patch = await take_patch(state.sandbox, task, files)
         except SandboxError as error:  # also one in which nothing can be started any more
             return _End("sandbox_died", str(error))
         except DataError as error:
+            if not task.verifier.in_place:
+                return _End("agent_error", str(error))
             # In place the patch is for people only: a program that was to be built may be larger than any patch.
-            return end if state.request.task.verifier.in_place else _End("agent_error", str(error))
-        return end
+            return _saying(end, f"no patch: {error}")
+        state.patch = patch.content
+        return _saying(end, patch.left_out and f"left out of the patch: {patch.left_out}")
 
     async def _grade_in_place(self, state: _State, end: _End) -> None:
         """Every rollout that can have a Reward has one after this: nobody else can grade it."""
@@ -245,17 +256,17 @@ class RolloutRunner:
             async with asyncio.timeout(_SESSION_TIMEOUT_S):
                 state.turns = tuple(await self._gateway.close(session.session_id))
 
-    async def _release(self, state: _State) -> None:
+    async def _release(self, state: _State, close_s: float) -> None:
         """Close what is still open, the session also if the sandbox does not end in time."""
         if state.sandbox is not None:
-            await _or_logged(state, state.sandbox.destroy())
-        await _or_logged(state, self._close_session(state))
+            await _or_logged(state, state.sandbox.destroy(), _RELEASE_TIMEOUT_S)
+        await _or_logged(state, self._close_session(state), close_s)
 
 
-async def _or_logged(state: _State, closing: Awaitable[None]) -> None:
+async def _or_logged(state: _State, closing: Awaitable[None], seconds: float) -> None:
     """A failure to close is logged only: the record of the rollout matters more."""
     try:
-        async with asyncio.timeout(_RELEASE_TIMEOUT_S):
+        async with asyncio.timeout(seconds):
             await closing
     except (TimeoutError, KatError, OSError) as error:
         _log.warning("rollout %s: release: %s: %s", state.request.rollout_id, type(error).__name__, error)
@@ -263,6 +274,10 @@ async def _or_logged(state: _State, closing: Awaitable[None]) -> None:
 
 def _failed(error: Exception) -> _End:
     return _End("infra_error", str(error) or type(error).__name__, type(error).__name__)
+
+
+def _saying(end: _End, more: str) -> _End:
+    return replace(end, detail="; ".join(filter(None, (end.detail, more))))
 
 
 def _with_turns(end: _End, turns: tuple[Turn, ...], max_turns: int) -> _End:

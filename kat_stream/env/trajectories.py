@@ -2,17 +2,21 @@
 
 Owns the patch, and the repository that a task without one gets to work in. Invariants: the patch is the difference to
 the task's own files, byte for byte, whatever the task's or the agent's repositories, git configuration and attributes
-say (commits, `rm -rf .git`, nested repositories, line endings); what the task ships is always in it, of what the agent
-made all but the files that a .gitignore or .git/info/exclude of the work tree keeps out, and nothing of a .git; no
-file of the sandbox is read by the host.
+say (commits, `rm -rf .git`, nested repositories, line endings). In it is what the task ships, whatever is ignored; of
+what the agent made all that no .gitignore or .git/info/exclude of the work tree keeps out, and of what one does each
+file and directory of at most IGNORED_LIMIT bytes (a build's product may be what was asked for), as long as the patch
+has room for all of them and but for caches, which are made again; nothing of a .git, and nothing that is no file or
+link. What of that was left out is said. No file of the sandbox is read by the host.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from kat_stream.env.datasets import Files
@@ -25,9 +29,15 @@ from topics import Task
 
 PATCH_LIMIT = 512 << 10
 """Bytes. A larger patch would not fit into a record; it is the agent's error (a build product, a generated file)."""
+IGNORED_LIMIT = 256 << 10
+"""Bytes of one ignored file or directory that goes into a patch."""
+# What is told beside the patch, before it.
+_TOLD_LIMIT = 16 << 10
 # A file system of its own, so that a full work tree or /tmp leaves room to take the patch.
 _REPOSITORIES = "/var/lib/kat-stream"
-WRITABLE = ("/logs", "/tests", "/solution", _REPOSITORIES)
+TESTS_OWN = ("/logs", "/tests")
+"""Where tests find themselves and leave their result; nothing of an agent's is there when they begin."""
+WRITABLE = (*TESTS_OWN, "/solution", _REPOSITORIES)
 _GIT_TIMEOUT_S = 60.0
 _IDENTITY = {"NAME": "kat-stream", "EMAIL": "env@kat-stream.invalid", "DATE": "1700000000 +0000"}
 _ENVIRONMENT = {
@@ -42,18 +52,17 @@ _ENVIRONMENT = {
 }
 # Git adds a repository within the work tree as a link to its commit, or not at all; one of whose directory the index
 # holds a file already it walks through like any other. This file is in no work tree, so no commit and no diff has it.
-_NESTED = (
-    'if [ -n "$(find . -mindepth 2 -name .git -prune -print -quit)" ]; then '
-    "find . -mindepth 2 -name .git -prune -print0"
-    r" | sed -z 's|^\./\(.*\)/\.git$|100644 e69de29bb2d1d6434b8b29ae775ad8c2e48c5391\t\1/.git-|'"
-    " | git update-index -z --index-info; fi"
+_AS_FILES = (
+    r"sed -z 's|^\./\(.*\)/\.git$|100644 e69de29bb2d1d6434b8b29ae775ad8c2e48c5391\t\1/.git-|'"
+    " | git update-index -z --index-info"
 )
+_FIND_NESTED = "find . -mindepth 2 -name .git -prune"
 # Git knows a repository by these directories, which may be empty; then they did not come with the files.
 _KNOWN_BY = (".git/objects/", ".git/refs/")
 # A repository that was just made needs no upkeep, for which git would start another process.
 _NEW_REPOSITORY = f"""set -e
 git init -q -b main .
-{_NESTED}
+if [ -n "$({_FIND_NESTED} -print -quit)" ]; then {_FIND_NESTED} -print0 | {_AS_FILES}; fi
 git add -A -f .
 git -c maintenance.auto=false -c gc.auto=0 commit -q --allow-empty -m 'The state to work on'
 """
@@ -63,15 +72,42 @@ mkdir -p "$GIT_DIR/info" "$GIT_DIR/objects" "$GIT_DIR/refs"
 echo 'ref: refs/heads/none' >"$GIT_DIR/HEAD"
 echo '* -text -ident -filter !working-tree-encoding !diff' >"$GIT_DIR/info/attributes"
 """
+_WALK = 'find . -path ./.git -prune -o -name .git -prune -fprint0 "$GIT_DIR/nested"'
+# What an agent made unreadable for itself is made readable, what is no file goes: git would wait for ever for the other
+# end of a FIFO. Not where its final state is graded.
+_READY = rf"""[ -r . -a -w . -a -x . ] || chmod u+rwx "$WORK"
+{_WALK} -o -type d ! -perm -700 -exec chmod u+rwx {{}} \; -o -type f ! -perm -400 -exec chmod u+r {{}} + \
+    -o ! -type f ! -type d ! -type l -exec rm -f {{}} + -fprint0 "$GIT_DIR/gone"
+if [ -s "$GIT_DIR/gone" ]; then
+    printf '%s that are neither files nor links\0' $(tr -dc '\0' <"$GIT_DIR/gone" | wc -c)
+fi
+"""
+_NESTED = f'if [ -s "$GIT_DIR/nested" ]; then cat "$GIT_DIR/nested" | {_AS_FILES}; fi'
+# These no .gitignore needs to name for everybody to know that they are made again.
+_CACHES = r"(^|/)(__pycache__|node_modules|\.?venv|\.tox|\.[^/]*cache[^/]*)/|\.py[co]$"
+_DU = 'du -0sb --files0-from="$GIT_DIR/products"'
+_ADD_IGNORED = f"""git "$@" ls-files -z -o -i --exclude-standard --directory >"$GIT_DIR/ignored"
+if [ -s "$GIT_DIR/ignored" ] && grep -zvE '{_CACHES}' "$GIT_DIR/ignored" >"$GIT_DIR/products"; then
+    {_DU} -t -{IGNORED_LIMIT} | cut -z -f 2- >"$GIT_DIR/small"
+    {_NESTED}
+    git add -N -f --pathspec-from-file="$GIT_DIR/small" --pathspec-file-nul
+    {_DU} -t {IGNORED_LIMIT + 1} | head -c {_TOLD_LIMIT // 2}
+fi
+"""
 # With -N a new file is only named: the content of what may be a large build product is read where it is, once. An index
 # that is locked git diff cannot bring up to date, for which it would read every file again.
 _TAKE = f"""{_OPEN}
 tar -x --no-same-owner -f - -C "$GIT_DIR"
+{{walk}}
 {_NESTED}
 if [ -f .git/info/exclude ]; then set -- -c core.excludesFile=.git/info/exclude; fi
 git "$@" add -N .
+{{ignored}}
+printf '\\0\\0'
 : >"$GIT_DIR/index.lock"
 exec git diff --binary --no-color --no-ext-diff --no-textconv --no-renames """
+# What --include takes for a pattern.
+_GLOB = re.compile(r"[*?\[\\]")
 _APPLY = f"{_OPEN}exec git apply --whitespace=nowarn "
 
 
@@ -120,34 +156,75 @@ async def lay_out(sandbox: Sandbox, task: Task, files: Files) -> None:
         raise SandboxError(f"{task.task_id}: no repository to work in: {_said(done)}")
 
 
-async def take_patch(sandbox: Sandbox, task: Task, files: Files) -> bytes:
-    """What the agent changed in the task's files, as a binary git diff; empty if nothing.
+@dataclass(frozen=True)
+class Patch:
+    """A binary git diff, empty if nothing was changed, and what of the agent's work is not in it, for people."""
 
-    Where only some files are graded, what it did to those. PatchTooLarge above PATCH_LIMIT; DataError if the work tree
-    cannot be read; SandboxDied if the sandbox is gone.
+    content: bytes
+    left_out: str = ""
+
+
+async def take_patch(sandbox: Sandbox, task: Task, files: Files) -> Patch:
+    """What the agent changed in the task's files. Where only some files are graded, what it did to those.
+
+    PatchTooLarge above PATCH_LIMIT; DataError if the work tree cannot be read; SandboxDied if the sandbox is gone.
     """
-    tree, made = await asyncio.to_thread(git_files, files)
-    done = await sandbox.exec(
-        _TAKE + shlex.join((tree, "--", *_graded(task))),
-        timeout_s=_GIT_TIMEOUT_S,
-        stdin=pack(made),
-        env={**_repository(sandbox), "GIT_LITERAL_PATHSPECS": "1"},
-        output_limit=PATCH_LIMIT,
-    )
-    if done.truncated:
-        raise PatchTooLarge(f"the patch is larger than {PATCH_LIMIT} bytes")
-    if done.exit_code != 0:
-        raise DataError(f"the work tree cannot be read: {_said(done)}")
-    return done.stdout
+    tree, parts = await asyncio.to_thread(_packed, files)
+    graded = _graded(task)
+    walk = _WALK if task.verifier.in_place else _READY
+
+    async def take(ignored: str) -> Patch:
+        done = await sandbox.exec(
+            _TAKE.format(walk=walk, ignored=ignored) + shlex.join((tree, "--", *graded)),
+            timeout_s=_GIT_TIMEOUT_S,
+            stdin=parts,
+            env={
+                **_repository(sandbox),
+                "GIT_LITERAL_PATHSPECS": "1",
+                "WORK": sandbox.root + task.environment.workdir,
+            },
+            output_limit=_TOLD_LIMIT + PATCH_LIMIT,
+        )
+        return _patch(done)
+
+    if graded:
+        return await take("")
+    try:
+        return await take(_ADD_IGNORED)
+    except PatchTooLarge:
+        rest = await take("")
+        return Patch(rest.content, ", ".join(filter(None, ("all that is ignored, for lack of room", rest.left_out))))
 
 
 async def apply_patch(sandbox: Sandbox, task: Task, patch: bytes) -> str:
     """Apply an agent's patch to the pristine work tree; returns why it does not apply, empty if it does."""
     if not patch:
         return ""
-    command = _APPLY + shlex.join([f"--include={path}" for path in _graded(task)] + ["-"])
+    command = _APPLY + shlex.join([f"--include={_GLOB.sub(r'\\\g<0>', path)}" for path in _graded(task)] + ["-"])
     done = await sandbox.exec(command, timeout_s=_GIT_TIMEOUT_S, stdin=patch, env=_repository(sandbox))
     return "" if done.exit_code == 0 else f"the patch does not apply: {_said(done)}"
+
+
+def _packed(files: Files) -> tuple[str, bytes]:
+    """(The tree's id, the repository's parts as a tar archive.)"""
+    tree, made = git_files(files)
+    return tree, pack(made)
+
+
+def _patch(done: ExecResult) -> Patch:
+    if done.exit_code != 0:
+        raise DataError(f"the work tree cannot be read: {_said(done)}")
+    told, _, content = done.stdout.partition(b"\0\0")
+    content = content.lstrip(b"\0")
+    if done.truncated or len(content) > PATCH_LIMIT:
+        raise PatchTooLarge(f"the patch is larger than {PATCH_LIMIT} bytes")
+    return Patch(content, ", ".join(_named(item) for item in told.decode(errors="replace").split("\0") if item))
+
+
+def _named(item: str) -> str:
+    """`size<TAB>name` as du writes it, or what is said already."""
+    size, _, name = item.partition("\t")
+    return f"{name} ({size} bytes)" if name else item
 
 
 def _missing(files: Files) -> str:
@@ -168,5 +245,5 @@ def _repository(sandbox: Sandbox) -> dict[str, str]:
 
 
 def _said(done: ExecResult) -> str:
-    output = (done.stderr or done.stdout).decode("utf-8", errors="replace").strip()
+    output = done.stderr.decode("utf-8", errors="replace").strip()
     return f"{output[-500:]} [exit {done.exit_code}{', timed out' if done.timed_out else ''}]"

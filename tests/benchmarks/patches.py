@@ -72,7 +72,7 @@ async def rollout(backend: SandboxBackend, task: Task, files: Files, samples: Sa
         patch = await samples.timed("take_patch", take_patch(sandbox, task, files))
     async with await backend.create(sandbox_spec(task, wall_s=300.0)) as sandbox:
         await samples.timed("put", sandbox.put(files, task.environment.workdir))
-        assert not await samples.timed("apply_patch", apply_patch(sandbox, task, patch))
+        assert not await samples.timed("apply_patch", apply_patch(sandbox, task, patch.content))
         name = task.verifier.name
         verdict = await samples.timed(f"grade ({name})", get_verifier(name).grade(task, TESTS[name], sandbox))
         assert verdict.score == 1.0, verdict

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from kat_stream.env.datasets import dataset_of, open_dataset
+from kat_stream.env.datasets import dataset_of, files_of, open_dataset
 from kat_stream.env.datasets.base import Spec
 from kat_stream.env.datasets.mend import MendDataset
 from kat_stream.env.evaluation import Result, check, evaluate
@@ -24,6 +25,10 @@ BROKEN: dict[str, tuple[dict[str, str | None], str]] = {
     "broken toml": ({"task.toml": "version = "}, "task.toml:"),
     "work among the tests": (
         {"environment/Dockerfile": "FROM a\nWORKDIR /tests/x\n"},
+        "one that the tests have for themselves",
+    ),
+    "work among the results": (
+        {"environment/Dockerfile": "FROM a\nWORKDIR /logs\n"},
         "one that the tests have for themselves",
     ),
     "no toml": ({"task.toml": None}, "task.toml: missing"),
@@ -242,7 +247,7 @@ def test_what_dockerignore_leaves_out_does_not_enter_the_work_tree(tmp_path: Pat
 
 
 def test_limits_and_timeouts_come_from_task_toml(tmp_path: Path) -> None:
-    toml = "[agent]\ntimeout_sec = 7\n[environment]\nmemory = '2G'\nstorage_mb = 33\ncpus = 2\n"
+    toml = "\ufeff[agent]\r\ntimeout_sec = 7\n[environment]\nmemory = '2G'\nstorage_mb = 33\ncpus = 2\n"
     harbor_task(tmp_path, files={"task.toml": toml})
     task = open_dataset(f"harbor:{tmp_path}").tasks()[0]
     assert task.agent_timeout_s == 7.0
@@ -317,6 +322,55 @@ def test_a_broken_exercise_is_named(tmp_path: Path) -> None:
         assert isinstance(entry, TaskError)
         assert reason in str(entry)
     assert not isinstance(sound, TaskError)
+
+
+def test_an_exercise_that_needs_what_no_sandbox_has_says_so(tmp_path: Path) -> None:
+    crates = '[package]\nname = "x"\n[dependencies]\nrand = "0.8"\n'
+    lists = {"solution": ["src/lib.rs", "Cargo.toml"], "test": ["tests/t.rs"], "example": [".meta/example.rs"]}
+    files = {
+        ".docs/instructions.md": "Add.\n",
+        ".meta/config.json": msgspec.json.encode({"files": lists}).decode(),
+        **dict.fromkeys((".meta/example.rs", "src/lib.rs", "tests/t.rs"), ""),
+        "Cargo.toml": '[package]\nname = "x"\n',
+    }
+    rust, cpp = (tmp_path / language / "exercises" / "practice" for language in ("rust", "cpp"))
+    write(rust / "a-tests", {**files, "Cargo.toml": crates})
+    write(rust / "b-reference", {**files, ".meta/Cargo-example.toml": crates})
+    write(cpp / "c-boost", {**files, "CMakeLists.txt": "find_package(Boost 1.58 REQUIRED)\n"})
+    dataset = open_dataset(f"polyglot:{tmp_path}")
+    tests, reference, boost = dataset.scan()
+    assert isinstance(tests, TaskError)
+    assert "a-tests/Cargo.toml: needs the crates rand" in str(tests)
+    assert not isinstance(reference, TaskError) and reference.solution == ""
+    with pytest.raises(TaskError, match="the reference solution needs the crates rand"):
+        dataset.solution(reference)
+    assert not isinstance(boost, TaskError) and "toolchain:boost" in boost.environment.mounts.values()
+
+
+def test_tests_that_an_exercise_holds_back_are_run_and_shown(tmp_path: Path) -> None:
+    lists = {"solution": ["a.js"], "test": ["a.spec.js"], "example": [".meta/proof.ci.js"]}
+    files = {
+        ".docs/instructions.md": "Add.\n",
+        ".meta/config.json": msgspec.json.encode({"files": lists}).decode(),
+        **dict.fromkeys((".meta/proof.ci.js", "a.js"), "xtest(1)"),
+        "a.spec.js": "xdescribe('xtest', () => { xtest('a', max(it)); xit('b'); test.skip('c'); });",
+    }
+    write(tmp_path / "javascript" / "exercises" / "practice" / "a", files)
+    dataset = open_dataset(f"polyglot:{tmp_path}")
+    task = dataset.tasks()[0]
+    all_run = b"describe('xtest', () => { test('a', max(it)); it('b'); test.skip('c'); });"
+    assert dataset.tests(task)["a.spec.js"][0] == dataset.files(task)["a.spec.js"][0] == all_run
+    assert dataset.files(task)["a.js"][0] == b"xtest(1)"
+
+
+async def test_what_many_ask_for_at_once_is_opened_once(tmp_path: Path) -> None:
+    harbor_task(tmp_path)
+    spec = f"harbor:{tmp_path}"
+    task = open_dataset(spec).tasks()[0]
+    open_dataset.cache_clear()
+    trees = await asyncio.gather(*(files_of(task, "files") for _ in range(8)))
+    assert open_dataset.cache_info().misses == 1
+    assert all(set(tree) == {"state.txt"} for tree in trees)
 
 
 @needs_bwrap

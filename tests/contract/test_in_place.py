@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from kat_stream.env.sandboxes.base import Sandbox
 from kat_stream.env.scaffolds import Limits, ScaffoldResult, SessionEndpoint
 from kat_stream.env.trajectories import PATCH_LIMIT
-from tests.contract.env_kit import TEST_SH, Doing, done_and_graded, first_task, harbor_task, needs_bwrap
+from tests.contract.env_kit import TEST_SH, Doing, done_and_graded, first_task, harbor_task, needs_bwrap, write
 from topics import Task
 
 pytestmark = [pytest.mark.anyio, needs_bwrap]
@@ -47,10 +47,48 @@ async def test_what_an_agent_left_for_the_verifier_counts_for_nothing(tmp_path: 
         assert (reward.status, reward.score, reward.error_class) == ("graded", score, ""), reward.evidence
 
 
+# Each round of an agent's process ends with the next number in /app/round, by which the tests see that it had its try.
+LEFT_RUNNING = {
+    "writes the reward": FORGED,
+    "writes the tests": "echo 'echo 1 > /logs/verifier/reward.txt' > /tests/test.sh",
+    "answers for the command": "for f in /run/kat-stream/*; do echo 'reward.txt\n1' > $f; done",
+    "reads the tests": "cp /tests/secret /app/stolen",
+    "enters by the tests' processes": (
+        "for p in /proc/[0-9]*; do cat $p/root/tests/secret $p/cwd/../tests/secret >> /app/stolen; "
+        "echo 1 > $p/root/logs/verifier/reward.txt; for f in $p/fd/*; do echo 'reward.txt\\n1' > $f; done; done"
+    ),
+}
+WAITS = """#!/bin/sh
+echo 0 > /logs/verifier/reward.txt
+round=$(cat /app/round)
+until [ $(cat /app/round) -gt $((round + 2)) ]; do sleep 0.01; done 2>/dev/null
+test ! -s /app/stolen || echo 1 > /logs/verifier/reward.txt
+"""
+
+
+@pytest.mark.parametrize("attack", LEFT_RUNNING)
+async def test_what_an_agent_left_running_neither_sees_the_tests_nor_writes_their_reward(
+    tmp_path: Path, attack: str
+) -> None:
+    body = f"trap '' TERM HUP; n=0; while :; do ({LEFT_RUNNING[attack]}); n=$((n + 1)); echo $n > /app/round; done"
+    left = f"nohup setsid sh -c {shlex.quote(body)} >/dev/null 2>&1 & until [ -s /app/round ]; do sleep 0.01; done"
+    task = in_place(tmp_path, WAITS)
+    write(tmp_path / "fix-it" / "tests", {"secret": "42"})
+    _, reward = await done_and_graded(task, left)
+    assert (reward.status, reward.score, reward.evidence) == ("graded", 0.0, ""), reward.evidence
+
+
+async def test_a_server_that_an_agent_left_running_is_there_for_the_tests(tmp_path: Path) -> None:
+    ask = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:7000/state.txt').read().decode(), end='')"
+    test = f'pgrep -f http.server && test "$(python3 -c "{ask}")" = fixed && echo 1 > /logs/verifier/reward.txt\n'
+    serve = f'python3 -m http.server 7000 >/dev/null 2>&1 & until python3 -c "{ask}" 2>/dev/null; do sleep 0.05; done'
+    _, reward = await done_and_graded(in_place(tmp_path, f"#!/bin/sh\n{test}"), f"{FIX}; {serve}")
+    assert (reward.status, reward.score) == ("graded", 1.0), reward.evidence
+
+
 async def test_a_sandbox_that_the_agent_left_unfit_for_the_tests_scores_0(tmp_path: Path) -> None:
-    task = in_place(tmp_path)
-    verifier = msgspec.structs.replace(task.verifier, name="command", command="true")
-    _, reward = await done_and_graded(msgspec.structs.replace(task, verifier=verifier), "chmod 555 /tests")
+    fill = "for i in $(seq 400); do setsid sleep 1000 >/dev/null 2>&1 & done"
+    _, reward = await done_and_graded(in_place(tmp_path), f"{FIX}; {fill}")
     assert (reward.status, reward.score) == ("graded", 0.0)
     assert "nothing can be graded" in reward.evidence
 
@@ -66,6 +104,15 @@ async def test_a_product_that_no_patch_can_hold_is_graded(tmp_path: Path) -> Non
     build = f"head -c {2 * PATCH_LIMIT} /dev/urandom > product"
     trajectory, reward = await done_and_graded(in_place(tmp_path), f"{FIX}; {build}")
     assert (trajectory.outcome, trajectory.patch, reward.score) == ("submitted", b"", 1.0)
+
+
+async def test_the_final_state_is_graded_as_it_was_left(tmp_path: Path) -> None:
+    test = "#!/bin/sh\nstat -c %a:%F f d d/x . | tr '\\n' ' '; echo 1 > /logs/verifier/reward.txt\n"
+    left = "mkfifo f; mkdir d; echo x > d/x; chmod 0 d/x; chmod 111 d .; chmod 600 f"
+    trajectory, reward = await done_and_graded(in_place(tmp_path, test), left)
+    assert reward.evidence == "600:fifo 111:directory 0:regular file 111:directory "
+    assert (trajectory.outcome, trajectory.patch) == ("submitted", b"")
+    assert "no patch: " in trajectory.detail
 
 
 class Dying(Doing):

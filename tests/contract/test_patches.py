@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from kat_stream.env.trajectories import PATCH_LIMIT
+from kat_stream.env.trajectories import IGNORED_LIMIT, PATCH_LIMIT
 from tests.contract.env_kit import TEST_SH, done_and_graded, exercise, first_task, harbor_task, needs_bwrap, write
 
 pytestmark = [pytest.mark.anyio, needs_bwrap]
@@ -58,6 +59,20 @@ ORDINARY = {
     "a link for a file": Case("ln -sf state.txt f", "test -L f", {"f": b"f\n"}),
     "an empty file": Case("touch empty", "test -e empty"),
     "the same size and time": Case("printf B > w.txt && touch -r state.txt w.txt", "grep B w.txt", {"w.txt": b"a"}),
+    "a file that nobody may read": Case(
+        "chmod 0 w.txt; echo B >d; chmod 0 d", "grep B d && grep w w.txt", {"w.txt": b"w"}
+    ),
+    "a directory that nobody may enter": Case("mkdir -p d/e && echo B > d/e/f && chmod 0 d/e d", "grep B d/e/f"),
+    "a work tree that nobody may enter": Case("echo B > d && chmod 0 .", "grep B d"),
+    "links that lead nowhere": Case("ln -s b a; ln -s a b; ln -s . c; ln -s /etc/shadow d", "test -L a -a -L d"),
+    "a deep tree": Case(
+        "python3 -c \"import os; [(os.mkdir('d'), os.chdir('d')) for _ in range(2500)]\"; echo B > d/f", "grep B d/f"
+    ),
+    "a process that goes on": Case(
+        "(setsid sh -c 'while :; do echo > t; mv t u; touch went; rm u; done' >/dev/null 2>&1 &);"
+        "until [ -e went ]; do sleep 0.01; done",
+        "test -e went",
+    ),
     "a list of ignored files that nobody may read": Case("chmod 0 .git/info/exclude && echo B > b", "grep B b"),
     "binary": Case("printf '\\0\\377' > b", "test $(wc -c < b) = 2", {"b": b"\0\1\2"}),
     "odd names": Case(
@@ -84,13 +99,55 @@ def _prepare(work_tree: Path, case: Case) -> None:
     subprocess.run(case.before, shell=True, cwd=work_tree, check=True)
 
 
-async def test_what_gitignore_keeps_out_of_the_agents_files_is_not_in_the_patch(tmp_path: Path) -> None:
-    write(harbor_task(tmp_path) / "environment" / "repo", {".gitignore": "*.log\nbuild/\n"})
-    tasks = f"mkdir -p build/dep && echo x > a.log && (cd build/dep && echo x > x && {REPOSITORY})"
-    agents = "mkdir target && echo '*' > target/.gitignore; echo notes >> .git/info/exclude; touch target/x notes"
-    trajectory, reward = await done_and_graded(first_task(f"harbor:{tmp_path}"), f"{tasks} && {agents}; {FIX}")
+CACHES = ("__pycache__/a.pyc", "node_modules/a/a.js", ".venv/a", ".pytest_cache/a", "b.pyc")
+
+
+async def test_of_what_is_ignored_small_products_are_in_the_patch_and_neither_caches_nor_large_ones(
+    tmp_path: Path,
+) -> None:
+    ignored = "dist/\npage\nbuild/\nnode_modules\n__pycache__/\n.venv\n.pytest_cache\n*.pyc\n"
+    test = "#!/bin/sh\nfind . -type f | sort | xargs cat; echo 1 > /logs/verifier/reward.txt\n"
+    repo = harbor_task(tmp_path, files={"tests/test.sh": test}) / "environment" / "repo"
+    write(repo, {".gitignore": ignored, "state.txt": ""})
+    caches = "; ".join(f"mkdir -p $(dirname {path}) && echo cache > {path}" for path in CACHES)
+    large = f"mkdir build && head -c {IGNORED_LIMIT} /dev/zero > build/x && echo B > build/y"
+    small = "echo notes >> .git/info/exclude; mkdir -p dist/in; echo 1 > dist/in/x; echo 2 > page; echo 3 > notes"
+    nested = "cd dist && git init -q . && cd .."
+    trajectory, reward = await done_and_graded(
+        first_task(f"harbor:{tmp_path}"), f"{caches}; {large}; {small}; {nested}"
+    )
+    assert reward.evidence == f"{ignored}1\n3\n2\n"
+    assert "left out of the patch: build/ (2" in trajectory.detail
+    assert trajectory.patch.count(b"diff --git") == 3
+
+
+async def test_what_is_ignored_takes_no_room_from_the_rest_of_the_patch(tmp_path: Path) -> None:
+    write(harbor_task(tmp_path) / "environment" / "repo", {".gitignore": "*.o\n"})
+    random = "head -c {} /dev/urandom"
+    makes = f"for i in 1 2 3 4; do {random.format(IGNORED_LIMIT // 2)} > $i.o; done; {random.format(300_000)} > new"
+    trajectory, reward = await done_and_graded(first_task(f"harbor:{tmp_path}"), f"{FIX}; {makes}")
     assert (trajectory.outcome, reward.score) == ("submitted", 1.0), trajectory.detail
-    assert trajectory.patch.count(b"diff --git") == 1
+    assert trajectory.patch.count(b"diff --git") == 2
+    assert "all that is ignored" in trajectory.detail
+
+
+FIFO = "rm -f {0}; mkfifo {0}"
+SPECIAL = {
+    "a FIFO": (FIFO.format("f"), "! test -e f"),
+    "a FIFO for a file of the task": (FIFO.format("w.txt"), "! test -e w.txt"),
+    "a FIFO that git would read": (FIFO.format(".gitignore"), "! test -e .gitignore"),
+    "a socket": ("python3 -c \"import socket; socket.socket(1).bind('s')\"", "! test -e s"),
+}
+
+
+@pytest.mark.parametrize("case", SPECIAL)
+async def test_what_is_no_file_is_counted_and_ends_nothing(tmp_path: Path, case: str) -> None:
+    does, holds = SPECIAL[case]
+    test = TEST_SH.replace("grep -qx fixed", f"{holds} && grep -qx fixed")
+    write(harbor_task(tmp_path, files={"tests/test.sh": test}) / "environment" / "repo", {"w.txt": "w\n"})
+    trajectory, reward = await done_and_graded(first_task(f"harbor:{tmp_path}"), f"{FIX}; {does}")
+    assert (trajectory.outcome, reward.score) == ("submitted", 1.0), trajectory.detail
+    assert trajectory.detail == "left out of the patch: 1 that are neither files nor links"
 
 
 async def test_the_patch_needs_no_room_where_the_agent_works(tmp_path: Path) -> None:
@@ -98,6 +155,14 @@ async def test_the_patch_needs_no_room_where_the_agent_works(tmp_path: Path) -> 
     fill = "echo big >> .git/info/exclude; cat /dev/zero > big; cat /dev/zero > /tmp/big; true"
     trajectory, reward = await done_and_graded(first_task(f"harbor:{tmp_path}"), f"{FIX}; {fill}")
     assert (trajectory.outcome, reward.score) == ("submitted", 1.0), trajectory.detail
+
+
+async def test_a_file_that_is_graded_may_be_called_like_a_pattern(tmp_path: Path) -> None:
+    name = "add[1]*?\\.py"
+    path = exercise(tmp_path, solution=[name])
+    write(path, {name: "stub\n", "add_two_test.py": f"def test_add():\n    assert open({name!r}).read() == 'B\\n'\n"})
+    _, reward = await done_and_graded(first_task(f"polyglot:{tmp_path}"), f"echo B > {shlex.quote(name)}")
+    assert reward.score == 1.0, reward.evidence
 
 
 async def test_a_product_beside_the_files_that_are_graded_costs_nothing(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import shutil
 import socket
 import subprocess
 import tarfile
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import UserDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import anyio
@@ -270,6 +272,47 @@ def test_a_cancelled_command_is_stopped_and_the_sandbox_usable(
     play(kind, scenario)
 
 
+def test_what_commands_left_running_is_killed(kind: str) -> None:
+    long = own("sleep 986")
+    shy = f"trap '' TERM HUP INT; {long}; {long}"
+
+    left = f'nohup sh -c "{shy}" >/dev/null 2>&1 & (setsid sh -c "{shy}" &) ; (({long} &) &)'
+    count = f"for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline; echo; done 2>/dev/null | grep -c '^{long}'"
+
+    async def scenario(sandbox: Sandbox) -> None:
+        async def running(number: int) -> bool:
+            return int((await sandbox.exec(count, timeout_s=10)).stdout) == number
+
+        await sandbox.exec(left, timeout_s=10)
+        await until(lambda: running(3))
+        await sandbox.kill_leftovers()
+        assert await running(0)
+        await sandbox.kill_leftovers()
+
+    play(kind, scenario)
+
+
+def test_who_takes_over_finds_directories_empty_and_all_else_as_it_was(kind: str) -> None:
+    spec = SandboxSpec(env={"HERE": "x"}, writable=("/mine", "/also mine"))
+    beat = "until [ -e stop ]; do date +%s%N >beat; done; cat /mine/secret >found; cat found >done"
+
+    async def scenario(sandbox: Sandbox) -> None:
+        await sandbox.put({"kept": (b"kept", 0o640)}, "/work")
+        mess = (
+            f"cd '{sandbox.root}/also mine'; echo x > x; mkdir d; echo y > d/y; chmod 0 d .; cd '{sandbox.root}/work'; "
+        )
+        await sandbox.exec(f"{mess} ({beat.replace('/mine', f'{sandbox.root}/mine')}) >/dev/null 2>&1 &", timeout_s=10)
+        await sandbox.hand_over(["/mine", "/also mine"])
+        await sandbox.put({"secret": (b"42", 0o644)}, "/mine")
+        assert (await sandbox.exec("cat kept; echo $HERE; pwd", timeout_s=10)).stdout.decode().startswith("keptx\n")
+        assert (await sandbox.exec(f"ls -A '{sandbox.root}/also mine'; echo 1 >stop; sleep 9", timeout_s=0.5)).timed_out
+        assert await sandbox.read_file("/mine/secret", 10) == b"42"
+        await sandbox.exec("until [ -e done ]; do sleep 0.01; done", timeout_s=10)
+        assert (await sandbox.exec("cat found", timeout_s=10)).stdout == (b"" if kind == "bwrap" else b"42")
+
+    play(kind, scenario, spec)
+
+
 def test_commands_wait_for_each_other_with_a_deadline(kind: str) -> None:
     async def scenario(sandbox: Sandbox) -> None:
         first = asyncio.ensure_future(sandbox.exec("sleep 0.5; echo 1", timeout_s=10))
@@ -296,6 +339,27 @@ def test_files_go_in_and_come_out(kind: str) -> None:
             assert archive.getnames() == ["work/in/a.sh"]
         await sandbox.put_tar(relative, "/tmp/copy")
         assert await sandbox.read_file("/tmp/copy/work/in/a.sh", 100) == files["a.sh"][0]
+
+    play(kind, scenario)
+
+
+class Watched(UserDict[str, tuple[bytes, int]]):
+    """Files that know which thread walked through them."""
+
+    thread = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.thread = threading.get_ident()
+        return super().__iter__()
+
+
+def test_many_files_do_not_keep_the_event_loop(kind: str) -> None:
+    files = Watched({f"{n % 50}/{n}": (b"%d" % n, 0o644) for n in range(5000)})
+
+    async def scenario(sandbox: Sandbox) -> None:
+        await sandbox.put(files, "/work")
+        assert files.thread not in (0, threading.get_ident())
+        assert (await sandbox.exec("find . -type f | wc -l; cat 49/4999", timeout_s=10)).stdout == b"5000\n4999"
 
     play(kind, scenario)
 

@@ -189,6 +189,8 @@ async def test_an_agent_that_is_not_installed_says_how(probe: Path, monkeypatch:
         ("[needs]", '[outcome.log]\n"(" = "submitted"\n[needs]', r"outcome.log: '\('"),
         ("[needs]", '[outcome.exit]\n0 = "won"\n[needs]', "outcome.exit: 'won' is not one of"),
         ("[needs]", "[needs", "probe.toml"),
+        ("[needs]", "[check]\nown_log = " + "[" * 2000 + "\n[needs]", "not valid TOML"),
+        ("packages = []", 'kind = "npm"\npackages = ["@its/cli"]', "'@its/cli' is not NAME@VERSION"),
     ],
 )
 def test_a_wrong_description_names_file_and_key(tmp_path: Path, old: str, new: str, reason: str) -> None:

@@ -88,15 +88,6 @@ async def test_the_tests_find_an_empty_place_for_their_reward(tmp_path: Path) ->
     assert (reward.score, reward.evidence) == (1.0, "")
 
 
-async def test_a_patch_of_the_place_for_the_reward_counts_for_nothing(tmp_path: Path) -> None:
-    dockerfile = "FROM debian:bookworm-slim\nWORKDIR /logs\nCOPY repo/ /logs/\n"
-    harbor_task(tmp_path, files={"tests/test.sh": "#!/bin/sh\nexit 1\n", "environment/Dockerfile": dockerfile})
-    forged = b"diff --git a/verifier/reward.txt b/verifier/reward.txt\nnew file mode 100644\n--- /dev/null\n"
-    reward = await grade(first_task(f"harbor:{tmp_path}"), forged + b"+++ b/verifier/reward.txt\n@@ -0,0 +1 @@\n+1\n")
-    assert (reward.status, reward.error_class) == ("failed", "VerifierError")
-    assert "wrote neither" in reward.evidence
-
-
 async def test_a_verifier_that_never_ends_is_failed(tmp_path: Path) -> None:
     reward = await grade(with_test(tmp_path, SCRIPT + "sleep 100\n", timeout_s=0.5))
     assert (reward.status, reward.error_class) == ("failed", "VerifierError")

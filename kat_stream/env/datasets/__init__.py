@@ -5,6 +5,6 @@ Invariant: a Task record alone is enough; any process that can see the same data
 """
 
 from kat_stream.env.datasets.base import Dataset, Files, Spec
-from kat_stream.env.datasets.opening import GROUP, dataset_of, open_dataset
+from kat_stream.env.datasets.opening import GROUP, dataset_of, files_of, open_dataset
 
-__all__ = ["GROUP", "Dataset", "Files", "Spec", "dataset_of", "open_dataset"]
+__all__ = ["GROUP", "Dataset", "Files", "Spec", "dataset_of", "files_of", "open_dataset"]

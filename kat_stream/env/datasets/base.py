@@ -145,11 +145,14 @@ def read_tree(root: Path, *, without: frozenset[str] = frozenset()) -> dict[str,
 
 
 def read_text(path: Path) -> str:
-    """A regular file of UTF-8 text; TaskError if it is missing, cannot be read or holds something else."""
+    """A regular file of UTF-8 text without its byte-order mark, with Unix line ends.
+
+    TaskError if it is missing, cannot be read or holds something else.
+    """
     if not os.path.lexists(path):
         raise TaskError(f"{path}: missing")
     try:
-        return read_file(path)[0].decode("utf-8").replace("\r\n", "\n")
+        return read_file(path)[0].decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise TaskError(f"{path}: {error}") from error
 

@@ -54,7 +54,7 @@ def read_dockerfile(path: Path) -> Image:
 def _instructions(path: Path) -> Iterator[tuple[int, str, str]]:
     """(line number, INSTRUCTION, rest), continuations joined and comments left out."""
     start, parts = 0, []
-    for number, raw in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
+    for number, raw in enumerate(read_text(path).split("\n"), 1):
         line = raw.rstrip()
         if not line or line.lstrip().startswith("#"):
             continue

@@ -26,7 +26,7 @@ class Dockerignore:
     def __init__(self, dockerfile: Path) -> None:
         own = dockerfile.with_name(f"{dockerfile.name}.dockerignore")
         path = own if own.is_file() else dockerfile.with_name(".dockerignore")
-        lines = read_text(path).removeprefix("\ufeff").splitlines() if path.is_file() else []
+        lines = read_text(path).splitlines() if path.is_file() else []
         self._rules = [_rule(path, line.strip()) for line in lines if line.strip() and not line.startswith("#")]
 
     def leaves_out(self, path: str) -> bool:

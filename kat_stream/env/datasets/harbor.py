@@ -22,8 +22,8 @@ _DEFAULT_WORKDIR = "/app"
 _STORAGE_MB = 256
 _PIDS = 256
 _PAGE = 4096  # bytes; the least that a file takes in a sandbox
-# The verifier makes these empty before it puts the tests in.
-_CLEARED = ("/tests/", "/logs/verifier/")
+# The tests have these for themselves.
+_TESTS_OWN = ("/tests/", "/logs/")
 # A sandbox has them from the host, read-only.
 _SYSTEM = (
     *("/bin/", "/sbin/", "/lib/", "/lib64/", "/etc/", "/proc/", "/sys/", "/dev/", "/run/"),
@@ -146,7 +146,7 @@ def _image(path: Path, workdir: str) -> Image:
 
 def _check_workdir(workdir: str, path: Path) -> None:
     """TaskError for a directory in which no sandbox can have a work tree."""
-    if f"{workdir}/".startswith(_CLEARED):
+    if f"{workdir}/".startswith(_TESTS_OWN):
         raise TaskError(f"{path}: the work directory {workdir} is one that the tests have for themselves")
     if f"{workdir}/".startswith(_SYSTEM) or workdir in ("/", "/usr"):
         raise TaskError(f"{path}: the work directory {workdir} is one of the system's")

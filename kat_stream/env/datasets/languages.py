@@ -21,6 +21,8 @@ class Language:
     env: dict[str, str] = field(default_factory=dict)
     ignore: str = ""
     """Content of the work tree's .gitignore: what a test run leaves behind."""
+    held_back: str = ""
+    """What of a test file makes tests wait for those before them, as a pattern: it is taken out."""
     memory_mb: int = 512
     disk_mb: int = 64
     """Of the work tree and of /tmp each; what lies there counts as memory too."""
@@ -71,6 +73,15 @@ LANGUAGES: dict[str, Language] = {
         disk_mb=512,
         cpus=2.0,
         timeout_s=600.0,
+    ),
+    "javascript": Language(
+        command="node /work/node_modules/jest/bin/jest.js --ci",
+        # Node looks for packages in every directory above that of the exercise.
+        mounts={"/opt/node": "toolchain:node", "/work/node_modules": "toolchain:jest"},
+        env={"PATH": f"/opt/node:{_PATH}"},
+        held_back=r"\bx(?=(test|it|describe)\()",
+        memory_mb=2048,
+        cpus=2.0,
     ),
     "cpp": Language(
         command="cmake -S . -B /tmp/build -DEXERCISM_RUN_ALL_TESTS=1 && cmake --build /tmp/build",

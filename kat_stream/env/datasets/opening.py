@@ -1,19 +1,24 @@
 """From a spec or a Task record to an open dataset.
 
-Owns the cache of open datasets of this process. Invariant: one spec is opened once, so a generated family is generated
-once however many rollouts ask for its files.
+Owns the cache of open datasets of this process, and the thread that reads them. Invariant: one spec is opened once, so
+a generated family is generated once however many rollouts ask for its files.
 """
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Literal
 
-from kat_stream.env.datasets.base import Dataset, Spec
+from kat_stream.env.datasets.base import Dataset, Files, Spec
 from kat_stream.env.plugins import load
 from kat_stream.errors import TaskError
 from topics import Task
 
 GROUP = "kat_stream.datasets"
+# One: what a whole group asks for at once is opened and made once, and a slow disk is read in order.
+_READER = ThreadPoolExecutor(1, "kat-stream-datasets")
 
 
 @lru_cache(maxsize=16)
@@ -33,3 +38,14 @@ def dataset_of(task: Task) -> Dataset:
             f"{task.task_id}: environment.files {task.environment.files!r} is not `dataset-spec#{task.task_id}`"
         )
     return open_dataset(spec)
+
+
+async def files_of(task: Task, part: Literal["files", "tests", "solution"]) -> Files:
+    """One part of a task's files, read beside the event loop; TaskError, also for a malformed reference."""
+
+    def read() -> Files:
+        dataset = dataset_of(task)
+        found: Files = getattr(dataset, part)(task)
+        return found
+
+    return await asyncio.get_running_loop().run_in_executor(_READER, read)

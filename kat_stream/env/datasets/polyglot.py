@@ -7,7 +7,9 @@ an agent's work tree, and only changes of the exercise's solution files are grad
 from __future__ import annotations
 
 import posixpath
+import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,10 @@ from topics import Environment, Task, VerifierSpec
 _SPOILERS = frozenset({".meta", ".approaches", ".articles"})
 _INSTRUCTIONS = ("introduction.md", "instructions.md", "instructions.append.md")
 _AGENT_TIMEOUT_S = 900.0
-_PIDS = 256
+# A test of C++'s bank-account has 1,000 threads at once.
+_PIDS = 2048
+_MANIFEST, _REFERENCE_MANIFEST = "Cargo.toml", ".meta/Cargo-example.toml"
+_BOOST = {"/opt/boost": "toolchain:boost"}
 _PLAIN = 0o644
 _SCRIPT = 0o755
 
@@ -67,7 +72,7 @@ class PolyglotDataset:
         return usable(self.scan(), limit)
 
     def files(self, task: Task) -> Files:
-        tree = read_tree(self._path(task), without=_SPOILERS)
+        tree = {**read_tree(self._path(task), without=_SPOILERS), **self.tests(task)}
         ignore = LANGUAGES[task.metadata["language"]].ignore
         if ignore:
             tree.setdefault(".gitignore", (ignore.encode(), _PLAIN))
@@ -75,11 +80,17 @@ class PolyglotDataset:
 
     def tests(self, task: Task) -> Files:
         path = self._path(task)
-        return _tests(path, _lists(path))
+        tests = _tests(path, _lists(path))
+        held_back = LANGUAGES[task.metadata["language"]].held_back.encode()
+        if not held_back:
+            return tests
+        return {name: (re.sub(held_back, b"", content), mode) for name, (content, mode) in tests.items()}
 
     def solution(self, task: Task) -> Files:
         """`solve.sh` copies the reference files over the stubs."""
         path = self._path(task)
+        if crates := _crates(path / _REFERENCE_MANIFEST):
+            raise TaskError(f"{path}: the reference solution needs {crates}, and no sandbox has a network")
         files = {f"files/{target}": file for target, file in _solution(path).items()}
         solve = f'cp -R "$(dirname "$0")/files/." {shlex.quote(task.environment.workdir)}/\n'
         return {"solve.sh": (solve.encode(), _SCRIPT), **files}
@@ -100,13 +111,15 @@ class PolyglotDataset:
         read_tree(path, without=_SPOILERS)
         _tests(path, lists)
         _solution(path)
+        if crates := _crates(path / _MANIFEST):
+            raise TaskError(f"{path / _MANIFEST}: needs {crates}, and no sandbox has a network")
         reference = self._spec.reference(f"{name}/{path.name}")
         language = LANGUAGES[name]
         return Task(
             run="",
             task_id=f"{name}/{path.name}",
             dataset=self.name,
-            environment=_environment(language, reference, path.name),
+            environment=_environment(language, reference, path),
             instruction=_instruction(path, lists, language),
             verifier=VerifierSpec(
                 name="command",
@@ -120,24 +133,38 @@ class PolyglotDataset:
                     "timeout": "fail",
                 },
             ),
-            solution=reference,
+            solution="" if _crates(path / _REFERENCE_MANIFEST) else reference,
             agent_timeout_s=_AGENT_TIMEOUT_S,
             metadata={"language": name},
         )
 
 
-def _environment(language: Language, reference: str, name: str) -> Environment:
+def _environment(language: Language, reference: str, path: Path) -> Environment:
     # CMakeLists.txt of the C++ exercises takes the project's name from its directory.
     return Environment(
         files=reference,
-        workdir=f"/work/{name}",
+        workdir=f"/work/{path.name}",
         env=language.env,
         memory_mb=language.memory_mb,
         disk_mb=language.disk_mb,
         cpus=language.cpus,
         pids=_PIDS,
-        mounts=language.mounts,
+        mounts={**language.mounts, **(_BOOST if _needs_boost(path) else {})},
     )
+
+
+def _needs_boost(path: Path) -> bool:
+    project = path / "CMakeLists.txt"
+    return project.is_file() and "find_package(Boost" in read_text(project)
+
+
+def _crates(manifest: Path) -> str:
+    """The crates that a Cargo.toml depends on; empty if there are none, or no such file."""
+    if not manifest.is_file():
+        return ""
+    tables = tomllib.loads(read_text(manifest))
+    names = sorted({*tables.get("dependencies", {}), *tables.get("dev-dependencies", {})})
+    return f"the crates {', '.join(names)}" if names else ""
 
 
 def _lists(path: Path) -> _FileLists:
@@ -179,8 +206,8 @@ def _reference(path: Path) -> dict[str, str]:
         target = _target(example, free)
         free.remove(target)
         pairs[example] = target
-    if (path / ".meta" / "Cargo-example.toml").is_file():
-        pairs[".meta/Cargo-example.toml"] = "Cargo.toml"
+    if (path / _REFERENCE_MANIFEST).is_file():
+        pairs[_REFERENCE_MANIFEST] = _MANIFEST
     return pairs
 
 

@@ -7,6 +7,7 @@ never holds a path of the machine it was made on, so a worker elsewhere finds it
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,11 @@ from kat_stream.errors import TaskError
 
 PREFIX = "toolchain:"
 _ASK_TIMEOUT_S = 20.0
+# What the JavaScript exercises of the polyglot benchmark are tested with, by their package.json.
+_JEST = (
+    *("jest@29.7.0", "babel-jest@29.7.0", "@babel/core@7.25.2", "core-js@3.37.1"),
+    "@exercism/babel-preset-javascript@0.2.1",
+)
 
 
 def resolve(mounts: Mapping[str, str]) -> dict[str, str]:
@@ -62,6 +68,26 @@ def _rust() -> Path:
     return Path(_ask("rustc", "--print", "sysroot"))
 
 
+def _boost() -> Path:
+    """Where the system has it, and where CMake looks for it."""
+    return Path("/usr/include/boost")
+
+
+def _node() -> Path:
+    """The directory that holds `node`."""
+    program = shutil.which("node")
+    if program is None:
+        raise TaskError("tool chain: 'node' is not on this machine")
+    return Path(program).resolve().parent
+
+
+def _jest() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kat-stream" / "toolchains" / "jest"
+    if not (cache / "node_modules").is_dir():
+        raise TaskError(f"tool chain 'jest': run npm install --ignore-scripts --prefix {cache} {' '.join(_JEST)}")
+    return cache / "node_modules"
+
+
 def _ask(*command: str) -> str:
     if shutil.which(command[0]) is None:
         raise TaskError(f"tool chain: {command[0]!r} is not on this machine")
@@ -72,4 +98,12 @@ def _ask(*command: str) -> str:
     return done.stdout.strip()
 
 
-_FINDERS: dict[str, Callable[[], Path]] = {"python": _python, "pytest": _pytest, "go": _go, "rust": _rust}
+_FINDERS: dict[str, Callable[[], Path]] = {
+    "python": _python,
+    "pytest": _pytest,
+    "go": _go,
+    "rust": _rust,
+    "boost": _boost,
+    "node": _node,
+    "jest": _jest,
+}

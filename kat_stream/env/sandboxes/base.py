@@ -118,6 +118,17 @@ class Sandbox(Protocol):
     async def read_file(self, path: str, limit_bytes: int) -> bytes:
         """One regular file; FileNotFoundError when it is not there, SandboxError when above the limit or not a file."""
 
+    async def kill_leftovers(self) -> None:
+        """Kill whatever earlier commands have left running."""
+
+    async def hand_over(self, directories: Sequence[str]) -> None:
+        """Work for somebody else from now on, once: later commands find these directories of the spec empty.
+
+        What runs already goes on, and neither sees nor reaches what is in them from now on, nor what later commands
+        read and write through their pipes, where the back end isolates. SandboxError if the sandbox, as it was left,
+        does not allow it.
+        """
+
     async def listen(self, port: int = GATEWAY_PORT) -> socket.socket:
         """A listening TCP socket of this process, at which the sandbox finds `base_url(port)`; not blocking."""
 

@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from kat_stream.env.sandboxes.apart import Entry, memory_file
 from kat_stream.env.sandboxes.base import ENVIRONMENT, SandboxSpec
-from kat_stream.env.sandboxes.bwrap_sandbox import INSIDE, BwrapSandbox, Parts
+from kat_stream.env.sandboxes.bwrap_sandbox import INSIDE, BwrapSandbox, Parts, make, remove
 from kat_stream.env.sandboxes.cgroups import Cgroup, Hierarchy
 from kat_stream.env.sandboxes.owners import is_orphan, new_name
 from kat_stream.env.sandboxes.seccomp import filter_program
@@ -34,11 +35,11 @@ from kat_stream.env.sandboxes.stage import (
     system_directory,
     system_links,
 )
-from kat_stream.errors import DeadlineExceeded, SandboxDied, SandboxError, SandboxUnavailable
+from kat_stream.errors import SandboxError, SandboxUnavailable
 
 _log = logging.getLogger(__name__)
 
-_CREATE_DEADLINE_S = 10.0
+_PROBE_DEADLINE_S = 10.0
 _CONCURRENT_STARTS = 4  # more only queue for the CPU: research/sandboxes.md 5
 _OPEN_FILES = 1024
 _BLOCK = 512  # bytes; the unit of `ulimit -f`
@@ -79,7 +80,7 @@ class BwrapBackend:
         command = ["bwrap", *_ISOLATION, "--ro-bind", "/usr", "/usr", *links, "--proc", "/proc", "/usr/bin/true"]
         user = {"user": SANDBOX_UID, "group": SANDBOX_UID, "extra_groups": []} if root else {}
         try:
-            done = subprocess.run(command, capture_output=True, timeout=_CREATE_DEADLINE_S, cwd="/", **user)  # type: ignore[call-overload]
+            done = subprocess.run(command, capture_output=True, timeout=_PROBE_DEADLINE_S, cwd="/", **user)  # type: ignore[call-overload]
         except (OSError, subprocess.TimeoutExpired) as error:
             return str(error)
         return "" if done.returncode == 0 else done.stderr.decode(errors="replace").strip()
@@ -120,7 +121,7 @@ class BwrapBackend:
         for name in orphans:
             if self._hierarchy is not None:
                 await self._hierarchy.open(name).empty_and_remove()
-            shutil.rmtree(self._runs / name, ignore_errors=True)
+            remove(self._runs / name)
         if orphans:
             _log.warning("removed %d sandboxes of dead owners", len(orphans))
         return len(orphans)
@@ -134,25 +135,27 @@ class BwrapBackend:
 
     def _make_directory(self, name: str) -> Path:
         directory = self._runs / name
-        directory.mkdir(mode=0o700)
+        make(directory)
         if self._root:
             os.chown(directory, self._uid, self._gid)
         return directory
 
     async def _start(self, name: str, directory: Path, spec: SandboxSpec, owner: str) -> BwrapSandbox:
         group = self._make_group(name, spec)
+        prelude = _prelude(spec, group)
         try:
-            process, info = self._spawn(name, spec, group)
+            process, info = self._spawn(name, spec, prelude)
         except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
             if group is not None:
                 await group.empty_and_remove()
             raise
         server = ShellServer(process, directory, INSIDE)
-        parts = Parts(process, server, directory, group, self._root, self._alive.discard)
+        entry = Entry(self._uid, self._gid, prelude, self._filter)
+        parts = Parts(process, server, directory, group, entry, self._root, self._alive.discard)
         sandbox = BwrapSandbox(name, spec, owner, parts)
         self._alive.add(sandbox)
         try:
-            await self._greet(server, spec)
+            await sandbox.greet(server)
             sandbox.adopt(_child_of(info))
         except BaseException:  # also when cancelled: nothing stays behind, and it is raised again
             await sandbox.destroy()
@@ -160,22 +163,6 @@ class BwrapBackend:
         finally:
             os.close(info)
         return sandbox
-
-    async def _greet(self, server: ShellServer, spec: SandboxSpec) -> None:
-        """Wait until the shell answers; without cgroups it first limits its own processes."""
-        # -u in bash, -p in dash.
-        processes = f"ulimit -u {spec.pids + 1} 2>/dev/null || ulimit -p {spec.pids + 1}"
-        limits = ":" if self._hierarchy is not None else processes
-        answer = server.ask(limits)
-        await asyncio.wait({answer}, timeout=_CREATE_DEADLINE_S)
-        if not answer.done():
-            raise DeadlineExceeded(f"start of a sandbox {server.noise}".strip(), _CREATE_DEADLINE_S)
-        try:
-            code = answer.result()
-        except SandboxDied as error:
-            raise SandboxUnavailable(f"bwrap: {server.noise or error}") from None
-        if code != 0:
-            raise SandboxUnavailable(f"cannot limit the sandbox: {server.noise}")
 
     def _make_group(self, name: str, spec: SandboxSpec) -> Cgroup | None:
         if self._hierarchy is None:
@@ -186,17 +173,17 @@ class BwrapBackend:
         except OSError as error:
             raise SandboxUnavailable(f"cgroup: {error}") from error
 
-    def _spawn(self, name: str, spec: SandboxSpec, group: Cgroup | None) -> tuple[subprocess.Popen[bytes], int]:
+    def _spawn(self, name: str, spec: SandboxSpec, prelude: str) -> tuple[subprocess.Popen[bytes], int]:
         stage = self._stages.get(spec.mounts) if self._root else host_stage(self._etc, self._runs, spec.mounts)
         with ExitStack() as kept, ExitStack() as passed_on:
             info, info_inside = os.pipe()
             kept.callback(os.close, info)
             passed_on.callback(os.close, info_inside)
-            filters = _memory_file(self._filter, passed_on)
+            filters = memory_file(self._filter, passed_on)
             options = [*bwrap_options(stage, name, spec), "--seccomp", str(filters), "--info-fd", str(info_inside)]
-            arguments = _memory_file("\0".join(options).encode(errors="surrogateescape"), passed_on)
+            arguments = memory_file("\0".join(options).encode(errors="surrogateescape"), passed_on)
             process = subprocess.Popen(
-                ["/bin/sh", "-c", self._launch_script(stage, spec, group, arguments)],
+                ["/bin/sh", "-c", f"{prelude}\nexec {self._enter(stage)}bwrap --args {arguments} -- {SHELL}"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -209,17 +196,20 @@ class BwrapBackend:
             kept.pop_all()
         return process, info
 
-    def _launch_script(self, stage: Stage, spec: SandboxSpec, group: Cgroup | None, arguments: int) -> str:
-        """Join the cgroups, set the rlimits, enter the stage, drop to the sandbox's user, become bwrap."""
-        joins = [] if group is None else [f"echo 0 >{shlex.quote(str(file))} || exit 70" for file in group.join_files]
-        limits = [f"ulimit -n {_OPEN_FILES}", "ulimit -c 0", f"ulimit -f {(spec.disk_mb << 20) // _BLOCK}"]
-        if group is None:
-            limits.append(f"ulimit -d {spec.memory_mb << 10}")
-        enter = ""
-        if stage.namespace is not None:
-            enter = f"nsenter --mount={stage.namespace} --setuid {self._uid} --setgid {self._gid} "
-        path = f"PATH={ENVIRONMENT['PATH']}; export PATH"
-        return "\n".join([*joins, *limits, path, f"exec {enter}bwrap --args {arguments} -- {SHELL}"])
+    def _enter(self, stage: Stage) -> str:
+        """What goes before bwrap: into the stage, as the sandbox's user; nothing where there is no such stage."""
+        if stage.namespace is None:
+            return ""
+        return f"nsenter --mount={stage.namespace} --setuid {self._uid} --setgid {self._gid} "
+
+
+def _prelude(spec: SandboxSpec, group: Cgroup | None) -> str:
+    """Script that makes a process one of the sandbox: in its cgroups, below its rlimits."""
+    joins = [] if group is None else [f"echo 0 >{shlex.quote(str(file))} || exit 70" for file in group.join_files]
+    limits = [f"ulimit -n {_OPEN_FILES}", "ulimit -c 0", f"ulimit -f {(spec.disk_mb << 20) // _BLOCK}"]
+    if group is None:
+        limits.append(f"ulimit -d {spec.memory_mb << 10}")
+    return "\n".join([*joins, *limits, f"PATH={ENVIRONMENT['PATH']}; export PATH"])
 
 
 def bwrap_options(stage: Stage, name: str, spec: SandboxSpec) -> list[str]:
@@ -265,15 +255,6 @@ def _system_inside(directory: str) -> list[str]:
     if directory != "/usr":
         return []
     return [word for path in sorted(Path("/usr").iterdir()) for word in ("--ro-bind", str(path), str(path))]
-
-
-def _memory_file(content: bytes, owner: ExitStack) -> int:
-    """Anonymous file at offset 0; every sandbox gets its own, since processes share the offset of an inherited one."""
-    descriptor = os.memfd_create("kat-stream", os.MFD_CLOEXEC)
-    owner.callback(os.close, descriptor)
-    os.write(descriptor, content)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
 
 
 def _child_of(info: int) -> int:

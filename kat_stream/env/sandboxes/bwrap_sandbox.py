@@ -8,8 +8,8 @@ nothing else; `destroy` gives back everything.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from kat_stream.env.sandboxes.apart import Entry, start_apart
 from kat_stream.env.sandboxes.base import (
     GATEWAY_PORT,
     OUTPUT_LIMIT,
@@ -34,12 +35,13 @@ from kat_stream.env.sandboxes.life import Life
 from kat_stream.env.sandboxes.netns import listen_as_root, listen_as_user
 from kat_stream.env.sandboxes.processes import descendants, ended, first_of, kill_all
 from kat_stream.env.sandboxes.shell import Exchange, ShellServer
-from kat_stream.errors import DeadlineExceeded, SandboxError
+from kat_stream.errors import DeadlineExceeded, SandboxDied, SandboxError, SandboxUnavailable
 from kat_stream.whole import whole
 
 INSIDE = "/run/kat-stream"
 """Where a sandbox sees its own directory of pipes."""
 
+_START_DEADLINE_S = 10.0
 _STOP_DEADLINE_S = 3.0
 _ROUND_S = 0.002
 _END_DEADLINE_S = 30.0
@@ -54,6 +56,7 @@ class Parts:
     server: ShellServer
     directory: Path
     group: Cgroup | None
+    entry: Entry
     root: bool
     forget: Callable[[BwrapSandbox], None]
 
@@ -69,13 +72,28 @@ class BwrapSandbox(FileTransfer, Life):
         self.peak_memory_bytes = 0
         """Of everything inside together, known once it was destroyed; 0 without cgroups."""
         self._parts, self._server = parts, parts.server
+        self._apart: subprocess.Popen[bytes] | None = None
         self._child = 0
         self._child_handle = -1
         self._listeners: list[socket.socket] = []
-        self._names = itertools.count()
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(spec.wall_s, self._kill, f"its wall time of {spec.wall_s:g} s is over")
         self._reaping: asyncio.TimerHandle | None = None
+
+    async def greet(self, server: ShellServer) -> None:
+        """Wait until a shell answers; without cgroups it first limits its own processes."""
+        # -u in bash, -p in dash.
+        processes = f"ulimit -u {self.spec.pids + 1} 2>/dev/null || ulimit -p {self.spec.pids + 1}"
+        answer = server.ask(":" if self._parts.group is not None else processes)
+        await asyncio.wait({answer}, timeout=_START_DEADLINE_S)
+        if not answer.done():
+            raise DeadlineExceeded(f"start of a sandbox {server.noise}".strip(), _START_DEADLINE_S)
+        try:
+            code = answer.result()
+        except SandboxDied as error:
+            raise SandboxUnavailable(f"bwrap: {server.noise or error}") from None
+        if code != 0:
+            raise SandboxUnavailable(f"cannot limit the sandbox: {server.noise}")
 
     def adopt(self, pid: int) -> None:
         """Take hold of process 1, by a handle that no other process can get the number of."""
@@ -92,11 +110,24 @@ class BwrapSandbox(FileTransfer, Life):
         output_limit: int = OUTPUT_LIMIT,
     ) -> ExecResult:
         check_variables(env or {})
-        name = str(next(self._names))
+        name = _new_name()
         async with self._alone(timeout_s):
             script = self._server.program(name, command, env or {})
             exchange = Exchange(name, script, stdin, merge_stderr, output_limit)
             return await self._run(exchange, timeout_s, asyncio.Event())
+
+    async def hand_over(self, directories: Sequence[str]) -> None:
+        async with self._alone(_START_DEADLINE_S):
+            assert self._apart is None, "once a sandbox"
+            parts = self._parts
+            self._apart = start_apart(parts.entry, self._child, self.spec, directories)
+            self._server = ShellServer(self._apart, parts.directory, INSIDE)
+            await self.greet(self._server)
+
+    async def kill_leftovers(self) -> None:
+        async with self._alone(_STOP_DEADLINE_S):
+            own = {self._child} if self._apart is None else {self._child, *_tree(self._apart.pid)}
+            await whole(self._stop(None, own))
 
     async def listen(self, port: int = GATEWAY_PORT) -> socket.socket:
         if self.spec.network != "gateway":
@@ -113,7 +144,7 @@ class BwrapSandbox(FileTransfer, Life):
         return f"http://127.0.0.1:{port}"
 
     async def _transfer(self, command: Sequence[str], *, timeout_s: float, stdin: bytes, limit: int) -> ExecResult:
-        name = str(next(self._names))
+        name = _new_name()
         async with self._alone(timeout_s):
             full = asyncio.Event()
             script = self._server.program(name, command, {})
@@ -146,23 +177,25 @@ class BwrapSandbox(FileTransfer, Life):
     def _reap(self) -> None:
         """Between commands the shell waits for nobody; daemons go on, and somebody has to collect what they leave."""
         self._reaping = None
-        # While a command runs the shell reaps as it waits for it, and the command's end comes back to this.
-        if self._server.died_of or self._one.locked():
+        # While a command of its own runs the shell reaps as it waits for it, and the command's end comes back to this.
+        if self._server.died_of or (self._one.locked() and self._apart is None):
             return
-        self._server.reap()
+        self._parts.server.reap()
         if self._members() - {self._child, self._parts.process.pid}:
             self._reap_later()
 
     def _members(self) -> set[int]:
         """Host process ids of what runs inside now."""
         group = self._parts.group
-        return (group.processes() if group is not None else descendants(self._child)) | {self._child}
+        if group is not None:
+            return group.processes() | {self._child}
+        return _tree(self._child) | (_tree(self._apart.pid) if self._apart is not None else set())
 
-    async def _stop(self, answer: asyncio.Future[int], spared: set[int]) -> None:
+    async def _stop(self, answer: asyncio.Future[int] | None, spared: set[int]) -> None:
         """Kill what was born since `spared` was taken; the whole sandbox if that does not end the command."""
         end = time.monotonic() + _STOP_DEADLINE_S
         spared = spared | {self._parts.process.pid}
-        while await self._kill_newer(spared) or not answer.done():
+        while await self._kill_newer(spared) or not (answer is None or answer.done()):
             if time.monotonic() > end:
                 self._kill("a command could not be stopped")
                 return
@@ -184,6 +217,7 @@ class BwrapSandbox(FileTransfer, Life):
     def _kill(self, reason: str) -> None:
         """End everything inside at once; process 1 takes all others with it."""
         self._server.close(reason)
+        self._parts.server.close(reason)
         handle = self._child_handle
         with suppress(ProcessLookupError):
             if handle >= 0:
@@ -199,17 +233,39 @@ class BwrapSandbox(FileTransfer, Life):
         self._kill("it was destroyed")
         for listener in self._listeners:
             listener.close()
-        gone = await ended(parts.process, _END_DEADLINE_S)
+        started = [parts.process] if self._apart is None else [parts.process, self._apart]
+        gone = all([await ended(process, _END_DEADLINE_S) for process in started])
         if parts.group is not None:
             self.peak_memory_bytes = parts.group.peak_memory_bytes()
             gone = await parts.group.empty_and_remove() and gone
-        shutil.rmtree(parts.directory, ignore_errors=True)
-        assert parts.process.stdin is not None and parts.process.stdout is not None
-        parts.process.stdin.close()
-        parts.process.stdout.close()
+        remove(parts.directory)
+        for process in started:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.close()
+            process.stdout.close()
         if self._child_handle >= 0:
             os.close(self._child_handle)
             self._child_handle = -1
         parts.forget(self)
         if not gone:
             raise DeadlineExceeded(f"end of sandbox {self.id}", _END_DEADLINE_S)
+
+
+def make(directory: Path) -> None:
+    """A directory of pipes whose names nobody can list inside: to write into one that is not its own takes a guess."""
+    directory.mkdir(mode=0o300)
+
+
+def remove(directory: Path) -> None:
+    """Remove such a directory, as far as it is there."""
+    with suppress(OSError):
+        directory.chmod(0o700)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _new_name() -> str:
+    return secrets.token_hex(8)
+
+
+def _tree(pid: int) -> set[int]:
+    return descendants(pid) | {pid}

@@ -19,6 +19,7 @@ PARENT = "kat-stream"
 _V1 = ("memory", "pids", "cpu", "freezer")
 _V2 = ("memory", "pids", "cpu")
 _PERIOD_US = 100_000
+_LEAST_QUOTA_US = 1_000  # the kernel refuses less
 _POLL_S = 0.001
 
 
@@ -146,7 +147,7 @@ class Cgroup:
 
 def limits(version: int, *, memory_mb: int, pids: int, cpus: float) -> list[tuple[str, str]]:
     """Files and values; the order matters: v1 wants memory before memory+swap."""
-    memory, quota = str(memory_mb << 20), int(cpus * _PERIOD_US)
+    memory, quota = str(memory_mb << 20), max(int(cpus * _PERIOD_US), _LEAST_QUOTA_US)
     if version == 1:
         names = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes")
         cpu = [("cpu.cfs_period_us", str(_PERIOD_US)), ("cpu.cfs_quota_us", str(quota))]

@@ -6,7 +6,7 @@ device or `..` made inside can lead it anywhere; what comes back is bytes, and b
 
 from __future__ import annotations
 
-import io
+import asyncio
 import shlex
 import tarfile
 from abc import ABC, abstractmethod
@@ -24,16 +24,19 @@ _NOT_THERE, _NOT_A_FILE = 44, 45  # exit codes that cat and tar do not use
 
 
 def pack(files: Mapping[str, tuple[bytes, int]]) -> bytes:
-    """{relative path: (content, mode)} as a tar archive; SandboxError for a path that leads out of its directory."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for path, (content, mode) in files.items():
-            if path.startswith("/") or ".." in PurePosixPath(path).parts:
-                raise SandboxError(f"path {path!r} leads out of the directory")
-            entry = tarfile.TarInfo(path)
-            entry.size, entry.mode, entry.mtime = len(content), mode, _MTIME
-            archive.addfile(entry, io.BytesIO(content))
-    return buffer.getvalue()
+    """{relative path: (content, mode)} as a tar archive; SandboxError for a path that leads out of its directory.
+
+    Blocks for some 30 us a file: not for the event loop where there may be thousands.
+    """
+    parts: list[bytes] = []
+    for path, (content, mode) in files.items():
+        if path.startswith("/") or ".." in path.split("/"):
+            raise SandboxError(f"path {path!r} leads out of the directory")
+        entry = tarfile.TarInfo(path)
+        entry.size, entry.mode, entry.mtime = len(content), mode, _MTIME
+        head = entry.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+        parts += (head, content, bytes(-len(content) % tarfile.BLOCKSIZE))
+    return b"".join((*parts, bytes(2 * tarfile.BLOCKSIZE)))
 
 
 class FileTransfer(ABC):
@@ -47,7 +50,7 @@ class FileTransfer(ABC):
         """Run a command of ours, and stop it as soon as it has written more than `limit` bytes."""
 
     async def put(self, files: Mapping[str, tuple[bytes, int]], directory: str) -> None:
-        await self.put_tar(pack(files), directory)
+        await self.put_tar(await asyncio.to_thread(pack, files), directory)
 
     async def put_tar(self, tar: bytes, directory: str) -> None:
         script = '[ -d "$1" ] || mkdir -p -- "$1" && exec tar -x -p --no-same-owner --no-unquote -f - -C "$1"'

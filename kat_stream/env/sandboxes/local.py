@@ -44,6 +44,11 @@ _log = logging.getLogger(__name__)
 _SANDBOX, _COMMAND = "KAT_STREAM_SANDBOX", "KAT_STREAM_COMMAND"
 _STOP_DEADLINE_S = 3.0
 _ROUND_S = 0.005
+# An agent that worked here may have left links, and directories without any permission.
+_EMPTY = (
+    'for place in "$@"; do '
+    '[ -L "$place" ] || chmod -R u+rwx -- "$place"; rm -rf -- "$place" && mkdir -p -- "$place" || exit 1; done'
+)
 _ARGUMENT_LIMIT = 100_000  # characters
 _BLOCK = 512  # bytes; the unit of `ulimit -f`
 
@@ -147,6 +152,16 @@ class LocalSandbox(FileTransfer, Life):
         script_of(command, env or {})
         async with self._alone(timeout_s):
             return await self._run(_Request(command, stdin, env or {}, merge_stderr, output_limit), timeout_s)
+
+    async def kill_leftovers(self) -> None:
+        async with self._alone(_STOP_DEADLINE_S):
+            if not await _kill_until_gone(lambda: marked(f"{_SANDBOX}={self.id}")):
+                self._kill("what commands left running could not be stopped")
+
+    async def hand_over(self, directories: Sequence[str]) -> None:
+        done = await self._script(_EMPTY, directories, limit=OUTPUT_LIMIT)
+        if done.exit_code != 0:
+            raise SandboxError(f"cannot empty {', '.join(directories)}: {done.stderr.decode(errors='replace')[-500:]}")
 
     async def listen(self, port: int = GATEWAY_PORT) -> socket.socket:
         if self.spec.network != "gateway":

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
+from kat_stream import toml
 from kat_stream.errors import ConfigError
 from topics.trajectory import Outcome
 
@@ -25,6 +26,10 @@ class Install(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     packages: tuple[str, ...]
     kind: Literal["python", "npm"] = "python"
     node: str = ""
+
+    def __post_init__(self) -> None:
+        if wrong := [package for package in self.packages if self.kind == "npm" and package.rfind("@") < 1]:
+            raise ValueError(f"{wrong[0]!r} is not NAME@VERSION")
 
 
 class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,8 +97,8 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def read_description(path: Path, version: str = "") -> Description:
     """Read and check an agent's TOML file; ConfigError names the file and the key. `version` replaces its own."""
     try:
-        description = msgspec.toml.decode(path.read_bytes(), type=Description)
-    except (OSError, msgspec.DecodeError) as error:
+        description = msgspec.convert(toml.read(path), Description)
+    except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {error}") from error
     ending = description.outcome
     for key in ("values", "log", "exit"):

@@ -5,7 +5,7 @@ Invariant: what the oracle changes goes the same way as an agent's work (patch, 
 
 from __future__ import annotations
 
-from kat_stream.env.datasets import dataset_of
+from kat_stream.env.datasets import files_of
 from kat_stream.env.sandboxes.base import Sandbox
 from kat_stream.env.scaffolds.base import Limits, Needs, ScaffoldResult, SessionEndpoint, log_tail
 from kat_stream.errors import TaskError
@@ -21,7 +21,7 @@ class OracleScaffold:
         return Needs(session=False)
 
     async def run(self, task: Task, session: SessionEndpoint, sandbox: Sandbox, limits: Limits) -> ScaffoldResult:
-        files = dataset_of(task).solution(task)
+        files = await files_of(task, "solution")
         if "solve.sh" not in files:
             raise TaskError(f"{task.task_id}: no reference solution (solution/solve.sh)")
         await sandbox.put(files, "/solution")

@@ -1,9 +1,9 @@
 """Grades as Harbor and Terminal-Bench 2 do: /tests/test.sh is run, the score is what it wrote to /logs/verifier.
 
 Owns the reading of reward.txt (one number) and reward.json (named numbers). Invariants: no reward file, or one that is
-no finite number, is a VerifierError; when the tests begin /tests holds the tests and /logs/verifier nothing, whatever
-an agent left there. Where the grading happens in place the agent's processes live on, for a task may be about a server
-that has to run: one that writes a reward file after the tests did is not found out. Source: research/benchmarks.md 2.
+no finite number, is a VerifierError; /tests and /logs are the tests' own (Grader): what an agent left running, for a
+task may be about a server that has to run, sees neither. What the tests themselves run of its work is for them to
+mistrust. Source: research/benchmarks.md 2.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 from kat_stream.env.datasets import Files
 from kat_stream.env.sandboxes.base import Sandbox
 from kat_stream.env.verifiers.base import Verdict, tail
-from kat_stream.errors import SandboxError, VerifierError
+from kat_stream.errors import VerifierError
 from topics import Task
 
 _OUTPUT_LIMIT = 1 << 18
@@ -24,29 +24,15 @@ _REWARD_LIMIT = 1 << 16
 # reward.txt goes first, as in Harbor; the last line says which of the two it was.
 _READ = "cd {0}/logs/verifier && for f in reward.txt reward.json; do test -f $f && echo $f && exec cat $f; done; exit 1"
 _RUN = "mkdir -p {0}/logs/verifier && chmod +x {0}/tests/test.sh && exec {0}/tests/test.sh"
-# An agent that worked here may have left files, links and directories without any permission.
-_CLEAR = """set -e
-cd {0}/
-for place in tests logs logs/verifier; do
-    if [ -L $place ] || [ ! -d $place ]; then rm -f $place; mkdir $place; fi
-    chmod u+rwx $place
-done
-chmod -R u+rwx tests logs/verifier
-find tests logs/verifier -mindepth 1 -delete
-"""
-_OURS = ("/tests/", "/logs/verifier/")
-_CLEAR_TIMEOUT_S = 30.0
 _READ_TIMEOUT_S = 10.0
 
 
 class HarborVerifier:
     name = "harbor"
-    version = "2"
+    version = "3"
 
     async def grade(self, task: Task, tests: Files, sandbox: Sandbox) -> Verdict:
         root = shlex.quote(sandbox.root)
-        if _agents(task):
-            await _clear(sandbox, root)
         await sandbox.put(tests, "/tests")
         script = _RUN.format(root)
         timeout_s = task.verifier.timeout_s
@@ -62,18 +48,6 @@ class HarborVerifier:
             )
         components = _rewards(task, read.stdout)
         return Verdict(_score(components), components, evidence)
-
-
-def _agents(task: Task) -> bool:
-    """Whether an agent may have written where the tests and their result go: in this sandbox, or by its patch."""
-    above = task.environment.workdir.rstrip("/")
-    return task.verifier.in_place or any(place.startswith(f"{above}/") for place in _OURS)
-
-
-async def _clear(sandbox: Sandbox, root: str) -> None:
-    done = await sandbox.exec(_CLEAR.format(root), timeout_s=_CLEAR_TIMEOUT_S, merge_stderr=True)
-    if done.exit_code != 0:
-        raise SandboxError(f"/tests and /logs/verifier cannot be cleared: {tail(done.stdout)}[exit {done.exit_code}]")
 
 
 def _rewards(task: Task, output: bytes) -> dict[str, float]:
