@@ -27,7 +27,7 @@ from kat_stream.errors import DataError, DecodeError
 from kat_stream.log.base import Delivered, Position
 from kat_stream.log.message import seal
 from kat_stream.log.outcome import Emit, Hold, Outcome
-from kat_stream.log.stages import run_transform
+from kat_stream.log.transform import run_transform
 from kat_stream.policy import max_positions
 from kat_stream.rl.group import GroupRules, pack_group
 from kat_stream.rl.incomplete import Listening, incomplete_batch

@@ -23,7 +23,7 @@ from kat_stream.log.base import Delivered
 from kat_stream.log.handling import MAX_ATTEMPTS
 from kat_stream.log.outcome import Emit, Outcome, Retry
 from kat_stream.log.retries import attempt_of
-from kat_stream.log.stages import run_work
+from kat_stream.log.work import run_work
 from kat_stream.sandboxing import open_backend
 from kat_stream.service import Context, wait_until
 from topics import LedgerEntry, Record, Reward, RolloutRequest, Trajectory

@@ -26,7 +26,7 @@ from kat_stream.engines.scoring import Floats, Manner, repeat_prefills, version_
 from kat_stream.errors import DataError, DeadlineExceeded, EngineError
 from kat_stream.log.base import Delivered
 from kat_stream.log.outcome import Emit, Outcome
-from kat_stream.log.stages import run_work
+from kat_stream.log.work import run_work
 from kat_stream.policy import vocabulary
 from kat_stream.rl.mcla import identical, reduce_gap, scaling, variances
 from kat_stream.rl.teachers import Family, Teachers

@@ -15,7 +15,7 @@ from kat_stream.errors import DeadlineExceeded, SandboxDied, SandboxUnavailable,
 from kat_stream.log.base import Delivered
 from kat_stream.log.outcome import Emit, Outcome, Retry
 from kat_stream.log.retries import attempt_of
-from kat_stream.log.stages import run_work
+from kat_stream.log.work import run_work
 from kat_stream.sandboxing import open_backend
 from kat_stream.service import Context
 from topics import Trajectory

@@ -40,6 +40,9 @@ SYNC_SECONDS = Histogram(
 )
 ADMITTED = Gauge("kat_groups_admitted", "Groups requested so far")
 DEATHS = Counter("kat_service_deaths_total", "Service processes that ended and were started again", ["member", "how"])
+DEAD_LETTERS = Counter(
+    "kat_dead_letters_total", "Messages that a stage could not use: dead letters written", ["stage", "topic", "error"]
+)
 LAG = Gauge("kat_lag_messages", "Messages a stage has still to finish", ["stage", "topic"])
 LAG_SECONDS = Gauge("kat_lag_seconds", "Age of the oldest message that a stage has not finished", ["stage", "topic"])
 LAG_READ = Gauge("kat_lag_read_timestamp_seconds", "When lag was last known, in seconds since 1970; 0: never here")

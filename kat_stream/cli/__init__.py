@@ -8,6 +8,7 @@ Invariant: a command imports what it needs inside its handler, so that `kat-stre
 
 from __future__ import annotations
 
+import os
 import sys
 
 from kat_stream.cli.main import main
@@ -16,5 +17,7 @@ __all__ = ["console", "main"]
 
 
 def console() -> None:
-    """Entry point of the `kat-stream` script."""
+    """Entry point of the `kat-stream` script. Output that is closed from the start (`>&-`) is thrown away."""
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     sys.exit(main())

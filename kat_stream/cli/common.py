@@ -129,7 +129,7 @@ def broker_log(args: argparse.Namespace, *, values: bool = False) -> Log:
     url = args.log or section.url
     if url.startswith("memory:"):
         raise ConfigError(
-            "the log is memory:, which lived and died inside the run's own process; this needs a run on Kafka, or "
+            "the log is memory:, which lives and dies inside the run's own process; this needs a run on Kafka, or "
             "--log kafka:HOST:PORT"
         )
     return open_log(url, security=section.security, blobs=_store(args) if values else "")

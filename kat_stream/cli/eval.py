@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from os import SEEK_END
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,26 +44,20 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--sandbox", default="", help="see: kat-stream sandboxes list (default: rollout.sandbox)")
     parser.add_argument("--concurrency", type=count, default=2, metavar="N", help="tasks at once (default: 2)")
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N tasks")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write [{task, reward, outcome, seconds}, ...]")
+    rows = "write [{task, reward, outcome, seconds}, ...], task by task: what is done is there if it is killed"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=rows)
     parser.add_argument("--config", type=Path, metavar="FILE", help="sampling, engine and sandbox settings")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting")
 
 
 def eval_(args: argparse.Namespace) -> int:
-    import json
-
     import anyio
 
     from kat_stream.config import load
 
     overrides = [*args.set, *([f"rollout.sandbox={args.sandbox}"] if args.sandbox else [])]
-    if args.json:
-        with writing(args.json):  # before an evaluation of hours, of which there would be no record
-            args.json.open("a").close()
-    results = anyio.run(_evaluate, args, load(args.config, overrides))
-    if args.json:
-        with writing(args.json):
-            args.json.write_text(json.dumps([result.as_row() for result in results], indent=1) + "\n")
+    rows = _Rows(args.json) if args.json else None
+    results = anyio.run(_evaluate, args, load(args.config, overrides), rows)
     print(closing(results))
     return 1 if any(result.reward is None for result in results) or not results else 0
 
@@ -75,9 +70,33 @@ def closing(results: Sequence[Result]) -> str:
     return f"mean reward {mean}, {solved} of {len(graded)} tasks solved, {len(results) - len(graded)} not graded"
 
 
-async def _evaluate(args: argparse.Namespace, config: Config) -> list[Result]:
+class _Rows:
+    """Results in a file as one JSON array, which is whole after each of them: an evaluation of hours may be killed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._count = path, 0
+        with writing(path):  # before hours of work, of which there would be no record
+            path.open("a").close()
+
+    def add(self, result: Result) -> None:
+        import json
+
+        row = f"\n {json.dumps(result.as_row())}\n]\n".encode()
+        with writing(self._path), self._path.open("r+b" if self._count else "wb") as file:
+            if self._count:
+                file.seek(-len(b"\n]\n"), SEEK_END)
+            file.write((b"," if self._count else b"[") + row)
+        self._count += 1
+
+
+async def _evaluate(args: argparse.Namespace, config: Config, rows: _Rows | None) -> list[Result]:
     from kat_stream.env.evaluation import evaluate
     from kat_stream.sandboxing import open_backend
+
+    def on_result(result: Result) -> None:
+        if rows is not None:
+            rows.add(result)
+        _print_result(result)
 
     async with _gateway(args, config) as (sessions, data_url):
         return await evaluate(
@@ -89,7 +108,7 @@ async def _evaluate(args: argparse.Namespace, config: Config) -> list[Result]:
             sampling=_sampling(config),
             limit=args.limit,
             concurrency=args.concurrency,
-            on_result=_print_result,
+            on_result=on_result,
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from kat_stream.cli.common import add_command, add_log_options, broker_log, table
+from kat_stream.ranges import LAST_PORT
 
 if TYPE_CHECKING:
     from kat_stream.log import Log
@@ -40,10 +41,18 @@ def register(subparsers: Any) -> None:
     parser.add_argument("run", metavar="RUN", nargs="?", default="", help="a run's folder, its name, or `latest`")
     parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:g} s, until Ctrl-C")
     serve = "export /metrics on this port (0: any), listed among the run's Prometheus targets, until Ctrl-C"
-    parser.add_argument("--serve", type=int, metavar="PORT", help=serve)
+    parser.add_argument("--serve", type=port, metavar="PORT", help=serve)
     form = "a list of {group, topic, messages, seconds, partitions}"
     parser.add_argument("--json", action="store_true", help=form)
     add_log_options(parser)
+
+
+def port(text: str) -> int:
+    """A TCP port, as argparse's `type`; 0: any that is free."""
+    number = int(text)
+    if not 0 <= number <= LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{number}: expected 0 to {LAST_PORT}")
+    return number
 
 
 def lag(args: argparse.Namespace) -> int:

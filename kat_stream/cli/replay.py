@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kat_stream.cli.common import add_command, add_run_argument, count, table
+from kat_stream.cli.common import add_command, add_run_argument, count, table, writing
 from kat_stream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def replay(args: argparse.Namespace) -> int:
     if args.out is not None:
         from kat_stream.replay.files import write
 
-        write(remade, args.out)
+        with writing(args.out):
+            write(remade, args.out)
         print(f"written to {args.out}")
     return 0 if equal or not same_settings else 1
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kat_stream.cli.common import add_command
+from kat_stream.cli.common import add_command, writing
 
 if TYPE_CHECKING:
     from kat_stream.training.metrics import StepMetrics
@@ -35,10 +35,15 @@ def sft(args: argparse.Namespace) -> int:
     for key in ("data", "out"):
         if not getattr(config.sft, key):
             raise ConfigError(f"sft.{key} is not set")
+    out = Path(config.sft.out)
+    if out.exists():
+        raise ConfigError(f"sft.out: {out} exists already; give another folder or remove it")
+    with writing(out):  # before hours of training, of which nothing would be left
+        out.parent.mkdir(parents=True, exist_ok=True)
     publication = fine_tune(config, _report)
     print(f"sft: wrote {publication.path} (sha256 {publication.checksum[:12]})")
     return 0
 
 
 def _report(metrics: StepMetrics, steps: int) -> None:
-    print(f"step {metrics.step}/{steps}: loss {metrics.loss:.4f}, {metrics.tokens_per_second:.0f} tokens/s")
+    print(f"step {metrics.step}/{steps}: loss {metrics.loss:.4f}, {metrics.tokens_per_second:.0f} tokens/s", flush=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import select
+import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -14,6 +17,10 @@ if TYPE_CHECKING:
     from kat_stream.observe.sources import LogSource, Source
 
 POLL_S = 0.5
+QUIET_S = 5.0
+"""After so long without a record the log is asked whether it is there at all ..."""
+ANSWER_S = 10.0
+"""... and this is how long it may take to answer: longer than a node of several that stands still holds it up."""
 
 
 def register(subparsers: Any) -> None:
@@ -23,9 +30,9 @@ def register(subparsers: Any) -> None:
         tail,
         help="records of a topic, one line each, as they come",
         description="Reads a topic without joining any group: watching never disturbs a run. On a live Kafka log it "
-        "goes on until Ctrl-C, from the newest record on (--from latest) or from the first one. A run "
-        "on the in-memory log is read from its archive, which its archiver writes every few seconds; "
-        "then it ends.",
+        "goes on until Ctrl-C, from the newest record on (--from latest) or from the first one; a log that goes away "
+        "meanwhile is waited for. A run on the in-memory log is read from its archive, which its archiver writes every "
+        "few seconds; then it ends.",
         examples=[
             "tail trajectories",
             "tail turns --from earliest -n 20",
@@ -77,14 +84,44 @@ async def _tail(args: argparse.Namespace, place: Where) -> None:
 
 
 async def _live(source: LogSource, args: argparse.Namespace) -> AsyncIterator[Delivered]:
-    """Until N records were given, or for ever."""
-    given = 0
+    """Until N records were given, or for ever: a reader does not notice by itself that nobody answers, or listens."""
+    given, answered, heard = 0, True, time.monotonic()
     async with source.log.follow((args.topic,), start=args.start or "latest") as follower:
         while args.n is None or given < args.n:
-            for delivered in await follower.poll(POLL_S):
+            found = await follower.poll(POLL_S)
+            if found or time.monotonic() - heard > QUIET_S:
+                there = bool(found) or await _answers(source, args.topic)
+                if there != answered:
+                    said = "answers again" if there else "does not answer; tail waits for it, Ctrl-C ends"
+                    print(f"kat-stream tail: {source.where} {said}", file=sys.stderr, flush=True)
+                answered, heard = there, time.monotonic()
+            if _reader_gone():
+                raise BrokenPipeError
+            for delivered in found:
                 if _wanted(delivered, source, args.rollout) and (args.n is None or given < args.n):
                     given += 1
                     yield delivered
+
+
+def _reader_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more (`| head`): by itself it shows only at the next record."""
+    stdout = select.poll()
+    stdout.register(1, 0)
+    return bool(stdout.poll(0))
+
+
+async def _answers(source: LogSource, topic: str) -> bool:
+    """Whether the log is there."""
+    import anyio
+
+    from kat_stream.errors import LogUnavailable
+
+    try:
+        with anyio.fail_after(ANSWER_S):
+            await source.log.end_offsets(topic)
+    except (LogUnavailable, TimeoutError):
+        return False
+    return True
 
 
 async def _archived(source: Source, args: argparse.Namespace) -> list[Delivered]:

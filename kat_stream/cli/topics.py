@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -83,10 +83,10 @@ def _kept(retention_ms: int) -> str:
 def apply(args: argparse.Namespace) -> int:
     import anyio
 
-    done = anyio.run(_apply, args)
-    for line in done:
+    differences = anyio.run(_apply, args)
+    for line in done(differences, "would be " if args.dry_run else ""):
         print(line)
-    if not done:
+    if not differences:
         print("nothing to do: all topics are as in the catalogue")
     return 0
 
@@ -95,15 +95,15 @@ def diff(args: argparse.Namespace) -> int:
     import anyio
 
     differences = anyio.run(_diff, args)
-    for difference in differences:
-        print(difference)
+    for line in [*map(str, differences), *advice(differences)]:
+        print(line)
     if not differences:
         print("no difference")
     return 1 if any(difference.what != "unknown" for difference in differences) else 0
 
 
-async def _apply(args: argparse.Namespace) -> list[str]:
-    """What was done, or would be: created topics, then settings, then what an operator has to do."""
+async def _apply(args: argparse.Namespace) -> list[Difference]:
+    """What differed: what was put right, or would be, and what an operator has to do."""
     from kat_stream.log.kafka_topics import refuse_repartition
     from topics import catalogue
 
@@ -114,15 +114,33 @@ async def _apply(args: argparse.Namespace) -> list[str]:
         if not args.dry_run:
             await log.apply_topics(wanted)
             await log.align_topics(differences)
-    return [_done(difference, "would be " if args.dry_run else "") for difference in differences]
+    return differences
 
 
-def _done(difference: Difference, would: str) -> str:
-    if difference.what == "missing":
-        return f"{would}created {difference.topic}"
-    if difference.mendable:
-        return f"{would}set {difference.topic}: {difference.what} {difference.there} -> {difference.wanted}"
-    return f"{difference}; move it with Kafka's kafka-reassign-partitions"
+def done(differences: Sequence[Difference], would: str) -> list[str]:
+    """A line for each difference that `apply` puts right, or leaves to an operator, and what that one has to do."""
+    lines = []
+    for difference in differences:
+        if difference.what == "missing":
+            lines.append(f"{would}created {difference.topic}")
+        elif difference.mendable:
+            change = f"{difference.what} {difference.there} -> {difference.wanted}"
+            lines.append(f"{would}set {difference.topic}: {change}")
+        else:
+            lines.append(str(difference))
+    return lines + advice(differences)
+
+
+def advice(differences: Sequence[Difference]) -> list[str]:
+    """What to do about topics with too few copies, which nothing here can mend; empty if there are none."""
+    few = [difference for difference in differences if difference.what == "replicas"]
+    if not few:
+        return []
+    return [
+        f"{len(few)} topics have fewer copies than this cluster gives new ones: made while a broker was away, or when "
+        "there were fewer. Give them more by Kafka's kafka-reassign-partitions, then `kat-stream topics apply` again "
+        "(ops/runbooks/kafka.md, In-sync copies shrink)"
+    ]
 
 
 async def _diff(args: argparse.Namespace) -> list[Difference]:

@@ -21,6 +21,7 @@ from kat_stream.log.dead_letter_cap import DeadLetterCap
 from kat_stream.log.message import check, seal, size_of
 from kat_stream.log.outcome import Emit, Hold, Reject, Retry, WorkHandler
 from kat_stream.log.retries import IN_PLACE_S, attempt_of, defer, numbered
+from kat_stream.telemetry import DEAD_LETTERS
 from topics.dead_letter import DeadLetter
 
 logger = logging.getLogger(__name__)
@@ -116,8 +117,12 @@ def sealed(emit: Emit) -> Settled:
 
 
 def dead_letter(delivered: Delivered, stage: str, reject: Reject) -> DeadLetter:
-    """The message byte for byte, if a letter has room for it, with where it came from and why it could not be used."""
+    """The message byte for byte, if a letter has room for it, with where it came from and why it could not be used.
+
+    It is counted here, for its writer's /metrics; `stage` as the metrics of lag name it, without the run.
+    """
     topic, partition, offset = delivered.position
+    DEAD_LETTERS.labels(stage.rpartition(".")[2], topic, reject.error_type).inc()
     letter = DeadLetter(
         run=_run_of(delivered),
         stage=stage,

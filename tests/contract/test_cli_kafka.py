@@ -14,7 +14,8 @@ import pytest
 
 from kat_stream.cli import main
 from kat_stream.config import Config, dump
-from kat_stream.log import Committed, Delivered, TopicPartition, open_log
+from kat_stream.log import Committed, Delivered, open_log
+from tests.contract.log_records import nothing
 from tests.observe_kit import FabricatedRun, entry, request, small
 
 pytestmark = pytest.mark.kafka
@@ -86,10 +87,6 @@ def test_lag_of_a_group_that_read_one_message(url: str, capsys: pytest.CaptureFi
     assert slow["seconds"] > 0
     assert main(["lag", "--log", url]) == 0
     assert capsys.readouterr().out.startswith("STAGE")
-
-
-async def nothing(partitions: frozenset[TopicPartition]) -> None:
-    """A member without work in hand has nothing to hand over."""
 
 
 def test_tail_stops_after_n(url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,8 @@ from kat_stream.errors import FencedError
 from kat_stream.log import Delivered, Emit, Log, MemoryLog, Message, Outcome, Reject, open_log, run_work
 from kat_stream.log.dead_letters import pending, replay
 from tests.contract.conftest import TOPICS
-from tests.contract.log_records import committed_up_to_end, entry, everything, reward
-from tests.contract.test_log_kill import own_broker
+from tests.contract.kafka_kit import own_broker
+from tests.contract.log_records import entry, everything, reward, until_committed
 from topics import CATALOGUE, DeadLetter, Reward, encode
 
 ALL = [*TOPICS, *(topic for topic in CATALOGUE if topic not in TOPICS)]
@@ -30,9 +30,7 @@ async def handle_all(log: Log, stage: str, decide: Handler) -> None:
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(lambda: run_work(log, ["rewards"], group=stage, member="m", handler=handle, stopping=stopping))
-        with anyio.fail_after(60):
-            while not await committed_up_to_end(log, stage, "rewards"):
-                await anyio.sleep(0.05)
+        await until_committed(log, stage, "rewards")
         stopping.set()
 
 

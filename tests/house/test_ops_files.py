@@ -137,6 +137,8 @@ tests:
       - {{series: 'kat_lag_read_timestamp_seconds{{run="r", service="packer"}}', values: '0x20'}}
       - {{series: 'kat_lag_messages{{run="r", service="run", stage="packer", topic="rewards"}}', values: '5x20'}}
       - {{series: 'kat_unacknowledged_seconds{{run="r", service="packer"}}', values: '0 0 20 20 20 0x20'}}
+      - series: 'kat_dead_letters_total{{run="r", stage="verifier", topic="turns", error="DecodeError"}}'
+        values: '_x5 1x12 3x30'
     alert_rule_test:
       - eval_time: 4m
         alertname: LagUnknown
@@ -154,6 +156,22 @@ tests:
             exp_annotations:
               summary: "the lag of r is not known: its log does not answer"
               runbook: "ops/runbooks/kafka.md: broker down"
+      - eval_time: 4m
+        alertname: DeadLetters
+        exp_alerts: []
+      - eval_time: 6m
+        alertname: DeadLetters
+        exp_alerts: &letters
+          - exp_labels: {{severity: warning, run: r, stage: verifier, topic: turns, error: DecodeError}}
+            exp_annotations:
+              summary: "verifier of r cannot use messages of turns: DecodeError"
+              runbook: "ops/runbooks/dead-letters.md"
+      - eval_time: 22m
+        alertname: DeadLetters
+        exp_alerts: *letters
+      - eval_time: 40m
+        alertname: DeadLetters
+        exp_alerts: []
       - eval_time: 4m
         alertname: LogDoesNotAcknowledge
         exp_alerts:
