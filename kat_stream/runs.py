@@ -17,6 +17,7 @@ import os
 import re
 import socket
 import time
+import uuid
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -233,6 +234,6 @@ def _write_first(path: Path, text: str) -> bool:
 
 
 def _beside(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # in containers every service has the same pid
     temporary.write_text(text, encoding="utf-8")
     return temporary

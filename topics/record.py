@@ -1,14 +1,14 @@
 """What every record shares: a run, a tag with name and version, and one way to and from bytes.
 
 Invariant: `decode(type(r), encode(r)) == r`, and bytes written by any shipped version decode for ever.
-Token arrays are little-endian bytes (int32 ids, float32 log-probs): helpers here turn them into sequences.
+Token arrays are little-endian bytes (int32 ids, float32 log-probs), as every machine that we run on has them in memory:
+helpers here turn them into sequences.
 """
 
 from __future__ import annotations
 
 from array import array
 from functools import cache
-from sys import byteorder
 
 import msgspec
 
@@ -57,34 +57,19 @@ def header_of(kind: type[Record]) -> str:
 
 def ints(data: bytes) -> array[int]:
     """Little-endian int32 bytes as a sequence of token ids."""
-    return _array("i", data)
+    return array("i", data)
 
 
 def floats(data: bytes) -> array[float]:
     """Little-endian float32 bytes as a sequence."""
-    return _array("f", data)
+    return array("f", data)
 
 
 def pack_ints(values: list[int] | array[int]) -> bytes:
     """Token ids as little-endian int32 bytes."""
-    return _bytes(array("i", values))
+    return array("i", values).tobytes()
 
 
 def pack_floats(values: list[float] | array[float]) -> bytes:
     """Numbers as little-endian float32 bytes."""
-    return _bytes(array("f", values))
-
-
-def _array(code: str, data: bytes) -> array:  # type: ignore[type-arg]
-    out = array(code)
-    out.frombytes(data)
-    if byteorder == "big":
-        out.byteswap()
-    return out
-
-
-def _bytes(values: array) -> bytes:  # type: ignore[type-arg]
-    if byteorder == "big":
-        values = array(values.typecode, values)
-        values.byteswap()
-    return values.tobytes()
+    return array("f", values).tobytes()

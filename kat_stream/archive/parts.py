@@ -53,6 +53,8 @@ class Part:
     """Partition -> [first, next) offset; within, other runs' messages are missing."""
     flushes: tuple[int, int]
     """First and last flush that its messages came with: later flushes have later offsets, in every partition."""
+    size: int
+    """Bytes of its rows before they were compressed."""
 
     @property
     def run(self) -> str:
@@ -175,11 +177,13 @@ def in_order(found: Iterable[Part]) -> list[Part]:
 def describe(path: Path) -> Part:
     """What a file says of itself; DataError if it is no file of an archive."""
     try:
-        said = json.loads(pq.read_schema(path).metadata[ABOUT])
+        metadata = pq.read_metadata(path)
+        said = json.loads(metadata.metadata[ABOUT])
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: no archive of a topic: {error}") from error
     spans = {int(partition): (first, after) for partition, (first, after) in said["spans"].items()}
-    return Part(path, said["log"], spans, (said["flushes"][0], said["flushes"][1]))
+    size = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    return Part(path, said["log"], spans, (said["flushes"][0], said["flushes"][1]), size)
 
 
 def described(table: pa.Table, log: str, flushes: tuple[int, int]) -> pa.Table:
@@ -194,6 +198,12 @@ def described(table: pa.Table, log: str, flushes: tuple[int, int]) -> pa.Table:
 def about(log: str, spans: Spans, flushes: tuple[int, int]) -> dict[bytes, bytes]:
     """What a file says of itself, as its metadata."""
     return {ABOUT: json.dumps({"log": log, "spans": spans, "flushes": flushes}).encode()}
+
+
+def statistics(group: pq.RowGroupMetaData, column: str) -> pq.Statistics | None:
+    """What a file says of a column's values in one row group."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    return next(found.statistics for found in columns if found.path_in_schema == column)
 
 
 def last_flush(directory: Path) -> int:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kat_stream.archive.columns import ENVELOPE, headers_of
-from kat_stream.archive.parts import LOOKS, Part, parts
+from kat_stream.archive.parts import LOOKS, Part, parts, statistics
 from kat_stream.errors import DataError
 from kat_stream.log.base import Delivered, Position
 from topics import CATALOGUE, topic_named
@@ -141,13 +141,12 @@ def _messages(one: _Open, only: GroupFilter | None) -> Iterator[Delivered]:
                 yield from _delivered(one.file.read_row_group(number, columns=_KEPT).filter(wanted))
 
 
-def _may_hold(row_group: Any, group_id: str) -> bool:
+def _may_hold(row_group: pq.RowGroupMetaData, group_id: str) -> bool:
     """By the statistics that a file has of each row group."""
-    columns = (row_group.column(number) for number in range(row_group.num_columns))
-    statistics = next(column.statistics for column in columns if column.path_in_schema == "group_id")
-    if statistics is None or not statistics.has_min_max:
-        return statistics is None or statistics.null_count < row_group.num_rows
-    return bool(statistics.min <= group_id <= statistics.max)
+    known = statistics(row_group, "group_id")
+    if known is None or not known.has_min_max:
+        return known is None or known.null_count < row_group.num_rows
+    return bool(known.min <= group_id <= known.max)
 
 
 def _delivered(table: pa.Table) -> Iterator[Delivered]:

@@ -34,6 +34,7 @@ from kat_stream.archive.parts import (
     last_flush,
     named,
     recover,
+    statistics,
     write_commit,
 )
 from kat_stream.log.base import Delivered
@@ -43,8 +44,9 @@ ROW_GROUP_BYTES = 8 << 20
 """Of values, in one row group: what a reader holds at once."""
 MERGE_AT = 8
 """So many files of one size class in a folder become one."""
-SIZES = (128 << 10, 1 << 20, 8 << 20)
-"""Upper limits of the size classes in bytes; larger files stay as they are."""
+SIZES = (256 << 10, 2 << 20, 16 << 20)
+"""Upper limits of the size classes in bytes of rows; larger files stay as they are. Not of files: what compresses to
+nothing would be merged until no array holds a partition of it."""
 MERGE_BYTES = 16 << 20
 """Of rows that a merge holds at once, as far as whole partitions allow; files may together have many times that."""
 Held = tuple[Delivered, str]
@@ -223,7 +225,7 @@ def _runs(files: Sequence[Part], kind: int, all_small: bool) -> list[list[Part]]
     if all_small and kind < len(SIZES) - 1:
         return []
     runs: list[list[Part]] = [[]]
-    classes = {part.path: sum(part.path.stat().st_size >= limit for limit in SIZES) for part in files}
+    classes = {part.path: sum(part.size >= limit for limit in SIZES) for part in files}
     for part in files:
         if classes[part.path] <= kind:
             runs[-1].append(part)
@@ -248,7 +250,7 @@ def _schema_of(files: Sequence[Part], log_id: str) -> pa.Schema:
 def _rows_of(files: Sequence[Part], schema: pa.Schema) -> Iterator[pa.Table]:
     """Their rows in order of partition and offset, in tables of whole partitions and about MERGE_BYTES."""
     numbers = sorted({number for part in files for number in part.spans})
-    at_once = max(1, len(numbers) * MERGE_BYTES // max(1, sum(_size(part.path) for part in files)))
+    at_once = max(1, len(numbers) * MERGE_BYTES // max(1, sum(part.size for part in files)))
     for first in range(0, len(numbers), at_once):
         yield _sorted(files, schema, numbers[first : first + at_once])
 
@@ -269,21 +271,10 @@ def _of_partitions(path: Path, chosen: Sequence[int]) -> Iterator[pa.Table]:
     """Their rows in a file, a row group at a time: Arrow's own scanner reads many ahead, each of them whole."""
     with pq.ParquetFile(path) as file:
         for number in range(file.num_row_groups):
-            known = _statistics(file.metadata.row_group(number), "partition")
+            known = statistics(file.metadata.row_group(number), "partition")
             if known is None or any(known.min <= partition <= known.max for partition in chosen):
                 rows = file.read_row_group(number, use_threads=False)
                 yield rows.filter(pc.is_in(rows["partition"], pa.array(chosen, rows["partition"].type)))
-
-
-def _statistics(group: pq.RowGroupMetaData, column: str) -> pq.Statistics | None:
-    columns = (group.column(number) for number in range(group.num_columns))
-    return next(found.statistics for found in columns if found.path_in_schema == column)
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file's columns before they were compressed."""
-    metadata = pq.read_metadata(path)
-    return sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
 
 
 def _stage(schema: pa.Schema, tables: Iterable[pa.Table], directory: Path, flush: int) -> Path:

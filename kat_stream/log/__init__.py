@@ -14,7 +14,8 @@ from kat_stream.errors import ConfigError
 from kat_stream.log.base import Committed, Delivered, Follower, Group, Log, Message, Position, TopicPartition
 from kat_stream.log.memory import MemoryLog
 from kat_stream.log.outcome import Emit, Hold, Outcome, Reject, Retry, TransformHandler, WorkHandler
-from kat_stream.log.stages import run_transform, run_work
+from kat_stream.log.transform import run_transform
+from kat_stream.log.work import run_work
 from kat_stream.ranges import LAST_PORT
 
 __all__ = [

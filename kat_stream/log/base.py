@@ -2,7 +2,7 @@
 
 Invariant: `publish` returns only when every record is acknowledged, and order is kept per partition. Names on this side
 are catalogue names (`turns`); a prefix, where there is one, is the implementation's own business.
-Callers outside kat_stream/log use publish, follow and the offset queries; membership and writers belong to stages.py.
+Callers outside kat_stream/log use publish, follow and the offset queries; membership and writers belong to the loops.
 """
 
 from __future__ import annotations

@@ -43,8 +43,11 @@ def seal(record: Record) -> Message:
 
 
 def check(message: Message) -> None:
-    """DataError for what a broker would reject: too large, or no key on a compacted topic."""
-    topic = topic_named(message.topic)
+    """DataError for what a broker would reject: no topic of ours, too large, or no key on a compacted topic."""
+    try:
+        topic = topic_named(message.topic)
+    except KeyError:
+        raise DataError(f"this build knows no topic {message.topic!r}") from None
     if (size := size_of(message)) > largest(topic):
         raise DataError(f"{message.topic}: {size} bytes, the topic takes {largest(topic)}")
     if topic.cleanup == "compact" and not message.key:

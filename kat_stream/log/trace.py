@@ -31,13 +31,9 @@ def traceparent_of(record: Record) -> bytes:
 
 def fresh(parent: bytes | None) -> bytes:
     """A new span of the parent's trace, or of a new trace if it has none: another program's header may be anything."""
-    return _span(_trace_of(parent))
+    found = _TRACEPARENT.fullmatch(parent or b"")
+    return _span(found[1].decode() if found else os.urandom(16).hex())
 
 
 def _span(trace_id: str) -> bytes:
     return f"00-{trace_id}-{os.urandom(8).hex()}-01".encode()
-
-
-def _trace_of(traceparent: bytes | None) -> str:
-    parent = _TRACEPARENT.fullmatch(traceparent or b"")
-    return parent[1].decode() if parent else os.urandom(16).hex()

@@ -19,6 +19,8 @@ from kat_stream.config import Config, dump
 from kat_stream.env import plugins
 from kat_stream.env.manager import GROUP, Policy, Rules
 from kat_stream.env.manager.export import Export, Report, export
+from kat_stream.env.manager.parquet import open_rows
+from kat_stream.errors import StorageError
 from kat_stream.log.base import Delivered, Position
 from kat_stream.log.memory import MemoryLog
 from kat_stream.log.message import seal
@@ -209,6 +211,18 @@ def test_a_rollout_that_ran_twice_is_written_once_with_the_grade_of_its_own_life
         (f"{RUN}-t000000-1", "turn_limit", 0.0),
         (f"{RUN}-t000000-2", "submitted", None),
     }
+
+
+def test_of_two_exports_into_one_folder_the_first_to_end_stays(tmp_path: Path) -> None:
+    with (
+        pytest.raises(StorageError, match="cannot be written: File exists"),
+        open_rows(tmp_path, {"a": "int64"}) as last,
+    ):
+        last.add({"a": 2})
+        with open_rows(tmp_path, {"a": "int64"}) as first:
+            first.add({"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["train.parquet"]
+    assert pq.read_table(tmp_path / "train.parquet").to_pylist() == [{"a": 1}]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Owns what a format is, one file each, and the rules that choose what is learned from before any format sees it.
 Pure but for `parquet` and `export`: no I/O, no clock. Invariant: ids and log-probabilities in a row are those that were
-recorded, and a turn is in a row whole or not at all.
+recorded.
 """
 
 from kat_stream.env.manager.base import GROUP, Columns, Format, Row

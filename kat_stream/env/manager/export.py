@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kat_stream.env.manager.base import COMMON, Format, Row, common
 from kat_stream.env.manager.parquet import open_rows
-from kat_stream.env.manager.rollout import Rollout, rollout_of
+from kat_stream.env.manager.rollout import rollout_of
 from kat_stream.env.manager.rules import Rules, apply_rules
 from kat_stream.env.manager.transcript import Policy
 from kat_stream.env.manager.where import Condition
@@ -60,13 +60,10 @@ class Export:
             report.fates["cannot be written"] += 1
             report.unwritable.append(f"{trajectory.rollout_id}: {error}")
             return []
-        self._count(rollout, rows, report)
-        return rows
-
-    def _count(self, rollout: Rollout, rows: Sequence[Row], report: Report) -> None:
         report.fates["written" if rows else "nothing to learn"] += 1
         report.kept += len(rollout.kept)
         report.failed += len(rollout.failed)
+        return rows
 
 
 async def export(source: Source, how: Export, directory: Path) -> Report:

@@ -51,7 +51,7 @@ class Marks:
         lead = text[: found[0].start()] if found else text
         if lead not in (self.begin, "") and not self.roles["assistant"].closing.endswith(lead):
             raise DataError(f"the chat template writes no message like {lead[:60]!r}")
-        ends = [match.start() for match in found[1:]] + [len(text)]
+        ends = [*(match.start() for match in found), len(text)][1:]
         messages: list[Message] = []
         for match, end in zip(found, ends, strict=True):
             role, body = self._role(match.group()), text[match.end() : end]

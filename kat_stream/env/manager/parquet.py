@@ -1,13 +1,13 @@
 """Rows as a Parquet file that `datasets.load_dataset(FOLDER)` reads as its split `train`.
 
 JSON columns have Arrow's JSON type, so that `datasets` gives them back as values.
-Invariant: the file has its name only when it is complete.
+Invariant: the file has its name only when it is complete, and never replaces another.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,14 +59,23 @@ class RowWriter:
 
 @contextmanager
 def open_rows(directory: Path, columns: Columns) -> Iterator[RowWriter]:
-    """Write `train.parquet`, complete when the block ends; StorageError if it is there or cannot be written."""
+    """Write `train.parquet`, complete when the block ends; StorageError if it is there by then or cannot be written."""
     path = directory / NAME
-    if path.exists():
-        raise StorageError(f"{path} exists; give another folder or remove it")
-    with _complete(path) as hidden, pq.ParquetWriter(hidden, _schema(columns), compression="zstd") as parquet:
-        writer = RowWriter(columns, parquet)
-        yield writer
-        writer.flush()
+    hidden = directory / f".{NAME}.{uuid.uuid4().hex}"
+    try:
+        if path.exists():
+            raise StorageError(f"{path} exists; give another folder or remove it")
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with pq.ParquetWriter(hidden, _schema(columns), compression="zstd") as parquet:
+                writer = RowWriter(columns, parquet)
+                yield writer
+                writer.flush()
+            path.hardlink_to(hidden)  # unlike a rename it replaces nothing that came meanwhile
+        finally:
+            hidden.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _schema(columns: Columns, types: Mapping[Kind, pa.DataType] = _TYPES) -> pa.Schema:
@@ -92,18 +101,3 @@ def _plain(row: Row, columns: Columns) -> Row:
 
 def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-@contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """A hidden file that gets its name at the end, and goes if something fails."""
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield hidden
-            hidden.replace(path)
-        finally:
-            hidden.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -6,7 +6,6 @@ Invariant: rules leave turns out whole or not at all; the context of what remain
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -72,22 +71,8 @@ def _ordered(rollout: Rollout, kept: list[Step], order: Order) -> list[Step]:
     if order == "completed":
         return kept
     if order == "branch":
-        ranks = {number: rank for rank, number in enumerate(_depth_first(rollout))}
-        return sorted(kept, key=lambda step: ranks[step.number])
+        return sorted(kept, key=lambda step: [span.turn for span in step.spans])
     first: dict[str, int] = {}
     for step in rollout.steps:
         first.setdefault(step.record.thread, step.number)
     return sorted(kept, key=lambda step: first[step.record.thread])
-
-
-def _depth_first(rollout: Rollout) -> list[int]:
-    children: dict[str, list[Step]] = defaultdict(list)
-    for step in rollout.steps:
-        children[step.record.parent].append(step)
-    found: list[int] = []
-    waiting = children[""][::-1]
-    while waiting:
-        step = waiting.pop()
-        found.append(step.number)
-        waiting += children[step.record.turn_id][::-1]
-    return found

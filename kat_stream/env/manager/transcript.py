@@ -12,6 +12,7 @@ import msgspec
 
 from kat_stream.env.manager.marks import Marks, answered, find_marks, split_tools
 from kat_stream.env.manager.rollout import Rollout, Span, Step
+from kat_stream.errors import DataError
 from kat_stream.gateway.messages import Message, ToolCall
 from kat_stream.gateway.render import Renderer, Tools
 from kat_stream.policy import load_tokenizer
@@ -85,7 +86,10 @@ def _whole(rollout: Rollout, step: Step) -> list[Span]:
 
 
 def _reply(record: Turn) -> Message:
-    calls = tuple(_calls.decode(record.tool_calls)) if record.tool_calls else ()
+    try:
+        calls = tuple(_calls.decode(record.tool_calls)) if record.tool_calls else ()
+    except msgspec.DecodeError as error:
+        raise DataError(f"turn {record.turn_id}: tool_calls: {error}") from error
     return Message(role="assistant", content=record.content, tool_calls=calls, reasoning=record.reasoning)
 
 
