@@ -113,6 +113,7 @@ async def test_a_zombie_trainer_is_fenced(log: Log, run_dir: Path) -> None:
         await log.publish(group(2, f"{new}.1"))
         await until(lambda: step(3, new), "step 3 of the living", WAIT_S)
         await until(lambda: saved(f"step-000003.{new}"), "its checkpoint", WAIT_S)
+        await until(lambda: not saved(f"step-000001.{old}"), "the removal of the oldest", WAIT_S)
     finally:
         for process in (zombie, living):
             if process is not None:
