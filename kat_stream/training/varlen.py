@@ -50,13 +50,13 @@ class VarlenPlan:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """[1, H, n, D] queries, [1, H_kv, K, D] keys -> [1, n, H, D]."""
-        q = query[0].transpose(0, 1)
-        k, v = (x[0].transpose(0, 1).index_select(0, self.key) for x in (key, value))
+        q = query[0].transpose(0, 1).bfloat16()  # flash-attn has no wider types
+        k, v = (x[0].transpose(0, 1).index_select(0, self.key).bfloat16() for x in (key, value))
         out: Tensor = _flash()(
             q, k, v, self.query_cuts, self.key_cuts, self.longest_query, self.longest_key,
             softmax_scale=scaling, causal=True,
         )  # fmt: skip
-        return out[None]
+        return out[None].to(query.dtype)
 
 
 def flex_plan(row: TreeLayout, above: int, device: torch.device | None) -> FlexPlan:
