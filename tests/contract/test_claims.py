@@ -308,35 +308,35 @@ ACTIONS = st.lists(st.sampled_from(["put", "publish", "age", "survey", "sweep"])
 def test_no_interleaving_of_puts_publishes_and_sweeps_loses_a_referenced_blob(
     tmp_path_factory: pytest.TempPathFactory, actions: list[str], seed: int
 ) -> None:
-    root = tmp_path_factory.mktemp("sweeps") / "blobs"
-    anyio.run(_interleaved, root, actions, random.Random(seed))
-
-
-async def _interleaved(root: Path, actions: list[str], chance: random.Random) -> None:
     """A survey and its sweep are two actions, with others between them; values repeat, so blobs are put again."""
-    bare, store = MemoryLog(), BlobStore(f"file:{root}")
-    log = ClaimCheckedLog(bare, store, CLAIMED_OVER)
-    await log.apply_topics(TOPICS)
-    group = groups_on_one_partition(1)[0]
-    found = None
-    published: set[int] = set()
-    for action in actions:
-        number = chance.randrange(6)
-        if action == "put":
-            await store.put(seal(large(number, group, 300)).value)
-        elif action == "publish":
-            await log.publish(large(number, group, 300))
-            published.add(number)
-        elif action == "age":
-            aged(root, 2)
-        elif action == "survey":
-            found = await survey(store, bare, [], DAY_S)
-        elif action == "sweep" and found is not None:
-            await sweep(store, found, bare, wait_s=0.0)
-            found = None
-        got = await everything(log, "rewards")
-        assert {d.record().score for d in got} == published  # type: ignore[attr-defined]
-    aged(root, 2)
-    await sweep(store, await survey(store, bare, [], DAY_S), bare, wait_s=0.0)
-    left = {blob.sha256 for blob in await store.stored()}
-    assert left == {ref_of(large(number, group, 300)).sha256 for number in published}
+    root, chance = tmp_path_factory.mktemp("sweeps") / "blobs", random.Random(seed)
+
+    async def interleaved() -> None:
+        bare, store = MemoryLog(), BlobStore(f"file:{root}")
+        log = ClaimCheckedLog(bare, store, CLAIMED_OVER)
+        await log.apply_topics(TOPICS)
+        group = groups_on_one_partition(1)[0]
+        found = None
+        published: set[int] = set()
+        for action in actions:
+            number = chance.randrange(6)
+            if action == "put":
+                await store.put(seal(large(number, group, 300)).value)
+            elif action == "publish":
+                await log.publish(large(number, group, 300))
+                published.add(number)
+            elif action == "age":
+                aged(root, 2)
+            elif action == "survey":
+                found = await survey(store, bare, [], DAY_S)
+            elif action == "sweep" and found is not None:
+                await sweep(store, found, bare, wait_s=0.0)
+                found = None
+            got = await everything(log, "rewards")
+            assert {d.record().score for d in got} == published  # type: ignore[attr-defined]
+        aged(root, 2)
+        await sweep(store, await survey(store, bare, [], DAY_S), bare, wait_s=0.0)
+        left = {blob.sha256 for blob in await store.stored()}
+        assert left == {ref_of(large(number, group, 300)).sha256 for number in published}
+
+    anyio.run(interleaved)

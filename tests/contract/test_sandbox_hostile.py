@@ -22,8 +22,9 @@ from kat_stream.env.sandboxes import Sandbox, SandboxSpec
 from kat_stream.env.sandboxes.bwrap import BwrapBackend
 from kat_stream.env.sandboxes.seccomp import denied_calls
 from kat_stream.errors import SandboxDied, SandboxError
+from tests.contract.sandbox_kit import needs_bwrap
 
-pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+pytestmark = needs_bwrap
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="cgroups need root")
 
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from kat_stream.env.sandboxes import SandboxSpec
 from kat_stream.env.sandboxes.bwrap import BwrapBackend
 from kat_stream.errors import SandboxUnavailable
+from tests.contract.sandbox_kit import needs_bwrap
 from tests.waiting import wait_for
 
-pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+pytestmark = needs_bwrap
 ROOT = Path(__file__).parents[2]
 SLEEP = f"sleep 9{os.getpid()}"  # a command line that only this test run has
 

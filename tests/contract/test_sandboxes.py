@@ -1,63 +1,21 @@
-"""The contract of every sandbox back end: the same tests over bubblewrap and local.
-
-Owns the promises of kat_stream/env/sandboxes/base.py. bubblewrap is skipped only where it is not installed.
-"""
+"""The contract of every sandbox back end (kat_stream/env/sandboxes/base.py): what becomes of a command."""
 
 from __future__ import annotations
 
 import asyncio
-import io
-import os
-import shutil
-import socket
 import subprocess
-import tarfile
-import threading
 import time
-from collections import UserDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 import anyio
 import pytest
 
-from kat_stream.env.sandboxes import Mount, Sandbox, SandboxBackend, SandboxSpec, available, get_sandbox
-from kat_stream.env.sandboxes.bwrap import BwrapBackend
-from kat_stream.env.sandboxes.local import LocalBackend
-from kat_stream.errors import ConfigError, DeadlineExceeded, SandboxDied, SandboxError
+from kat_stream.env.sandboxes import Sandbox, SandboxSpec
+from kat_stream.errors import DeadlineExceeded
+from tests.contract.sandbox_kit import kind, own, play
+from tests.waiting import until
 
-needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
-BACKENDS = [pytest.param("bwrap", marks=needs_bwrap), "local"]
-Scenario = Callable[[Sandbox], Awaitable[None]]
-
-
-@asynccontextmanager
-async def backend(name: str) -> AsyncIterator[SandboxBackend]:
-    made: SandboxBackend = BwrapBackend() if name == "bwrap" else LocalBackend(allow_unsafe=True)
-    try:
-        yield made
-    finally:
-        await made.close()
-
-
-@pytest.fixture(params=BACKENDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-def play(kind: str, scenario: Scenario, spec: SandboxSpec | None = None) -> None:
-    async def main() -> None:
-        async with backend(kind) as made, await made.create(spec or SandboxSpec()) as sandbox:
-            await scenario(sandbox)
-
-    asyncio.run(asyncio.wait_for(main(), 60))
-
-
-async def until(probe: Callable[[], Awaitable[bool]], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not await probe():
-        assert time.monotonic() < end, "did not come true in time"
-        await asyncio.sleep(0.02)
+__all__ = ["kind"]
 
 
 def test_a_command_gives_output_errors_and_exit_code(kind: str) -> None:
@@ -207,11 +165,6 @@ def test_a_missing_program_and_a_signal_are_exit_codes(kind: str) -> None:
     play(kind, scenario)
 
 
-def own(command: str) -> str:
-    """A sleep of this process: `local` sees all of the machine, also those of this test run by another user."""
-    return f"{command}.{os.getpid()}"
-
-
 def test_a_timeout_kills_the_whole_tree_and_nothing_else(kind: str) -> None:
     kept, ended = own("sleep 987"), own("sleep 986")
 
@@ -241,7 +194,7 @@ def test_a_daemon_lives_on_and_does_not_disturb_later_output(kind: str) -> None:
         async def beats() -> bool:
             return int((await sandbox.exec("cat beat || echo 0", timeout_s=10)).stdout or b"0") > 30
 
-        await until(beats)
+        await until(beats, "a beat", 10.0)
 
     play(kind, scenario)
 
@@ -284,7 +237,7 @@ def test_what_commands_left_running_is_killed(kind: str) -> None:
             return int((await sandbox.exec(count, timeout_s=10)).stdout) == number
 
         await sandbox.exec(left, timeout_s=10)
-        await until(lambda: running(3))
+        await until(lambda: running(3), "all three", 10.0)
         await sandbox.kill_leftovers()
         assert await running(0)
         await sandbox.kill_leftovers()
@@ -323,267 +276,3 @@ def test_commands_wait_for_each_other_with_a_deadline(kind: str) -> None:
         assert (await first).stdout == b"1\n"
 
     play(kind, scenario)
-
-
-def test_files_go_in_and_come_out(kind: str) -> None:
-    async def scenario(sandbox: Sandbox) -> None:
-        files = {"a.sh": (b"#!/bin/sh\necho ran\n", 0o755), "deep/er/ä b.bin": (bytes(range(256)) * 999, 0o640)}
-        await sandbox.put(files, "/work/in")
-        result = await sandbox.exec("in/a.sh; stat -c %a in/a.sh in/deep/er/*", timeout_s=10)
-        assert result.stdout == b"ran\n755\n640\n"
-        assert await sandbox.read_file("/work/in/deep/er/ä b.bin", 1 << 20) == bytes(range(256)) * 999
-        with tarfile.open(fileobj=io.BytesIO(await sandbox.get("/work/in", limit_bytes=1 << 20))) as archive:
-            assert {m.name for m in archive if m.isfile()} == {"work/in/a.sh", "work/in/deep/er/ä b.bin"}
-        relative = await sandbox.get(["in/a.sh"], limit_bytes=1 << 20)
-        with tarfile.open(fileobj=io.BytesIO(relative)) as archive:
-            assert archive.getnames() == ["work/in/a.sh"]
-        await sandbox.put_tar(relative, "/tmp/copy")
-        assert await sandbox.read_file("/tmp/copy/work/in/a.sh", 100) == files["a.sh"][0]
-
-    play(kind, scenario)
-
-
-class Watched(UserDict[str, tuple[bytes, int]]):
-    """Files that know which thread walked through them."""
-
-    thread = 0
-
-    def __iter__(self) -> Iterator[str]:
-        self.thread = threading.get_ident()
-        return super().__iter__()
-
-
-def test_many_files_do_not_keep_the_event_loop(kind: str) -> None:
-    files = Watched({f"{n % 50}/{n}": (b"%d" % n, 0o644) for n in range(5000)})
-
-    async def scenario(sandbox: Sandbox) -> None:
-        await sandbox.put(files, "/work")
-        assert files.thread not in (0, threading.get_ident())
-        assert (await sandbox.exec("find . -type f | wc -l; cat 49/4999", timeout_s=10)).stdout == b"5000\n4999"
-
-    play(kind, scenario)
-
-
-@pytest.mark.parametrize("name", ["a\\nb", "a\\101", "a\nb", "-C", "caf\udce9", "x y"])
-def test_a_name_is_taken_as_it_is(kind: str, name: str) -> None:
-    async def scenario(sandbox: Sandbox) -> None:
-        await sandbox.put({name: (b"file", 0o644)}, f"/work/{name}")
-        assert await sandbox.read_file(f"/work/{name}/{name}", 100) == b"file"
-        with tarfile.open(fileobj=io.BytesIO(await sandbox.get(f"/work/{name}", limit_bytes=1 << 20))) as archive:
-            assert archive.getnames() == [f"work/{name}", f"work/{name}/{name}"]
-
-    play(kind, scenario)
-
-
-def test_a_file_has_a_date_that_archives_can_hold(kind: str) -> None:
-    async def scenario(sandbox: Sandbox) -> None:
-        await sandbox.put({"f": (b"", 0o644)}, "/work")
-        result = await sandbox.exec("python3 -m zipfile -c f.zip f", timeout_s=20)
-        assert result.exit_code == 0, result.stderr
-
-    play(kind, scenario)
-
-
-def test_files_go_into_the_further_writable_directories(kind: str) -> None:
-    async def scenario(sandbox: Sandbox) -> None:
-        await sandbox.put({"test.sh": (b"exit 3", 0o644)}, "/tests")
-        assert (await sandbox.exec(f"sh {sandbox.root}/tests/test.sh", timeout_s=10)).exit_code == 3
-        await sandbox.exec(f"echo 1 > {sandbox.root}/logs/verifier/reward.txt", timeout_s=10)
-        assert await sandbox.read_file("/logs/verifier/reward.txt", 10) == b"1\n"
-
-    play(kind, scenario, SandboxSpec(writable=("/tests", "/logs/verifier")))
-
-
-def test_wrong_files_are_typed_errors(kind: str) -> None:
-    async def scenario(sandbox: Sandbox) -> None:
-        with pytest.raises(FileNotFoundError):
-            await sandbox.read_file("/work/none", 10)
-        with pytest.raises(FileNotFoundError):
-            await sandbox.get(["/work", "/work/none"], limit_bytes=1 << 20)
-        with pytest.raises(SandboxError, match="not a regular file"):
-            await sandbox.read_file("/work", 10)
-        await sandbox.exec("head -c 5000 /dev/zero > big; mkfifo fifo", timeout_s=10)
-        with pytest.raises(SandboxError, match="larger"):
-            await sandbox.read_file("big", 4999)
-        with pytest.raises(SandboxError, match="not a regular file"):
-            await sandbox.read_file("fifo", 4999)
-        assert len(await sandbox.read_file("big", 5000)) == 5000
-        with pytest.raises(SandboxError, match="larger"):
-            await sandbox.get("big", limit_bytes=5000)
-        with pytest.raises(SandboxError, match="leads out"):
-            await sandbox.put({"../x": (b"", 0o644)}, "/work")
-        with pytest.raises(SandboxError, match="cannot unpack"):
-            await sandbox.put_tar(b"this is no tar archive" * 100, "/work")
-
-    play(kind, scenario)
-
-
-def test_links_come_out_as_links(kind: str) -> None:
-    async def scenario(sandbox: Sandbox) -> None:
-        await sandbox.exec("mkdir r; ln -s /etc/shadow r/soft; echo x > r/one; ln r/one r/two", timeout_s=10)
-        with tarfile.open(fileobj=io.BytesIO(await sandbox.get("r", limit_bytes=1 << 20))) as archive:
-            members = {m.name: m for m in archive}
-        assert members["work/r/soft"].issym() and members["work/r/soft"].linkname == "/etc/shadow"
-        assert members["work/r/one"].isreg() and members["work/r/two"].isreg()
-
-    play(kind, scenario)
-
-
-def test_a_mount_is_shown(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    tool = tmp_path_factory.mktemp("tool")
-    tool.chmod(0o755)  # its parent stays unreadable for the sandbox's user
-    (tool / "bin").mkdir()
-    (tool / "bin" / "greet").write_text("#!/bin/sh\necho hello\n")
-    (tool / "bin" / "greet").chmod(0o755)
-
-    async def scenario(sandbox: Sandbox) -> None:
-        assert (await sandbox.exec(f"{sandbox.root}/opt/tool/bin/greet", timeout_s=10)).stdout == b"hello\n"
-
-    play(kind, scenario, SandboxSpec(mounts=(Mount(str(tool), "/opt/tool"),)))
-
-
-def test_a_listener_is_reached_from_inside(kind: str) -> None:
-    fetch = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=5).read().decode())"
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.0 200 OK\r\n\r\nfrom the gateway")
-        await writer.drain()
-        writer.close()
-
-    async def scenario(sandbox: Sandbox) -> None:
-        listener = await sandbox.listen(8123)
-        assert isinstance(listener, socket.socket)
-        async with await asyncio.start_server(answer, sock=listener):
-            words = ["/usr/bin/python3", "-c", fetch, sandbox.base_url(8123)]
-            assert (await sandbox.exec(words, timeout_s=20)).stdout == b"from the gateway\n"
-        with pytest.raises(SandboxError, match="cannot listen"):
-            await sandbox.listen(8200)
-            await sandbox.listen(8200)
-
-    play(kind, scenario, SandboxSpec(network="gateway"))
-
-
-def test_without_a_network_there_is_no_listener(kind: str) -> None:
-    async def scenario(sandbox: Sandbox) -> None:
-        with pytest.raises(SandboxError, match="network"):
-            await sandbox.listen()
-
-    play(kind, scenario)
-
-
-def test_destroy_ends_everything_and_may_be_repeated(kind: str) -> None:
-    async def scenario(sandbox: Sandbox) -> None:
-        running = asyncio.ensure_future(sandbox.exec("sleep 984", timeout_s=60))
-        daemon = asyncio.ensure_future(sandbox.exec("sleep 984", timeout_s=60))
-        await asyncio.sleep(0)
-        began = time.monotonic()
-        await asyncio.gather(sandbox.destroy(), sandbox.destroy())
-        await sandbox.destroy()
-        assert time.monotonic() - began < 5
-        for task in (running, daemon):
-            with pytest.raises(SandboxDied):
-                await task
-        with pytest.raises(SandboxDied):
-            await sandbox.exec("true", timeout_s=10)
-        with pytest.raises(SandboxDied):
-            await sandbox.put({"x": (b"", 0o644)}, "/work")
-
-    play(kind, scenario, SandboxSpec(network="gateway"))
-
-
-def test_a_destruction_whose_caller_is_cancelled_goes_on(kind: str) -> None:
-    long = own("sleep 983")
-
-    async def main() -> None:
-        async with backend(kind) as made:
-            sandbox = await made.create(SandboxSpec())
-            running = asyncio.ensure_future(sandbox.exec(f"trap '' TERM; {long}; {long}", timeout_s=60))
-            await asyncio.sleep(0)
-            with anyio.CancelScope() as scope:
-                scope.cancel()
-                await sandbox.destroy()
-            with pytest.raises(SandboxDied):
-                await running
-
-            async def directory_gone() -> bool:
-                return not sandbox.root or not await anyio.Path(sandbox.root).exists()
-
-            await until(directory_gone)
-            async with await made.create(SandboxSpec()) as other:
-                listing = await other.exec("cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '", timeout_s=10)
-            assert long.encode() not in listing.stdout
-
-    asyncio.run(asyncio.wait_for(main(), 60))
-
-
-def test_a_sandbox_that_never_ends_is_ended(kind: str) -> None:
-    async def scenario(sandbox: Sandbox) -> None:
-        began = time.monotonic()
-        with pytest.raises(SandboxDied, match="wall time"):
-            await sandbox.exec("sleep 983", timeout_s=60)
-        assert time.monotonic() - began < 10
-        with pytest.raises(SandboxDied, match="wall time"):
-            await sandbox.exec("true", timeout_s=60)
-
-    play(kind, scenario, SandboxSpec(wall_s=0.5))
-
-
-def test_many_at_once(kind: str) -> None:
-    async def one(made: SandboxBackend, n: int) -> bytes:
-        async with await made.create(SandboxSpec(), owner=f"test-{n}") as sandbox:
-            await sandbox.put({"n": (str(n).encode(), 0o644)}, "/work")
-            return (await sandbox.exec("ls | wc -l; cat n", timeout_s=30)).stdout
-
-    async def main() -> None:
-        async with backend(kind) as made:
-            results = await asyncio.gather(*(one(made, n) for n in range(12)))
-            assert results == [f"1\n{n}".encode() for n in range(12)]
-
-    asyncio.run(asyncio.wait_for(main(), 60))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"memory_mb": 0}, "memory_mb"),
-        ({"wall_s": -1.0}, "wall_s"),
-        ({"network": "internet"}, "network"),
-        ({"workdir": "work"}, "absolute"),
-        ({"writable": ("/a/../../b",)}, "absolute"),
-        ({"env": {"A-B": "x"}}, "A-B"),
-        ({"mounts": (Mount("relative", "/x"),)}, "relative"),
-    ],
-)
-def test_a_wrong_spec_names_the_field(change: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        SandboxSpec(**change)  # type: ignore[arg-type]
-
-
-def test_wrong_commands_are_refused(kind: str) -> None:
-    async def scenario(sandbox: Sandbox) -> None:
-        for wrong in ("echo \0", [], ["echo", "\0"]):
-            with pytest.raises(ConfigError):
-                await sandbox.exec(wrong, timeout_s=10)
-        with pytest.raises(ConfigError, match="1A"):
-            await sandbox.exec("true", timeout_s=10, env={"1A": ""})
-        assert (await sandbox.exec("echo on", timeout_s=10)).stdout == b"on\n"
-
-    play(kind, scenario)
-
-
-def test_every_limit_is_described(kind: str) -> None:
-    async def main() -> None:
-        async with backend(kind) as made:
-            assert {"memory_mb", "pids", "cpus", "disk_mb", "wall_s", "network"} <= set(made.describe())
-
-    asyncio.run(main())
-
-
-def test_back_ends_are_found_by_name() -> None:
-    assert {"bwrap", "local"} <= set(available())
-    with pytest.raises(ConfigError, match="allow_unsafe"):
-        get_sandbox("local")
-    assert get_sandbox("local", allow_unsafe=True).name == "local"
-    with pytest.raises(ConfigError, match=r"bwrap.*local"):
-        get_sandbox("no-such")

@@ -1,7 +1,7 @@
 """What a sandbox is: the records and the protocol every back end keeps.
 
 Owns the vocabulary (spec, mount, result, sandbox, back end) and no mechanism. Invariant: everything a caller may
-rely on is written here, so that one contract suite (tests/contract/test_sandboxes.py) holds for every back end.
+rely on is written here, so that one contract suite (tests/contract/sandbox_kit.py) holds for every back end.
 """
 
 from __future__ import annotations
