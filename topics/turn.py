@@ -2,8 +2,9 @@
 
 A turn is a delta: its full prompt is the first `prefix_len` tokens of its parent's path (prompt + sampled)
 followed by `prompt_ids`. The arrays `sampled_ids` and `logprobs` have one length; `spans` cover it without gaps.
-A gateway that takes a session over writes a claim first: a turn without tokens, `side` is `takeover`. From there on
-turns of this session count only if they carry that claim (`kat_stream.gateway.takeover:Lineage`).
+Two kinds of record are no call but say what became of a session (`MARKS`). A gateway that takes it over writes a claim
+first: from there on turns of this session count only if they carry that claim. The last one writes the end, behind
+which no turn counts (`kat_stream.gateway.takeover:Lineage`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from __future__ import annotations
 import msgspec
 
 from topics.record import Record
+
+MARKS = {"takeover": "another gateway takes the session over", "end": "the session has ended"}
+"""`side` of the records without tokens that say what became of a session."""
 
 
 class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
@@ -64,7 +68,7 @@ class Turn(Record, frozen=True, kw_only=True, tag="Turn/1"):
     ill_formed: bool = False
     """A tool call was begun that does not parse: it stands in `content` as it was written."""
     side: str = ""
-    """Why this is a side request (model | probe | title | commit); empty for the task's own work; takeover: a claim."""
+    """Why this is a side request (model | probe | title | commit); empty for the task's own work. In MARKS: no call."""
     thread: str = ""
     """Thread of the agent's work: its own name for it, else a digest of its instructions."""
     conversation: bytes = b""

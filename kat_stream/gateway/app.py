@@ -7,10 +7,12 @@ call and leaves no task behind.
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from kat_stream.config import GatewaySection
 from kat_stream.errors import ConfigError
@@ -106,9 +108,18 @@ async def start_gateway(
     return GatewayServer(data_url, control_url, calls, takeover, (data_runner, control_runner), tuple(chores))
 
 
+def _no_garbage(record: logging.LogRecord) -> bool:
+    """What is no HTTP is answered and not logged: a key may stand in it, and much of it would fill the disk."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | web.RequestPayloadError))
+
+
+_http_log = logging.getLogger("kat_stream.gateway.http")
+_http_log.addFilter(_no_garbage)
+
+
 def _how(limits: Limits) -> dict[str, Any]:
     # A handler whose client went away is cancelled: that is how a call learns that nobody watches it.
-    return {"access_log": None, "handler_cancellation": True, "lingering_time": limits.linger_s}
+    return {"access_log": None, "logger": _http_log, "handler_cancellation": True, "lingering_time": limits.linger_s}
 
 
 async def _listen(runner: web.BaseRunner, host: str, port: int, key: str, door: Door | None = None) -> str:

@@ -21,14 +21,15 @@ from topics.turn import Turn
 
 CALL_S = 30.0
 AGAIN_S = 0.2
-"""Between two rounds over gateways none of which can be reached."""
+"""Between two rounds over gateways none of which gives an answer."""
 _turns = msgspec.msgpack.Decoder(list[Turn])
 
 
 class GatewayControl:
     """The control listener at `control_url`; `session` carries the connections and stays the caller's.
 
-    `others` are further gateways of the same run: where one cannot be reached, the next is asked, for `patience_s`.
+    `others` are further gateways of the same run: where one cannot be reached, or can do nothing now (it is full, the
+    log is away, a session is just moving), the next is asked, for `patience_s`.
     """
 
     def __init__(
@@ -63,10 +64,9 @@ class GatewayControl:
         self._keys.pop(session_id, None)
         return _turns.decode(raw)
 
-    async def release(self, session_id: str, *, deadline_s: float) -> str:
-        """For another gateway, which takes the session over: unknown | released | ended."""
-        raw = await self._call("POST", f"/sessions/{session_id}/release", None, deadline_s)
-        return str(msgspec.json.decode(raw)["state"])
+    async def release(self, session_id: str, *, deadline_s: float) -> None:
+        """For another gateway, which takes the session over: this one serves it no more, and has said so on the log."""
+        await self._call("POST", f"/sessions/{session_id}/release", None, deadline_s)
 
     async def sessions(self) -> list[SessionStatus]:
         """The open sessions."""
@@ -81,7 +81,7 @@ class GatewayControl:
         return True
 
     async def _call(self, method: str, path: str, body: bytes | None, seconds: float, key: str = "") -> bytes:
-        """The answer of the first gateway that can be reached; `seconds` for each."""
+        """The answer of the first gateway that can give one; `seconds` for each."""
         give_up = time.monotonic() + self._patience_s
         headers = {"Content-Type": MSGPACK} if body is not None else {}
         if key:
@@ -91,7 +91,7 @@ class GatewayControl:
             url, tried = self._urls[0] + path, tried + 1
             try:
                 return await self._ask(method, url, body, seconds, headers)
-            except (aiohttp.ClientConnectionError, OSError) as error:
+            except (aiohttp.ClientConnectionError, OSError, _NotNow) as error:
                 self._urls.rotate(-1)
                 if tried >= len(self._urls) and time.monotonic() + AGAIN_S > give_up:
                     raise GatewayError(f"{method} {url}: {error or type(error).__name__}") from error
@@ -99,7 +99,7 @@ class GatewayControl:
                 await asyncio.sleep(AGAIN_S)
 
     async def _ask(self, method: str, url: str, body: bytes | None, seconds: float, headers: dict[str, str]) -> bytes:
-        """One gateway's answer. GatewayError; aiohttp.ClientConnectionError or OSError if it is not there."""
+        """One gateway's answer. GatewayError; for another try: _NotNow, aiohttp.ClientConnectionError, OSError."""
         limit = aiohttp.ClientTimeout(total=seconds)
         try:
             async with self._session.request(method, url, data=body, headers=headers, timeout=limit) as answer:
@@ -108,6 +108,13 @@ class GatewayControl:
             raise GatewayError(f"{method} {url}: nothing within {seconds:g} s") from error
         except (aiohttp.ClientPayloadError, aiohttp.InvalidURL) as error:
             raise GatewayError(f"{method} {url}: {error or type(error).__name__}") from error
+        said = f"{answer.status}: {raw[:500].decode(errors='replace')}"
+        if answer.status == 503:
+            raise _NotNow(said)
         if answer.status >= 300:
-            raise GatewayError(f"{method} {url}: {answer.status}: {raw[:500].decode(errors='replace')}")
+            raise GatewayError(f"{method} {url}: {said}")
         return raw
+
+
+class _NotNow(Exception):
+    """What a gateway says that may be able to answer later, or another one now."""

@@ -16,7 +16,7 @@ from kat_stream.errors import GatewayError, KatError, LogError, RequestRefused
 from kat_stream.gateway.calls import CallService
 from kat_stream.gateway.limits import Limits
 from kat_stream.gateway.metrics import LET_GO
-from kat_stream.gateway.sessions import Session, SessionHandle, SessionRequest, Sessions
+from kat_stream.gateway.sessions import Session, SessionHandle, SessionRequest, Sessions, ended
 from kat_stream.gateway.takeover import Takeover
 
 MSGPACK = "application/msgpack"
@@ -49,8 +49,7 @@ class ControlListener:
         """Close sessions whose worker forgot them, for ever."""
         while True:
             await asyncio.sleep(min(SWEEP_S, self._limits.idle_s))
-            for session in self._sessions.idle():
-                await self._end(session, CLOSE_S)
+            await asyncio.gather(*(self._end(session, CLOSE_S) for session in self._sessions.idle()))
 
     async def _open(self, request: web.Request) -> web.Response:
         body = await request.read()
@@ -79,32 +78,39 @@ class ControlListener:
         except KatError as error:
             return _error(503, f"{type(error).__name__}: {error}")
         await self._end(session, min(max(deadline_s, 0.0), MAX_CLOSE_S))
+        if session.moved:  # this process stood still meanwhile
+            return _error(503, str(ended(session)))
         turns = sorted(session.turns, key=lambda turn: turn.index)
         return web.Response(body=msgspec.msgpack.encode(turns), content_type=MSGPACK)
 
     async def _known(self, session_id: str, key: str) -> Session:
-        if self.takeover is not None and self._sessions.get(session_id) is None:
-            await self.takeover.admit(session_id, key)
+        if self.takeover is not None:
+            self._calls.pulse.wake(self.takeover.forget)
+            if self._sessions.get(session_id) is None:
+                await self.takeover.admit(session_id, key)
         return self._sessions.find(session_id)
 
     async def _release(self, request: web.Request) -> web.Response:
-        """Another gateway is asked for a session: this one lets it go, with all that it has said on the log."""
+        """Another gateway is asked for a session: this one lets it go, with all that became of it on the log."""
         session_id = request.match_info["id"]
         if self.takeover is not None:
             await self.takeover.stand_back(session_id)
-        session = self._sessions.get(session_id)
-        if session is None:
-            return _answer({"state": "ended" if self._sessions.has_ended(session_id) else "unknown"})
-        if session.closed and not session.moved:
-            return _answer({"state": "ended"})
-        session.moved = True
-        await self._calls.finish_session(session, CLOSE_S / 2)
-        self._sessions.drop(session)
-        LET_GO.labels("moved").inc()
-        return _answer({"state": "released"})
+        if (session := self._sessions.get(session_id)) is not None:
+            session.moved = session.moved or not session.closed
+            await self._calls.finish_session(session, CLOSE_S / 2)
+            if session.moved:
+                self._sessions.drop(session)
+                LET_GO.labels("moved").inc()
+            else:  # its worker ends it, or has
+                await self._end(session, 0.0)
+        return web.Response()
 
     async def _end(self, session: Session, deadline_s: float) -> None:
+        """Also while another gateway asks for it: that one finds it ended."""
+        session.moved = False
         await self._calls.finish_session(session, deadline_s)
+        if self.takeover is not None and not self._sessions.has_ended(session.session_id):
+            await self.takeover.end(session)
         self._sessions.retire(session)
 
     async def _list(self, _request: web.Request) -> web.Response:

@@ -71,7 +71,7 @@ class DataListener:
         if found is None:
             raise RequestRefused(f"there is no {request.method} {request.path}", status=404, code="not_found")
         session = await self._admit(request, session_id)
-        self._door.admit(request.protocol)
+        self._door.admit(request.protocol, session_id)
         if session.requests >= self._limits.requests_per_session:
             raise too_many("requests")
         if not session.spend(self._limits.requests_per_s, self._limits.request_burst):
@@ -98,7 +98,7 @@ class DataListener:
                 if self._sessions.has_ended(session_id):
                     raise over()
                 # A session may take longer to come here than a stranger may stand in the door.
-                self._door.admit(request.protocol)
+                self._door.admit(request.protocol, session_id)
             await self.takeover.admit(session_id, key)
         return self._sessions.admit(session_id, key)
 
@@ -106,9 +106,12 @@ class DataListener:
         self, request: web.BaseRequest, room: _Room, dialect: Dialect, path: str
     ) -> tuple[ModelCall, bytes]:
         """The request as a model call, and a digest of its body apart from whether it is streamed."""
+        # A body that came with its head has nothing to wait for: it needs no timer.
+        comes = not request.content.is_eof()
         try:
-            # A body that came with its head has nothing to wait for: it needs no timer.
-            async with asyncio.timeout(None if request.content.is_eof() else self._limits.body_s):
+            async with asyncio.timeout(self._limits.body_s if comes else None):
+                if comes and request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+                    await _go_on(request)
                 body = bytearray()
                 async for piece in request.content.iter_any():
                     body += piece
@@ -116,6 +119,8 @@ class DataListener:
             asked = dialect.read(bytes(body), path)
         except TimeoutError as error:
             raise RequestRefused("the request body did not arrive in time", status=408) from error
+        except web.RequestPayloadError as error:
+            raise RequestRefused(f"the request body cannot be read: {error}") from error
         asked = msgspec.structs.replace(asked, thread=named_thread(request.headers))
         return asked, _digest(body)
 
@@ -232,6 +237,13 @@ class _Events(web.StreamResponse):
         """The piece behind what was held."""
         whole, self.held = self.held + piece, b""
         return whole
+
+
+async def _go_on(request: web.BaseRequest) -> None:
+    """Tell a client that sends its body only when it is told to."""
+    writer = request.writer
+    await writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    writer.output_size = 0  # the answer itself has not begun
 
 
 def _digest(body: bytearray) -> bytes:

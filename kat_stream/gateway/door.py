@@ -1,7 +1,8 @@
 """The door of the agents' port: how many connections there are, and how long a stranger may stand in it.
 
-Invariant: a connection that has shown a session's key is never closed for another's sake; one that has not is closed
-after `headers_s`, or earlier when there are too many, the oldest first. So who floods the port shuts out only himself.
+Invariant: a connection that has shown a session's key is never closed for another session's sake, and of one session
+there are at most `session_connections`; one that has not is closed after `headers_s`, or earlier when there are too
+many, the oldest first. So who floods the port shuts out only himself, with a key and without.
 """
 
 from __future__ import annotations
@@ -21,9 +22,17 @@ class Door:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._strangers: dict[asyncio.BaseProtocol, float] = {}
+        self._known: dict[str, list[asyncio.BaseProtocol]] = {}
+        """Of each session, the oldest first; some are gone already."""
 
-    def admit(self, protocol: asyncio.BaseProtocol) -> None:
-        self._strangers.pop(protocol, None)
+    def admit(self, protocol: asyncio.BaseProtocol, session_id: str) -> None:
+        """A request showed this session's key; of too many connections that did so first the oldest is closed."""
+        if self._strangers.pop(protocol, None) is None:
+            return
+        own, most = self._known.setdefault(session_id, []), self._limits.session_connections
+        own.append(protocol)
+        if len(own) > most and len(there := self._there(session_id)) > most:
+            self._close(there[0], "session")
 
     def new(self, server: web.Server) -> asyncio.BaseProtocol:
         """The protocol of a connection that was just made."""
@@ -41,6 +50,15 @@ class Door:
             late = time.monotonic() - self._limits.headers_s
             for protocol in [known for known, since in self._strangers.items() if since < late]:
                 self._close(protocol, "silent")
+            for session_id in list(self._known):
+                self._there(session_id)
+
+    def _there(self, session_id: str) -> list[asyncio.BaseProtocol]:
+        """The session's connections; those that are gone are forgotten."""
+        there = [protocol for protocol in self._known.pop(session_id) if _transport(protocol) is not None]
+        if there:
+            self._known[session_id] = there
+        return there
 
     def _make_room(self) -> bool:
         """Close the oldest stranger that is still there; False if there is none."""
@@ -51,12 +69,18 @@ class Door:
 
     def _close(self, protocol: asyncio.BaseProtocol, reason: str) -> bool:
         self._strangers.pop(protocol, None)
-        transport = getattr(protocol, "transport", None)
-        if not isinstance(transport, asyncio.Transport) or transport.is_closing():
+        transport = _transport(protocol)
+        if transport is None:
             return False
         TURNED_AWAY.labels(reason).inc()
         transport.abort()
         return True
+
+
+def _transport(protocol: asyncio.BaseProtocol) -> asyncio.Transport | None:
+    """None if the connection is gone."""
+    transport = getattr(protocol, "transport", None)
+    return transport if isinstance(transport, asyncio.Transport) and not transport.is_closing() else None
 
 
 class _Refusal(asyncio.Protocol):

@@ -18,6 +18,8 @@ class Limits:
     """For a new connection to send its first request's head."""
     connections: int = 4096
     """At the agents' port; beyond it those that have not shown a session's key yet are closed, the oldest first."""
+    session_connections: int = 128
+    """Of a session; beyond it the oldest is closed."""
     linger_s: float = 1.0
     """For a client to stop sending after it was refused."""
     requests_per_s: float = 50.0
@@ -55,4 +57,4 @@ class Limits:
     remembered_sessions: int = 256
     """Closed sessions whose turns can be asked for again."""
     remembered_ends: int = 100_000
-    """Closed sessions of which it is known that they ended; one that is forgotten could be called back to life."""
+    """Closed sessions of which it is known that they ended; of others the log says so."""

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kat_stream.errors import GatewayError
-from kat_stream.gateway.sessions import over
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +28,8 @@ _BEAT_S = 0.5
 class Peer(Protocol):
     """Another gateway's control side (kat_stream.gateway.GatewayControl)."""
 
-    async def release(self, session_id: str, *, deadline_s: float) -> str:
-        """unknown | released | ended; GatewayError if it does not answer."""
+    async def release(self, session_id: str, *, deadline_s: float) -> None:
+        """It does not serve this session any more, if it ever did; GatewayError if it does not answer."""
 
 
 class Peers:
@@ -43,17 +42,14 @@ class Peers:
         return bool(self._peers)
 
     async def release(self, session_id: str) -> None:
-        """Every peer that lives has let the session go. RequestRefused (409) if it ended at one of them."""
-        states = await asyncio.gather(*(self._release(peer, session_id) for peer in self._peers))
-        if "ended" in states:
-            raise over()
+        """Every peer that lives has let the session go; one that saw its end has said so on the log."""
+        await asyncio.gather(*(self._release(peer, session_id) for peer in self._peers))
 
-    async def _release(self, peer: Peer, session_id: str) -> str:
+    async def _release(self, peer: Peer, session_id: str) -> None:
         try:
-            return await peer.release(session_id, deadline_s=self._release_s)
+            await peer.release(session_id, deadline_s=self._release_s)
         except GatewayError as error:
             log.warning("session %s is taken over without its last gateway: %s", session_id, error)
-            return "unknown"
 
 
 class Pulse:
@@ -70,8 +66,13 @@ class Pulse:
     async def watch(self, forget: Callable[[], None]) -> None:
         """Beat, for ever; `forget` is called before the first beat after a stall."""
         while True:
-            if self.stalled():
-                log.warning("stood still for more than %g s: sessions are read from the log again", self._stall_s)
-                forget()
+            self.wake(forget)
             self._beaten = time.monotonic()
             await asyncio.sleep(min(_BEAT_S, self._stall_s / 4))
+
+    def wake(self, forget: Callable[[], None]) -> None:
+        """Forget, if it stood still just now."""
+        if self.stalled():
+            log.warning("stood still for more than %g s: sessions are read from the log again", self._stall_s)
+            forget()
+            self._beaten = time.monotonic()

@@ -171,18 +171,21 @@ class Sessions:
         """A session that nobody can call yet."""
         return Session(session_id, key, about, allowance=float(self._limits.request_burst))
 
-    def enter(self, session: Session) -> None:
-        """From now on it can be called; RequestRefused (503) when there are too many."""
+    def check_room(self) -> None:
+        """RequestRefused (503) when there are too many."""
         if len(self._open) >= self._limits.sessions:
             raise RequestRefused(f"{len(self._open)} sessions are open", status=503, code="too_many_sessions")
+
+    def enter(self, session: Session) -> None:
+        """From now on it can be called; RequestRefused (503) when there are too many."""
+        self.check_room()
         self._open[session.session_id] = session
         SESSIONS.set(len(self._open))
 
     def drop(self, session: Session) -> None:
         """Know nothing of it any more."""
         session.closed = session.moved = True
-        self._open.pop(session.session_id, None)
-        SESSIONS.set(len(self._open))
+        self._leave(session)
 
     def admit(self, session_id: str, key: str) -> Session:
         """The session that this key opens. RequestRefused: 404 unknown, 401 wrong key, 409 ended, 503 moved."""
@@ -214,13 +217,19 @@ class Sessions:
     def retire(self, session: Session) -> None:
         """The session takes no more calls; its turns can be asked for again for a while."""
         session.closed = True
-        if self._open.pop(session.session_id, None) is not None:
-            self._closed[session.session_id] = session
-            self._ended[session.session_id] = None
+        self._leave(session)
+        if session.moved:
+            return
+        self._closed[session.session_id] = session
+        self._ended[session.session_id] = None
         if len(self._ended) > self._limits.remembered_ends:
             del self._ended[next(iter(self._ended))]
         while len(self._closed) > self._limits.remembered_sessions:
             self._closed.popitem(last=False)
+
+    def _leave(self, session: Session) -> None:
+        if self._open.get(session.session_id) is session:  # it may be back already, as another object
+            del self._open[session.session_id]
         SESSIONS.set(len(self._open))
 
     def idle(self) -> list[Session]:

@@ -1,8 +1,9 @@
 """Sessions move: a gateway that is asked for a session it does not know rebuilds it from `turns` and goes on with it.
 
-Owns the claim, by which a session changes hands, and the way from records back to a session. Invariants: of a session's
-turns those count that carry the newest claim before them on the log, so that every reader and every gateway agrees,
-whatever a gateway that was stopped or cut off writes afterwards; a session is rebuilt from exactly those that count.
+Owns the claim, by which a session changes hands, the end, and the way from records back to a session. Invariants: of
+what a session's gateways write that counts which carries the newest claim before it on the log, and no turn behind an
+end, so that every reader and every gateway agrees, whatever a gateway that was stopped or cut off writes afterwards; a
+session is rebuilt from exactly the turns that count, and one that has ended stays so as long as its key can be read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from kat_stream.errors import DeadlineExceeded, RequestRefused, TurnError
+from kat_stream.errors import DeadlineExceeded, LogError, RequestRefused, TurnError
 from kat_stream.gateway.calls import Call, CallService
 from kat_stream.gateway.ids import unpack
 from kat_stream.gateway.messages import ModelCall, Reply, ToolCall
@@ -36,8 +37,12 @@ from topics.turn import Turn
 
 log = logging.getLogger(__name__)
 
-CLAIM = "takeover"
-"""`side` of a claim."""
+CLAIM, END = "takeover", "end"
+"""`side` of a claim, and of what says that a session has ended (topics.turn:MARKS)."""
+END_S = 5.0
+"""To say so: its worker waits for it, and a peer that asks for the session, no longer than RELEASE_S for all."""
+STAND_BACK_S = 4.0
+"""For a session that was claimed to be here, before it is left to a peer that asks for it and waits RELEASE_S."""
 READ_S = 30.0
 """To read what a session said from the log."""
 AT_ONCE = 4
@@ -48,10 +53,11 @@ _toolcalls = msgspec.json.Decoder(tuple[ToolCall, ...])
 
 @dataclass(slots=True)
 class Lineage:
-    """Which turns of a session count, as they come in the order of the log."""
+    """What counts of a session, as it comes in the order of the log."""
 
     session_id: str
     claim: str = ""
+    ended: bool = False
     turns: list[Turn] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set)
 
@@ -66,28 +72,50 @@ class Lineage:
         if turn.side == CLAIM:
             self.claim = turn.turn_id
         elif turn.claim == self.claim:
-            self.turns.append(turn)
+            if turn.side == END:
+                self.ended = True
+            elif not self.ended:
+                self.turns.append(turn)
         self._seen.add(turn.turn_id)
 
 
+@dataclass(slots=True, eq=False)
+class _Move:
+    """A session on its way here."""
+
+    disturbed: bool = False
+    """Another gateway asked for it since, or may have: it is not ours."""
+    claimed: bool = False
+    """Our claim is on the log, or on its way there."""
+
+
 class Takeover:
-    """Opens sessions that can move, and takes over those that other gateways opened."""
+    """Opens sessions that can move, takes over those that other gateways opened, and ends them."""
 
     def __init__(self, log: Log, sessions: Sessions, calls: CallService, mint: Mint, peers: Peers) -> None:
         self._log, self._sessions, self._calls, self._mint, self._peers = log, sessions, calls, mint, peers
-        self._taking: dict[str, asyncio.Task[Session]] = {}
-        self._asking: set[str] = set()
-        """Of these, those that are not claimed yet."""
+        self._taking: dict[str, tuple[_Move, asyncio.Task[Session]]] = {}
         self._readers = asyncio.Semaphore(AT_ONCE)
 
     async def open(self, about: SessionRequest) -> Session:
         """A new session whose key any gateway of the run can read. RequestRefused, LogError."""
         session_id = secrets.token_hex(12)
         ends = await self._log.end_offsets("turns")
-        start = ends[partition_of(_claim(about, session_id), len(ends))]
+        start = ends[partition_of(_mark(CLAIM, about, session_id), len(ends))]
         session = self._sessions.make(session_id, self._mint.key(Ticket(session_id, about, start)), about)
         self._sessions.enter(session)
         return session
+
+    async def end(self, session: Session) -> None:
+        """Say on the log that the session has ended, for whoever reads it back.
+
+        Where the log is away that is only logged: the turns, which the worker waits for, are on it.
+        """
+        mark = _mark(END, session.about, session.session_id, session.claim)
+        try:
+            await record(self._log, mark, END_S)
+        except LogError as error:
+            log.warning("that session %s has ended is not on the log: %s", session.session_id, error)
 
     def knows(self, session_id: str, key: str) -> bool:
         """Whether the run made this key for this session."""
@@ -95,30 +123,33 @@ class Takeover:
         return ticket is not None and ticket.session_id == session_id
 
     async def admit(self, session_id: str, key: str) -> Session | None:
-        """The session behind a key that this gateway does not know yet; None if the run made no such key.
+        """The session behind a key that this gateway does not know yet, closed if it has ended; None: no such key.
 
-        RequestRefused: it has ended elsewhere, or there are too many. LogError, DeadlineExceeded: try again.
+        RequestRefused: there are too many, or another gateway takes it. LogError, DeadlineExceeded: try again.
         """
         ticket = self._mint.ticket(key)
         if ticket is None or ticket.session_id != session_id:
             return None
-        task = self._taking.get(session_id)
-        if task is None:
-            task = self._taking[session_id] = asyncio.create_task(self._take(ticket, key))
+        if session_id not in self._taking:
+            move = _Move()
+            task = asyncio.create_task(self._take(ticket, key, move))
+            self._taking[session_id] = move, task
             task.add_done_callback(lambda _: self._taking.pop(session_id, None))
         # One client that gives up does not end it for the others.
-        return await asyncio.shield(task)
+        return await asyncio.shield(self._taking[session_id][1])
 
     async def stand_back(self, session_id: str) -> None:
         """Another gateway is about to claim this session: what was begun here ends, or is done, before it does."""
-        task = self._taking.get(session_id)
-        if session_id in self._asking:
-            self._asking.discard(session_id)
-        elif task is not None:
-            await asyncio.wait({task})
+        if session_id in self._taking:
+            move, task = self._taking[session_id]
+            if move.claimed:
+                await asyncio.wait({task}, timeout=STAND_BACK_S)
+            move.disturbed = True
 
     def forget(self) -> None:
         """This process stood still, so that any session may have moved: what is asked for is read from the log."""
+        for move, _ in self._taking.values():
+            move.disturbed = True
         for session in self._sessions.open_ones():
             self._sessions.drop(session)
             self._calls.give_up(session)
@@ -126,23 +157,30 @@ class Takeover:
 
     async def close(self) -> None:
         """Give up what is being taken over."""
-        tasks = set(self._taking.values())
+        tasks = {task for _, task in self._taking.values()}
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=1.0)
 
-    async def _take(self, ticket: Ticket, key: str) -> Session:
+    async def _take(self, ticket: Ticket, key: str, move: _Move) -> Session:
         began = time.monotonic()
-        await self._ask_for(ticket.session_id)
-        claim = _claim(ticket.about, ticket.session_id)
-        await record(self._log, claim, self._calls.limits.publish_s)
+        # What would fail behind the claim would fail, and write one, at each request.
+        self._sessions.check_room()
+        place = await self._place(ticket)
+        await self._peers.release(ticket.session_id)
+        claim = await self._claim(ticket, move)
         session = self._sessions.make(ticket.session_id, key, ticket.about)
         async with self._readers:
-            lineage = await self._read(ticket, claim)
+            lineage = await self._read(ticket, place, claim)
+        self._check(move)
         if lineage.claim != claim.turn_id:
             raise _moved()
         session.claim = claim.turn_id
+        if lineage.ended:
+            session.turns = lineage.turns
+            self._sessions.retire(session)
+            return session
         Rebuilt(session, self._calls).replay(lineage.turns)
         self._sessions.enter(session)
         TAKEN_OVER.inc()
@@ -150,21 +188,27 @@ class Takeover:
         log.info("took over session %s with %d turns", session.session_id, len(session.turns))
         return session
 
-    async def _ask_for(self, session_id: str) -> None:
-        self._asking.add(session_id)
-        try:
-            await self._peers.release(session_id)
-        finally:
-            undisturbed = session_id in self._asking
-            self._asking.discard(session_id)
-        if not undisturbed:
+    async def _place(self, ticket: Ticket) -> TopicPartition:
+        """Where the session's turns are; LogError if the first of them may be there no more."""
+        begins = await self._log.beginning_offsets("turns")
+        partition = partition_of(_mark(CLAIM, ticket.about, ticket.session_id), len(begins))
+        if ticket.start < begins[partition]:
+            raise LogError(f"session {ticket.session_id}: turns[{partition}] is not kept from {ticket.start} on")
+        return TopicPartition("turns", partition)
+
+    async def _claim(self, ticket: Ticket, move: _Move) -> Turn:
+        self._check(move)
+        claim, move.claimed = _mark(CLAIM, ticket.about, ticket.session_id), True
+        await record(self._log, claim, self._calls.limits.publish_s)
+        return claim
+
+    def _check(self, move: _Move) -> None:
+        if move.disturbed or self._calls.pulse.stalled():
             raise _moved()
 
-    async def _read(self, ticket: Ticket, claim: Turn) -> Lineage:
+    async def _read(self, ticket: Ticket, place: TopicPartition, claim: Turn) -> Lineage:
         """What the session said from its beginning up to our claim, which is on the log."""
         lineage, key = Lineage(ticket.session_id), key_of(claim)
-        partitions = len(await self._log.end_offsets("turns"))
-        place = TopicPartition("turns", partition_of(claim, partitions))
         try:
             async with (
                 asyncio.timeout(READ_S),
@@ -268,8 +312,8 @@ def _reply(turn: Turn) -> Reply:
     )
 
 
-def _claim(about: SessionRequest, session_id: str) -> Turn:
-    """What says on the log that a session changed hands."""
+def _mark(side: str, about: SessionRequest, session_id: str, claim: str = "") -> Turn:
+    """What says on the log that a session changed hands, or has ended."""
     return Turn(
         run=about.run,
         group_id=about.group_id,
@@ -284,5 +328,6 @@ def _claim(about: SessionRequest, session_id: str) -> Turn:
         finish_reason="abort",
         trainable=False,
         dialect="",
-        side=CLAIM,
+        side=side,
+        claim=claim,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
+import uuid
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from binascii import Error as NotBase64
 from pathlib import Path
@@ -60,21 +61,23 @@ class Mint:
 
 
 def run_secret(run_dir: Path) -> bytes:
-    """The secret of a run's gateways: made by the first that asks. ConfigError if the folder cannot hold it."""
+    """The secret of a run's gateways: made by the first that asks. ConfigError if the folder cannot hold it.
+
+    Who can guess a secret can make keys: a file that a power failure cut is refused, too.
+    """
     path = run_dir / SECRET_FILE
     try:
-        return _read(path) or _make(path)
+        secret = path.read_bytes() if path.exists() else _make(path)
     except OSError as error:
         raise ConfigError(f"{path}: the gateways' secret cannot be kept there ({error.strerror})") from error
-
-
-def _read(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""
+    if len(secret) != _SECRET_BYTES:
+        raise ConfigError(f"{path}: {len(secret)} bytes are no secret of {_SECRET_BYTES}; remove it and start again")
+    return secret
 
 
 def _make(path: Path) -> bytes:
     """Whole or not at all, and the first of several that make one at the same moment wins."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # in containers every service has the same pid
     temporary.touch(0o600)
     temporary.write_bytes(secrets.token_bytes(_SECRET_BYTES))
     try:

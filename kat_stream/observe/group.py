@@ -13,6 +13,7 @@ from kat_stream.log.base import Delivered, Position
 from kat_stream.observe.tail import rollouts_of
 from kat_stream.observe.text import clock
 from topics import PackedBatch, Record, Reward, RolloutRequest, Trajectory, Turn
+from topics.turn import MARKS
 
 STAGES: tuple[type[Record], ...] = (RolloutRequest, Trajectory, Reward, PackedBatch)
 _MISSING = dict(zip(STAGES, ("was never requested", "has not ended", "is not graded", "is not packed"), strict=True))
@@ -41,7 +42,9 @@ class GroupTrace:
             if not isinstance(record, Turn):
                 place = f"{position.topic}[{position.partition}] at {position.offset}"
                 yield f"{clock(timestamp_ms)} {place}: {type(record).__name__} of {', '.join(rollouts_of(record))}"
-        turns = sorted(position for position, (_, record) in self._found.items() if isinstance(record, Turn))
+        turns = sorted(
+            position for position, (_, r) in self._found.items() if isinstance(r, Turn) and r.side not in MARKS
+        )
         if turns:
             span = f"turns[{turns[0].partition}] at {turns[0].offset} to {turns[-1].offset}"
             yield f"{len(turns)} turns: {span}"

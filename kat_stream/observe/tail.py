@@ -31,6 +31,7 @@ from topics import (
     Trajectory,
     Turn,
 )
+from topics.turn import MARKS
 
 
 def line(delivered: Delivered) -> str:
@@ -91,6 +92,8 @@ def _request(r: RolloutRequest) -> str:
 
 
 def _turn(r: Turn) -> str:
+    if r.side in MARKS:
+        return f"{r.rollout_id}  {MARKS[r.side]}"
     new, sampled = len(r.prompt_ids) // 4, len(r.sampled_ids) // 4
     side = "" if r.trainable else ", not trained"
     fork = f", fork: {r.fork}" if r.fork else ""

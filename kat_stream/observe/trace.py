@@ -30,6 +30,7 @@ from topics import (
     Turn,
 )
 from topics.record import floats, ints
+from topics.turn import MARKS
 
 Decode = Callable[[Sequence[int]], str]
 UNTOLD = (Task, PolicyVersion, DeadLetter)
@@ -140,6 +141,8 @@ class RolloutTrace:
         raise TypeError(f"no words for {type(record).__name__}")
 
     def _turn(self, turn: Turn, tokens: bool, decode: Decode | None) -> list[str]:
+        if turn.side in MARKS:
+            return [MARKS[turn.side]]
         new, sampled = ints(turn.prompt_ids), ints(turn.sampled_ids)
         parent = self._turns.get(turn.parent)
         after = f" after {turn.prefix_len} of turn {parent[1].index}" if parent else ""

@@ -32,10 +32,10 @@ class Later:
     def __init__(self) -> None:
         self.control: GatewayControl | None = None
 
-    async def release(self, session_id: str, *, deadline_s: float) -> str:
+    async def release(self, session_id: str, *, deadline_s: float) -> None:
         if self.control is None:
             raise GatewayError("not there")
-        return await self.control.release(session_id, deadline_s=deadline_s)
+        await self.control.release(session_id, deadline_s=deadline_s)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kat_stream.errors import ConfigError
 from kat_stream.gateway.app import SessionHandle
 from kat_stream.gateway.limits import Limits
 from kat_stream.gateway.sessions import SessionRequest
-from kat_stream.gateway.takeover import CLAIM, READ_S, Lineage
-from kat_stream.gateway.tickets import Mint, Ticket, run_secret
+from kat_stream.gateway.takeover import CLAIM, END, READ_S, Lineage
+from kat_stream.gateway.tickets import SECRET_FILE, Mint, Ticket, run_secret
 from kat_stream.log import Message
 from kat_stream.log.message import seal
 from tests.contract.gateway_kit import saying, user
@@ -85,7 +87,7 @@ async def test_a_session_that_ended_at_a_living_gateway_has_ended_everywhere() -
         await them.control(0).close(handle.session_id)
         status, body = await them.post(1, handle, {"messages": [user("go")]})
         assert (status, body["error"]["code"]) == (409, "session_ended")
-        assert [turn.side for turn in await them.turns()] == [""]
+        assert len(them.engine.requests) == 1
 
 
 async def test_a_session_that_ended_stays_ended_when_later_ones_have_ended() -> None:
@@ -93,12 +95,11 @@ async def test_a_session_that_ended_stays_ended_when_later_ones_have_ended() -> 
         ended, later = await them.open(), await them.open("r1g1s1")
         await them.talk(ended, [0])
         control = them.control(0)
-        before = await them.turns()
         for handle in (ended, later):
             await control.close(handle.session_id)
         for number in range(2):
             assert (await them.post(number, ended, {"messages": [user("again")]}))[0] == 409
-        assert await control.sessions() == [] and await them.turns() == before
+        assert await control.sessions() == [] and len(them.engine.requests) == 1
 
 
 async def test_only_its_own_key_moves_a_session() -> None:
@@ -152,29 +153,51 @@ def test_the_secret_of_a_run_is_made_once_and_only_its_owner_reads_it(tmp_path: 
     assert file.stat().st_mode & 0o077 == 0
 
 
+def test_gateways_that_begin_at_once_have_one_secret(tmp_path: Path) -> None:
+    """In threads of one process, as in containers, the process id tells none from another."""
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(50):
+            (folder := tmp_path / str(number)).mkdir()
+            made = list(pool.map(run_secret, [folder] * 8))
+            assert len(set(made)) == 1 and [file.name for file in folder.iterdir()] == [SECRET_FILE]
+
+
+@pytest.mark.parametrize("left", [b"", b"s" * 31])
+def test_a_secret_that_was_cut_is_refused(tmp_path: Path, left: bytes) -> None:
+    (tmp_path / SECRET_FILE).write_bytes(left)
+    with pytest.raises(ConfigError, match=r"gateway\.secret.*remove it"):
+        run_secret(tmp_path)
+
+
 _EVENTS = st.lists(
-    st.tuples(st.sampled_from(["turn", "claim", "stale", "again", "other"]), st.integers(0, 5)), max_size=30
+    st.tuples(st.sampled_from(["turn", "claim", "stale", "again", "other", "end", "stale end"]), st.integers(0, 5)),
+    max_size=30,
 )
 
 
 @given(_EVENTS)
 def test_every_reader_agrees_which_turns_count(events: list[tuple[str, int]]) -> None:
-    """Against the rule as it is said: a turn counts if it carries the newest claim before it, once."""
+    """Against the rule as it is said: a turn counts if it carries the newest claim before it, once, and no end that
+    counts is before it."""
     written: list[Turn] = []
-    claims, expected = [""], []
+    claims, expected, ended = [""], [], False
     for number, (kind, which) in enumerate(events):
         name = f"t{number}"
-        claim = {"stale": claims[min(which, len(claims) - 1)]}.get(kind, claims[-1])
-        session, side = "other" if kind == "other" else "s", CLAIM if kind == "claim" else ""
+        claim = claims[min(which, len(claims) - 1)] if "stale" in kind else claims[-1]
+        session = "other" if kind == "other" else "s"
+        side = CLAIM if kind == "claim" else END if "end" in kind else ""
         turn = records.turn(records.request(), [], [], name=name, session_id=session, side=side, claim=claim)
         if kind == "again" and written:
             turn = written[which % len(written)]
         elif kind == "claim":
             claims.append(name)
-        elif kind != "other" and claim == claims[-1]:
+        elif side == END:
+            ended = ended or claim == claims[-1]
+        elif kind != "other" and claim == claims[-1] and not ended:
             expected.append(name)
         written.append(turn)
     lineage = Lineage("s")
     for turn in written:
         lineage.add(turn)
-    assert [turn.turn_id for turn in lineage.turns] == expected and lineage.claim == claims[-1]
+    assert [turn.turn_id for turn in lineage.turns] == expected
+    assert (lineage.claim, lineage.ended) == (claims[-1], ended)

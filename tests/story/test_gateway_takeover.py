@@ -177,6 +177,29 @@ async def test_what_a_gateway_writes_after_it_stood_still_does_not_count(
             _check(await control.close(handle.session_id, deadline_s=30.0), said, run.engine, claims=3)
 
 
+async def test_what_ended_before_a_gateway_was_killed_stays_ended(
+    kafka_bootstrap: str, tmp_path: Path, processes: ExitStack
+) -> None:
+    """Its agent may have been left over and go on; a session that nobody ever called has ended as well."""
+    async with _run(kafka_bootstrap, tmp_path, processes, 0) as run:
+        victim = run.start("gateway")
+        await run.ready(0)
+        control = GatewayControl(run.context.gateway_control_urls[0], run.http)
+        spoken, silent, alive = [await _open(control, run, number) for number in range(3)]
+        said = [await _go_on(run, 0, spoken, [])]
+        for handle in (spoken, silent):
+            await control.close(handle.session_id)
+        os.killpg(victim.pid, signal.SIGKILL)
+        run.start("gateway")
+        await run.ready(0)
+        for handle in (spoken, silent):
+            for _ in range(2):
+                with pytest.raises(openai.ConflictError, match="has ended"):
+                    await _go_on(run, 0, handle, said)
+        await _go_on(run, 0, alive, [])
+        assert len(run.engine.requests) == 2
+
+
 async def _go_on(run: Run, gateway: int, handle: SessionHandle, said: Sequence[str]) -> str:
     """The next reply of a conversation, asked of one gateway once."""
     messages: list[dict[str, str]] = [user(f"task {handle.session_id}")]

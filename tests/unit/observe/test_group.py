@@ -55,7 +55,7 @@ def test_a_whole_group_has_no_gaps_and_its_lines_are_in_the_order_of_time() -> N
     asked = request(GROUP, 0, 1)
     ended = trajectory(asked, turn(asked, [1], [2]))
     found = told(asked, turn(asked, [1], [2]), turn(asked, [1], [2], name="y"), ended, reward(asked, 1.0),
-                 batch(asked.rollout_id))  # fmt: skip
+                 batch(asked.rollout_id), turn(asked, [], [], name="z", side="end"))  # fmt: skip
     first, *events, turns, last = found.lines()
     assert (first, last) == (f"group {GROUP}", "no gaps")
     assert [line.split()[3].rstrip(":") for line in events] == ["0", "3", "4", "5"]

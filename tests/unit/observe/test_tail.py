@@ -10,6 +10,8 @@ from kat_stream.log.base import Delivered, Position
 from kat_stream.observe import tail
 from tests import observe_kit as fab
 from tests.observe_kit import FabricatedRun
+from tests.unit.records import turn
+from topics.turn import MARKS
 
 LINES = {
     "tasks": "14:13:20.000  0/0     mend/rename-17  mend:train, shell, graded by harbor: tests/test.sh fails.⏎Mend it.",
@@ -47,6 +49,12 @@ def test_json_shows_token_arrays_as_numbers(small_run: FabricatedRun) -> None:
     value = json.loads(tail.json_line(trajectory))["value"]
     assert value["patch"].startswith("--- a/x\n")
     assert value["turns"][1]["sampled_ids"] == [12, 2]
+
+
+@pytest.mark.parametrize("side", MARKS)
+def test_what_became_of_a_session_is_no_turn(side: str) -> None:
+    asked = fab.request("demo-t000001", 0, 1)
+    assert tail.describe(turn(asked, [], [], index=-1, side=side)) == f"demo-t000001-0  {MARKS[side]}"
 
 
 def test_bytes_that_are_no_record_are_shown_as_such() -> None:

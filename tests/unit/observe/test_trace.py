@@ -12,6 +12,7 @@ import pytest
 from kat_stream.observe.trace import RolloutTrace
 from tests import observe_kit as fab
 from tests.observe_kit import FabricatedRun
+from tests.unit.records import turn
 from topics import PackedBatch
 
 TRAINED = """\
@@ -118,6 +119,13 @@ def test_terminal_control_characters_never_reach_the_terminal() -> None:
     assert "\x1b" not in told
     assert "\x07" not in told
     assert "    > ls �[2J�\n    > rm�" in told
+
+
+def test_what_became_of_a_session_is_told_in_words() -> None:
+    asked = fab.request("demo-t000001", 0, 1)
+    end = turn(asked, [], [], index=-1, side="end")
+    told = story([(asked, fab.START_MS), (end, fab.START_MS + 1)], asked.rollout_id)
+    assert "14:13:20.001 the session has ended\n" in told and "turn -1" not in told
 
 
 @pytest.mark.parametrize("tokens", [False, True])
