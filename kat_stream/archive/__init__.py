@@ -10,9 +10,10 @@ in-memory log starts again at offset 0, and both halves are kept.
 
 import os
 
-# Arrow's allocator keeps pages that are free, for ten milliseconds and then until it is used again: with flushes and
-# merges of all sizes a process grows by them for hours. It reads this when it is loaded, which is below.
-os.environ.setdefault("MIMALLOC_PURGE_DELAY", "0")
+# Arrow's own allocator keeps pages of which nothing is in use, whatever it is told: with flushes and merges of all
+# sizes a process grows by them for hours. malloc gives back all that is free when the writer asks it to. Arrow reads
+# this when it is loaded, which is below.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 from kat_stream.archive.parts import archived_positions, claimed
 from kat_stream.archive.reader import GroupFilter, read_archive, read_rows

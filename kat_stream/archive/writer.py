@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ ROW_GROUP_BYTES = 8 << 20
 """Of values, in one row group: what a reader holds at once."""
 MERGE_AT = 8
 """So many files of one size class in a folder become one."""
-SIZES = (256 << 10, 2 << 20, 16 << 20)
+SIZES = (512 << 10, 4 << 20)
 """Upper limits of the size classes in bytes of rows; larger files stay as they are. Not of files: what compresses to
 nothing would be merged until no array holds a partition of it."""
 MERGE_BYTES = 16 << 20
@@ -107,26 +108,10 @@ class ArchiveWriter:
 
     def flush(self) -> list[Path]:
         """Write what was added since the last call; OSError leaves it waiting for the next call."""
-        self._finish()
-        with self._lock:
-            waiting, self._waiting = self._waiting, defaultdict(list)
-            held, self._bytes = self._bytes, 0
-            positions = dict(self._next)
-        if positions == self._saved:
-            return []
-        self._flush += 1
-        staged: list[Path] = []
         try:
-            for path, messages in _by_folder(self.directory, waiting).items():
-                staged.append(self._write(path, messages))
+            return self._write_waiting()
+        finally:
             _give_back()
-            self._change(positions, staged, [])
-        except OSError:
-            _discard(staged)
-            self._put_back(waiting, held)
-            raise
-        self._finish()
-        return staged
 
     def merge(self, *, all_small: bool = False, give_up: Callable[[], bool] = lambda: False) -> int:
         """Merge small files of a folder where there are many, or any two of them; how many became fewer.
@@ -140,8 +125,30 @@ class ArchiveWriter:
                 if give_up():
                     return merged
                 self._merge(files)
+                _give_back()
                 merged += len(files)
         return merged
+
+    def _write_waiting(self) -> list[Path]:
+        self._finish()
+        with self._lock:
+            waiting, self._waiting = self._waiting, defaultdict(list)
+            held, self._bytes = self._bytes, 0
+            positions = dict(self._next)
+        if positions == self._saved:
+            return []
+        self._flush += 1
+        staged: list[Path] = []
+        try:
+            for path, messages in _by_folder(self.directory, waiting).items():
+                staged.append(self._write(path, messages))
+            self._change(positions, staged, [])
+        except OSError:
+            _discard(staged)
+            self._put_back(waiting, held)
+            raise
+        self._finish()
+        return staged
 
     def _write(self, path: Path, messages: Sequence[Delivered]) -> Path:
         table = described(table_of(messages), self.log_id, (self._flush, self._flush))
@@ -159,7 +166,6 @@ class ArchiveWriter:
         staged: list[Path] = []
         try:
             staged.append(_stage(schema, _rows_of(files, schema), files[0].path.parent, files[0].flushes[0]))
-            _give_back()
             self._change(self._saved, staged, [part.path for part in files])
         except OSError:
             _discard(staged)
@@ -252,18 +258,27 @@ def _rows_of(files: Sequence[Part], schema: pa.Schema) -> Iterator[pa.Table]:
     numbers = sorted({number for part in files for number in part.spans})
     at_once = max(1, len(numbers) * MERGE_BYTES // max(1, sum(part.size for part in files)))
     for first in range(0, len(numbers), at_once):
-        yield _sorted(files, schema, numbers[first : first + at_once])
+        yield _together(files, schema, numbers[first : first + at_once])
 
 
-def _sorted(files: Sequence[Part], schema: pa.Schema, chosen: Sequence[int]) -> pa.Table:
-    """Their rows of these partitions; what they were sorted from is let go of before they are written."""
+def _together(files: Sequence[Part], schema: pa.Schema, chosen: Sequence[int]) -> pa.Table:
+    """Their rows of these partitions: each file is in order, and later files have later offsets.
+
+    They are slices of what was read: to sort would be to hold them twice.
+    """
     tables = [rows for part in files for rows in _of_partitions(part.path, chosen)]
-    rows = pa.concat_tables([schema.empty_table(), *tables], promote_options="default")
-    return rows.sort_by([("partition", "ascending"), ("offset", "ascending")])
+    places = [rows["partition"].to_pylist() for rows in tables]
+    slices = [
+        rows.slice(first, bisect_right(there, number) - first)
+        for number in chosen
+        for rows, there in zip(tables, places, strict=True)
+        if (first := bisect_left(there, number)) < len(there)
+    ]
+    return pa.concat_tables([schema.empty_table(), *slices], promote_options="default")
 
 
 def _give_back() -> None:
-    """What this thread freed; Arrow keeps it otherwise, ever more of it, for what comes next lies scattered in it."""
+    """All that is free, of every thread. malloc keeps it otherwise, ever more: what comes next lies scattered in it."""
     pa.default_memory_pool().release_unused()
 
 

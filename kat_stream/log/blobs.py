@@ -2,7 +2,8 @@
 
     <url>/<first two hex digits>/<sha256>        a blob; <url>/kat-blobs says that this is a store
 Invariants: a blob is whole or not there, its name is the hash of its bytes, and `get` hands out nothing else. Putting
-twice is putting once, and makes the blob young again, so that a sweep keeps what was just referred to.
+twice is putting once, and makes the blob young again, so that a sweep keeps what was just referred to. What a sweep has
+set aside (`<sha256>.aside`) is still handed out.
 fsspec's calls block, so each runs in a worker thread, and every call has a deadline. S3's address and keys come from
 where every S3 client takes them: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ~/.aws.
 """
@@ -15,12 +16,13 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
 from hashlib import sha256
-from typing import Any, Self
+from itertools import batched
+from typing import Any, BinaryIO, Self
 
 import anyio
 import fsspec
@@ -33,8 +35,11 @@ AT_ONCE = 8
 """Worker threads of one process that use a store at the same time."""
 LOCAL_AT_ONCE = 2
 """For the values of one call in a directory: a thread takes several, as the way to one costs a part of a write."""
+SYNCED_TOGETHER = 16
+"""Files of a thread that are open at once: while one is synced the disk takes the next ones."""
 MARKER = "kat-blobs"
 """Tells a store in which a blob is missing from a place where there is no store: not mounted, another bucket."""
+ASIDE = ".aside"
 _REFERENCE = re.compile(rb"blob:([0-9a-f]{64}):([0-9]{1,12})(?![0-9])")
 _S3_CLIENT = {
     "connect_timeout": 5,
@@ -105,7 +110,7 @@ class BlobStore:
 
     async def put_all(self, values: Sequence[bytes]) -> list[BlobRef]:
         """As `put` for each: a thread takes several."""
-        return await self._each(f"putting {sum(map(len, values))} bytes", self._put, values)
+        return await self._each(f"putting {sum(map(len, values))} bytes", self._put_some, values)
 
     async def get(self, ref: BlobRef) -> bytes:
         """The bytes. BlobError: other bytes, or none in a store that answers. BlobUnavailable: the store does not."""
@@ -116,17 +121,25 @@ class BlobStore:
 
     async def get_all(self, refs: Sequence[BlobRef]) -> list[bytes | BlobError]:
         """As `get` for each, but what is wrong with one value stands in its place."""
-        return await self._each(f"getting {', '.join(map(str, refs[:3]))}", self._get, refs)
+        return await self._each(f"getting {', '.join(map(str, refs[:3]))}", self._get_some, refs)
 
     async def stored(self) -> list[StoredBlob]:
         """Every blob, in the order of names."""
         return await self._call("listing", self._list)
 
+    async def set_aside(self, blob: StoredBlob) -> bool:
+        """Out of the list, not out of reach: False if it has been put again since it was listed, or is gone."""
+        return await self._call(f"setting aside {blob.sha256}", partial(self._set_aside, blob))
+
     async def remove(self, blob: StoredBlob) -> bool:
-        """Remove a blob as it was listed: False if it has been put again since, or is gone."""
+        """Remove what was set aside: False if it was put again at that very moment, which only a directory tells."""
         return await self._call(f"removing {blob.sha256}", partial(self._remove, blob))
 
-    async def _each[A, B](self, what: str, step: Callable[[A], B], items: Sequence[A]) -> list[B]:
+    async def put_back(self) -> None:
+        """All that is set aside is where it was, and young."""
+        await self._call("putting back", self._put_back)
+
+    async def _each[A, B](self, what: str, step: Callable[[Sequence[A]], list[B]], items: Sequence[A]) -> list[B]:
         """All items, shared out to threads, results in order; the first error is raised as itself."""
         lanes = min(len(items), LOCAL_AT_ONCE if self._local else AT_ONCE)
         results: dict[int, list[B]] = {}
@@ -134,7 +147,7 @@ class BlobStore:
 
         async def one(lane: int) -> None:
             try:
-                results[lane] = await self._call(what, lambda: [step(item) for item in items[lane::lanes]])
+                results[lane] = await self._call(what, partial(step, items[lane::lanes]))
             except BlobUnavailable as error:
                 failures.append(error)
                 tasks.cancel_scope.cancel()
@@ -161,43 +174,62 @@ class BlobStore:
     def _path(self, name: str) -> str:
         return f"{self._root}/{name[:2]}/{name}"
 
-    def _put(self, data: bytes) -> BlobRef:
-        ref = BlobRef.of(data)
+    def _put_some(self, values: Sequence[bytes]) -> list[BlobRef]:
+        refs = [BlobRef.of(data) for data in values]
         if not self._marked:
-            self._write(f"{self._root}/{MARKER}", b"")
+            self._write([(f"{self._root}/{MARKER}", b"")])
             self._marked = True
-        self._write(self._path(ref.sha256), data)
-        return ref
+        for some in batched(zip(refs, values, strict=True), SYNCED_TOGETHER):
+            self._write([(self._path(ref.sha256), data) for ref, data in some])
+        return refs
 
-    def _write(self, path: str, data: bytes) -> None:
-        """Whole or not at all: an object store does that by itself, in a directory a rename does."""
+    def _write(self, files: Sequence[tuple[str, bytes]]) -> None:
+        """Each whole or not at all: an object store does that by itself, in a directory a rename does."""
         if not self._local:
-            self._fs.pipe_file(path, data)
+            for path, data in files:
+                self._fs.pipe_file(path, data)
             return
-        temporary = f"{path}.{next(self._names)}.tmp"
+        temporaries = [f"{path}.{next(self._names)}.tmp" for path, _ in files]
         try:
-            self._write_file(temporary, data)
-            os.replace(temporary, path)  # noqa: PTH105 - fsspec's paths are text
+            with ExitStack() as until_synced:
+                opened = [until_synced.enter_context(self._create(temporary)) for temporary in temporaries]
+                for file, (_, data) in zip(opened, files, strict=True):
+                    file.write(data)
+                    file.flush()
+                for file in opened:
+                    os.fsync(file.fileno())
+            for temporary, (path, _) in zip(temporaries, files, strict=True):
+                os.replace(temporary, path)  # noqa: PTH105 - fsspec's paths are text
         except OSError:  # a full disk stays full if every attempt leaves a file
-            with suppress(OSError):
-                os.unlink(temporary)  # noqa: PTH108 - fsspec's paths are text
+            for temporary in temporaries:
+                with suppress(OSError):
+                    os.unlink(temporary)  # noqa: PTH108 - fsspec's paths are text
             raise
 
-    def _write_file(self, path: str, data: bytes) -> None:
+    def _create(self, path: str) -> BinaryIO:
         try:
-            _write_synced(path, data)
+            return open(path, "wb")  # noqa: PTH123 - fsspec's paths are text
         except FileNotFoundError:  # the first blob of its folder
             self._fs.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH120 - fsspec's paths are text
-            _write_synced(path, data)
+            return open(path, "wb")  # noqa: PTH123 - fsspec's paths are text
+
+    def _get_some(self, refs: Sequence[BlobRef]) -> list[bytes | BlobError]:
+        return [self._get(ref) for ref in refs]
 
     def _get(self, ref: BlobRef) -> bytes | BlobError:
         try:
-            data = self._read(self._path(ref.sha256), ref.size + 1)
+            data = self._find(self._path(ref.sha256), ref.size + 1)
         except FileNotFoundError:
             if not self._fs.exists(f"{self._root}/{MARKER}"):
                 raise
             return BlobError(f"{self.url}: no {ref}")
         return data if BlobRef.of(data) == ref else BlobError(f"{self.url}: what lies there is not {ref}")
+
+    def _find(self, path: str, most: int) -> bytes:
+        for place in (path, path + ASIDE):
+            with suppress(FileNotFoundError):
+                return self._read(place, most)
+        return self._read(path, most)  # put back between the two looks
 
     def _read(self, path: str, most: int) -> bytes:
         if self._local:
@@ -211,25 +243,45 @@ class BlobStore:
         blobs = [
             StoredBlob(path.rpartition("/")[2], info["size"], _modified(info))
             for path, info in found.items()
-            if not path.endswith(MARKER)
+            if not path.endswith((MARKER, ASIDE))
         ]
         return sorted(blobs, key=lambda blob: blob.sha256)
 
-    def _remove(self, blob: StoredBlob) -> bool:
+    def _set_aside(self, blob: StoredBlob) -> bool:
+        path = self._path(blob.sha256)
         try:
-            if _modified(self._fs.info(self._path(blob.sha256))) != blob.modified_unix_s:
+            if _modified(self._fs.info(path)) != blob.modified_unix_s:
                 return False
-            self._fs.rm_file(self._path(blob.sha256))
+            self._move(path, path + ASIDE)
         except FileNotFoundError:
             return False
         return True
 
+    def _remove(self, blob: StoredBlob) -> bool:
+        path = self._path(blob.sha256) + ASIDE
+        try:
+            modified = _modified(self._fs.info(path))  # S3 does not say that what it removes is not there
+            if self._local and modified != blob.modified_unix_s:
+                return False
+            self._fs.rm_file(path)
+        except FileNotFoundError:
+            return False
+        return True
 
-def _write_synced(path: str, data: bytes) -> None:
-    with open(path, "wb") as file:  # noqa: PTH123 - fsspec's paths are text
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    def _put_back(self) -> None:
+        for path in self._fs.find(self._root):
+            if path.endswith(ASIDE):
+                with suppress(FileNotFoundError):
+                    if self._local:
+                        os.utime(path)  # it may replace a young one
+                    self._move(path, path.removesuffix(ASIDE))
+
+    def _move(self, path: str, target: str) -> None:
+        if self._local:
+            os.replace(path, target)  # noqa: PTH105 - fsspec's paths are text
+        else:
+            self._fs.cp_file(path, target)
+            self._fs.rm_file(path)
 
 
 def _open(url: str) -> tuple[Any, str]:

@@ -3,8 +3,9 @@
 Invariant: a blob goes only if it was older than the grace period when it was listed, no message between the beginning
 and the end of any topic names it (in a header, or anywhere in the bytes of a record), no archived message does, and it
 has not been put again since. A store serves one log: references on another log are not seen.
-A clock that jumps makes everything look old, also what was put a moment ago and whose record is still on its way. So
-no clock decides alone: between the listing and the removal lies ON_ITS_WAY_S, then the news on the topics are read.
+A clock that jumps makes everything look old, also what was put a moment ago and whose record is still on its way; and a
+blob may be put again between the last look at it and its removal. So what is to go is set aside first, where readers
+still find it. After ON_ITS_WAY_S the news on the topics are read, and what they name goes back.
 """
 
 from __future__ import annotations
@@ -63,13 +64,18 @@ async def survey(store: BlobStore, log: Log | None, archived: Iterable[Delivered
 async def sweep(store: BlobStore, found: Survey, log: Log | None, *, wait_s: float = ON_ITS_WAY_S) -> list[StoredBlob]:
     """Remove the garbage, after what was on its way has had `wait_s` to arrive; those that were really removed.
 
-    `log`: as for the survey. LogError, LogUnavailable: the news cannot be read, nothing was removed.
+    One that is killed leaves blobs aside: the next puts them back. `log`: as for the survey. LogError, LogUnavailable:
+    the news cannot be read, nothing was removed.
     """
+    aside = [blob for blob in found.garbage if await store.set_aside(blob)]
     named: set[str] = set()
-    if found.garbage and log is not None:
-        await anyio.sleep(wait_s)
-        named, _ = await _on_topics(log, found.read_to)
-    return [blob for blob in found.garbage if blob.sha256 not in named and await store.remove(blob)]
+    try:
+        if aside and log is not None:
+            await anyio.sleep(wait_s)
+            named, _ = await _on_topics(log, found.read_to)
+        return [blob for blob in aside if blob.sha256 not in named and await store.remove(blob)]
+    finally:
+        await store.put_back()
 
 
 def named_by(delivered: Delivered) -> set[BlobRef]:

@@ -17,7 +17,7 @@ from typing import Protocol
 from zlib import crc32
 
 from kat_stream.config import SecuritySection
-from kat_stream.errors import DataError, DecodeError, LogUnavailable
+from kat_stream.errors import DataError, DecodeError, LogError, LogUnavailable
 from kat_stream.log import Delivered, Log, open_log
 from kat_stream.observe.heads import HEADS, Head, columns_of, head_of, head_of_row
 from kat_stream.observe.ledger import Ledger
@@ -85,26 +85,39 @@ class LogSource:
     archive: Path | None = None
 
     async def messages(self, topics: Sequence[str] = ALL_TOPICS, group_id: str = "") -> AsyncIterator[Delivered]:
-        starts = await self._starts(topics)
-        if self.archive is not None:
-            for delivered in archived_messages(self.archive, topics, group_id):
+        read: dict[tuple[str, int], int] = {}  # the first offset that was not handed out
+        while True:
+            starts = await self._starts(topics)
+            for delivered in archived_messages(self.archive, topics, group_id) if self.archive is not None else ():
                 place = delivered.position.topic_partition
-                if delivered.position.offset < starts.get(place, 0):
+                if read.get(place, 0) <= delivered.position.offset < starts.get(place, 0):
                     yield delivered
-        for some, partitions in await self._by_partitions(topics, group_id):
-            async for delivered in self._rest(some, starts, partitions):
-                yield delivered
+            read = {place: max(start, read.get(place, 0)) for place, start in starts.items()}
+            try:
+                for some, partitions in await self._by_partitions(topics, group_id):
+                    async for delivered in self._rest(some, read, partitions):
+                        read[delivered.position.topic_partition] = delivered.position.offset + 1
+                        yield delivered
+                return
+            except LogError:
+                if not await self._trimmed(starts):
+                    raise
 
     async def heads(self) -> AsyncIterator[Head]:
         topics = tuple(HEADS)
-        starts = await self._starts(topics)
-        if self.archive is not None:
-            for head in archived_heads(self.archive, self.run):
+        while True:
+            starts = await self._starts(topics)
+            for head in archived_heads(self.archive, self.run) if self.archive is not None else ():
                 yield head
-        async for delivered in self._rest(topics, starts, None):
-            found = head_of(delivered)
-            if found is not None and self.run in ("", found.run):
-                yield found
+            try:
+                async for delivered in self._rest(topics, starts, None):
+                    found = head_of(delivered)
+                    if found is not None and self.run in ("", found.run):
+                        yield found
+                return
+            except LogError:
+                if not await self._trimmed(starts):
+                    raise
 
     async def _rest(
         self, topics: Sequence[str], starts: Mapping[tuple[str, int], int], partitions: Sequence[int] | None
@@ -114,20 +127,30 @@ class LogSource:
                 yield delivered
 
     async def _starts(self, topics: Sequence[str]) -> dict[tuple[str, int], int]:
-        """Where the archive ends. DataError if the log does not go on there: messages are lost, or it is another."""
+        """Where the archive ends. DataError if the log does not go on there: messages are lost, or it is another.
+
+        Asked between the log's beginning and its end: nobody trims above the archive's end, which only grows.
+        """
         if self.archive is None:
             return {}
         from kat_stream.archive import archived_positions
 
-        starts = archived_positions(self.archive, LOG_ID, topics)
-        for topic in {topic for topic, _ in starts}:
-            begins, ends = await self.log.beginning_offsets(topic), await self.log.end_offsets(topic)
-            for partition, begin in begins.items():
-                after = starts.get((topic, partition), begin)
+        begins = {topic: await self.log.beginning_offsets(topic) for topic in topics}
+        archived = archived_positions(self.archive, LOG_ID, topics)
+        starts: dict[tuple[str, int], int] = {}
+        for topic in topics:
+            ends = await self.log.end_offsets(topic)
+            for partition, begin in begins[topic].items():
+                after = starts[topic, partition] = archived.get((topic, partition), begin)
                 if not begin <= after <= ends[partition]:
                     there = f"{self.where} has {begin} to {ends[partition]}"
                     raise DataError(f"{topic}[{partition}]: the archive ends at offset {after}, {there}")
         return starts
+
+    async def _trimmed(self, starts: Mapping[tuple[str, int], int]) -> bool:
+        """Whether the log begins later by now: what is missing has come into the archive, which is read again."""
+        begins = {topic: await self.log.beginning_offsets(topic) for topic in {topic for topic, _ in starts}}
+        return any(begins[topic][partition] > start for (topic, partition), start in starts.items())
 
     async def _by_partitions(self, topics: Sequence[str], group_id: str) -> list[tuple[list[str], list[int] | None]]:
         """Topics with the partitions to read of them: of a group's topics the group's one."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
-from kat_stream.errors import BatchError, DataError, DecodeError
+from kat_stream.errors import BatchError, DataError, DecodeError, LogError
 from kat_stream.log import Delivered
 from kat_stream.observe.sources import LogSource, Source
 from kat_stream.rl.step import check_group, without_rows
@@ -68,12 +68,21 @@ def _chosen(
 async def _messages(source: Source, wanted: Collection[Place]) -> AsyncIterator[Delivered]:
     """Of a live log what lies between the first and the last place of each partition; of an archive everything.
 
-    The archive has what the log has not any more (`kat-stream topics trim`).
+    The archive has what the log has not any more (`kat-stream topics trim`), also if it went while it was read.
     """
-    if not isinstance(source, LogSource) or await _trimmed(source, wanted):
-        async for delivered in source.messages((TOPIC,)):
-            yield delivered
-        return
+    if isinstance(source, LogSource):
+        try:
+            async for delivered in _between(source, wanted):
+                yield delivered
+            return
+        except LogError:
+            if not await _trimmed(source, wanted):
+                raise
+    async for delivered in source.messages((TOPIC,)):
+        yield delivered
+
+
+async def _between(source: LogSource, wanted: Collection[Place]) -> AsyncIterator[Delivered]:
     missing = set(wanted)
     start = {(TOPIC, p): min(at for q, at in wanted if q == p) for p in {p for p, _ in wanted}}
     partitions = sorted(partition for _, partition in start)

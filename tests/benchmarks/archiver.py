@@ -2,8 +2,9 @@
 
 The archive's writer, flushed and merged on a worker thread as the service does it, but without waiting between two
 flushes: an hour of flushes in minutes. The messages are those of the ledger's benchmark, the same ones again and again
-at later offsets; by default a flush has as many as one of the demo under full load. A line a tenth of the run. The log
-and its client are not in it: see the benchmark `memory`.
+at later offsets; by default a flush has as many as one of the demo under full load. A line a tenth of the run, then
+what was resident at MARKS, and the slope from the first third on. The log and its client are not in it: see the
+benchmark `memory`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from tests.benchmarks.ledger import synthetic
 
 ROLLOUTS = 512
 """Of which the messages are made: 19 MB, more than the compressor looks back."""
+
+MARKS = (30, 100, 300, 600, 1000)
+AN_HOUR = 720
+"""Flushes (archiver.flush_s)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +101,23 @@ def table(seen: list[Flush], messages: int) -> Iterator[str]:
         yield " ".join(f"{number:11.0f}" for number in numbers)
 
 
+def growth(seen: list[Flush]) -> str:
+    """By least squares."""
+    marks = ", ".join(f"{seen[mark - 1].resident_mb:.0f} MB at {mark}" for mark in MARKS if mark <= len(seen))
+    late = [one.resident_mb for one in seen[len(seen) // 3 :]]
+    slope = statistics.linear_regression(range(len(late)), late).slope
+    return f"resident {marks}; {slope * AN_HOUR:+.1f} MB an hour of flushes"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--flushes", type=int, default=720, help="an hour has 720 (archiver.flush_s)")
+    parser.add_argument("--flushes", type=int, default=AN_HOUR, help="by default those of an hour")
     parser.add_argument("--messages", type=int, default=320, help="in one flush")
     args = parser.parse_args()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
     with tempfile.TemporaryDirectory(prefix="kat-archiver-") as directory:
         seen = archive(Path(directory), args.flushes, args.messages)
-    print(*table(seen, args.messages), sep="\n")
+    print(*table(seen, args.messages), growth(seen), sep="\n")
 
 
 if __name__ == "__main__":

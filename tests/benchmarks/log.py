@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import multiprocessing
 import os
@@ -104,8 +105,8 @@ async def _opened(place: Place) -> Log:
 async def _write(place: Place, pipe: Connection, case: Case) -> None:
     log, rng = await _opened(place), random.Random(1)
     await log.publish(trajectory_of(rng, 0, case.size))
-    pool = [trajectory_of(rng, number, case.size) for number in range(min(case.count, 256))]
-    calls = iter(list(batched((pool[n % len(pool)] for n in range(case.count)), case.batch)))
+    calls = iter(list(batched((trajectory_of(rng, number, case.size) for number in range(case.count)), case.batch)))
+    gc.freeze()  # what waits to be published is the benchmark's, no stage has it
     pipe.send("ready")
     await asyncio.to_thread(pipe.recv)
     began, cpu = time.monotonic(), time.process_time()
@@ -177,6 +178,7 @@ def ours(url: str, case: Case, way: str, limit: int) -> dict[str, float]:
 
 def _measured(place: Place, case: Case, reader: str) -> dict[str, float]:
     asyncio.run(_make_topics(place))
+    os.sync()  # what an earlier case wrote is not this one's to wait for
     context = multiprocessing.get_context("spawn")
     (to_writer, writer_end), (to_reader, reader_end) = context.Pipe(), context.Pipe()
     processes = []

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
 
 from kat_stream.errors import BlobError, BlobUnavailable, ConfigError
-from kat_stream.log.blobs import BlobRef, BlobStore, references
+from kat_stream.log import MemoryLog
+from kat_stream.log.blobs import ASIDE, BlobRef, BlobStore, references
+from kat_stream.log.claims import ClaimCheckedLog
+from kat_stream.log.message import seal
+from kat_stream.log.sweeper import survey, sweep
 from kat_stream.ports import choose_port
 from tests.conftest_kafka import need_java
 from tests.contract import s3_server
+from tests.contract.log_records import everything, reward
+from tests.waiting import until
+from topics import CATALOGUE
 
 pytestmark = pytest.mark.anyio
 
@@ -44,6 +54,13 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 def lies_at(root: Path, ref: BlobRef) -> Path:
     return root / ref.sha256[:2] / ref.sha256
+
+
+def aged(root: Path, ref: BlobRef) -> float:
+    """It was put an hour ago: when that was."""
+    hour_ago = time.time() - 3600
+    os.utime(lies_at(root, ref), (hour_ago, hour_ago))
+    return hour_ago
 
 
 @pytest.mark.parametrize("size", [1, 1000, 1_000_000, 12 << 20])
@@ -96,20 +113,71 @@ async def test_a_place_without_a_store_is_an_outage_not_a_missing_blob(place: tu
     assert await store.get(ref) == b"bytes"
 
 
-async def test_only_what_was_not_put_again_is_removed(place: tuple[BlobStore, Path]) -> None:
+async def test_only_what_was_not_put_again_is_set_aside_and_removed(place: tuple[BlobStore, Path]) -> None:
     store, root = place
     ref = await store.put(b"old")
-    hour_ago = time.time() - 3600
-    os.utime(lies_at(root, ref), (hour_ago, hour_ago))
+    hour_ago = aged(root, ref)
     (old,) = await store.stored()
     await store.put(b"old")
-    assert not await store.remove(old)
+    assert not await store.set_aside(old)
     os.utime(lies_at(root, ref), (hour_ago - 3600, hour_ago - 3600))  # a clock has jumped meanwhile
-    assert not await store.remove(old)
+    assert not await store.set_aside(old)
     os.utime(lies_at(root, ref), (hour_ago, hour_ago))
-    assert await store.remove(old)
-    assert not await store.remove(old)
+    assert await store.set_aside(old)
     assert await store.stored() == []
+    assert await store.remove(old)
+    assert not await store.remove(old) and not await store.set_aside(old)
+
+
+async def test_what_is_set_aside_is_handed_out_and_comes_back_young(place: tuple[BlobStore, Path]) -> None:
+    """So it is when a sweep is killed."""
+    store, root = place
+    ref = await store.put(b"bytes")
+    hour_ago = aged(root, ref)
+    (old,) = await store.stored()
+    assert await store.set_aside(old)
+    assert await store.get(ref) == b"bytes"
+    await store.put_back()
+    (back,) = await store.stored()
+    assert (back.sha256, back.size) == (ref.sha256, ref.size) and back.modified_unix_s > hour_ago + 1800
+    assert await store.get(ref) == b"bytes" and not lies_at(root, ref).with_suffix(".aside").exists()
+
+
+class PutMeanwhile(BlobStore):
+    """Another process does something between the last look at a blob and its removal."""
+
+    meanwhile: Callable[[], Coroutine[Any, Any, object]]
+
+    def _move(self, path: str, target: str) -> None:
+        if target.endswith(ASIDE):
+            anyio.from_thread.run(self.meanwhile)
+        super()._move(path, target)
+
+
+async def test_a_value_published_again_at_the_moment_of_its_removal_is_kept(place: tuple[BlobStore, Path]) -> None:
+    store, root = place
+    bare = MemoryLog()
+    log = ClaimCheckedLog(bare, store, 0)
+    await log.apply_topics(CATALOGUE)
+    ref = await store.put(seal(reward(0)).value)
+    aged(root, ref)
+    found = await survey(store, bare, [], 1800.0)
+    sweeping = PutMeanwhile(store.url)
+    sweeping.meanwhile = partial(log.publish, reward(0))
+    assert [blob.sha256 for blob in found.garbage] == [ref.sha256]
+    assert await sweep(sweeping, found, bare, wait_s=0.0) == []
+    assert [one.record() for one in await everything(log, "rewards")] == [reward(0)]
+    assert [blob.sha256 for blob in await store.stored()] == [ref.sha256]
+
+
+async def test_in_a_directory_also_what_is_named_only_later_is_kept(tmp_path: Path) -> None:
+    store = BlobStore(f"file:{tmp_path}/blobs")
+    ref = await store.put(b"an artifact")
+    aged(tmp_path / "blobs", ref)
+    sweeping = PutMeanwhile(store.url)
+    sweeping.meanwhile = partial(store.put, b"an artifact")
+    assert await sweep(sweeping, await survey(store, None, [], 1800.0), None) == []
+    assert await store.get(ref) == b"an artifact"
 
 
 async def test_concurrent_puts_of_one_value_leave_one_whole_blob(place: tuple[BlobStore, Path]) -> None:
@@ -125,19 +193,51 @@ def _files(root: Path) -> set[Path]:
     return {path for path in root.rglob("*") if path.is_file()}
 
 
-async def test_a_full_disk_is_an_outage_and_gets_no_fuller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("room_for", [0, 11])
+async def test_a_full_disk_is_an_outage_and_gets_no_fuller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room_for: int
+) -> None:
+    """Of several values some may be there then, whole, and nothing else."""
     store = BlobStore(f"file:{tmp_path}/blobs")
     await store.put(b"while there was room")
     before = _files(tmp_path)
+    syncs = itertools.count()
 
     def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        if next(syncs) >= room_for:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def left() -> set[Path]:
+        return _files(tmp_path) - before
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(BlobUnavailable, match="No space left"):
-            await store.put(b"when there was none")
-    assert _files(tmp_path) == before
+            await store.put_all([b"%d" % number for number in range(40)])
+        # A thread of the failed call may still be at work.
+        await until(lambda: not any(path.suffix for path in left()), "no file that is half written")
+    assert len(left()) <= room_for and all(sha256(path.read_bytes()).hexdigest() == path.name for path in left())
+
+
+async def test_a_blob_has_its_name_only_once_all_its_bytes_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[str, int] = {}
+    named: list[int | None] = []
+    sync, rename = os.fsync, os.replace
+
+    def noted_sync(file: int) -> None:
+        sync(file)
+        synced[str(Path(f"/proc/self/fd/{file}").readlink())] = os.fstat(file).st_size
+
+    def noted_rename(path: str, target: str) -> None:
+        named.append(synced.get(path))
+        rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_rename)
+    await BlobStore(f"file:{tmp_path}/blobs").put_all([os.urandom(100) for _ in range(40)])
+    assert set(named) == {0, 100} and named.count(100) == 40
 
 
 async def test_an_s3_server_that_is_away_or_refuses_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:

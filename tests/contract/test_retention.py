@@ -16,6 +16,7 @@ from kat_stream.config import Config, dump
 from kat_stream.log import Committed, TopicPartition, open_log
 from kat_stream.log.kafka import KafkaLog
 from kat_stream.observe.sources import open_source
+from kat_stream.retention import TRIMMED
 from kat_stream.service import Context
 from tests import observe_kit as fab
 from tests.contract.log_records import nothing
@@ -126,6 +127,29 @@ def test_trim_resume_and_an_exact_account(url: str, run_dir: Path, capsys: pytes
 
     with_log(url, lambda log: archived_up_to_now(log, run_dir))
     assert anyio.run(positions, run_dir) == messages
+
+
+def test_a_view_goes_on_where_what_it_reads_is_trimmed(url: str, run_dir: Path) -> None:
+    run = fab.small()
+    half = len(run.records) // 2
+
+    async def read(log: KafkaLog) -> None:
+        await log.apply_topics(CATALOGUE)
+        await log.publish(*part_of(run, range(half)))
+        await archived_up_to_now(log, run_dir)
+        await log.publish(*part_of(run, range(half, len(run.records))))
+        before = await positions(run_dir)
+        got: list[object] = []
+        async with open_source(run_dir) as source:
+            async for one in source.messages():
+                if not got:
+                    await archived_up_to_now(log, run_dir)
+                    for topic in TRIMMED:
+                        await log.delete_before(topic, await log.end_offsets(topic))
+                got.append(one.position)
+        assert len(got) == len(before) == len(run.records) and set(got) == set(before)
+
+    with_log(url, read)
 
 
 async def positions(run_dir: Path) -> list[object]:
