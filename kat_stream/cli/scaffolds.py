@@ -44,7 +44,7 @@ def _add_install(group: Any) -> None:
         help="install the programs of black-box agents",
         description="Puts the pinned version of each agent's program, with the Node it runs on, once into "
         "~/.cache/kat-stream/agents/NAME/VERSION; sandboxes see it read-only. Versions stand side by side. An agent "
-        "that runs in the worker needs none.",
+        "that runs in the worker needs none. Where one cannot be installed the others are, and the exit code is 2.",
         examples=["scaffolds install mini-swe-agent", "scaffolds install codex codex@0.168.0", "scaffolds install all"],
     )
     parser.add_argument("names", metavar="NAME", nargs="+", help="see: kat-stream scaffolds list; or `all`")
@@ -79,13 +79,18 @@ def install(args: argparse.Namespace) -> int:
     from kat_stream.env.scaffolds import get_scaffold
     from kat_stream.env.scaffolds.blackbox import BlackBox
     from kat_stream.env.scaffolds.registry import described
+    from kat_stream.errors import ConfigError
 
+    lacking = []
     for name in described() if args.names == ["all"] else args.names:
-        scaffold = get_scaffold(name)
-        if isinstance(scaffold, BlackBox):
-            print(f"{name}: {scaffold.install()}", flush=True)
-        else:
-            print(f"{name} runs in the worker; nothing to install")
+        try:
+            scaffold = get_scaffold(name)
+            what = scaffold.install() if isinstance(scaffold, BlackBox) else "runs in the worker; nothing to install"
+            print(f"{name}: {what}", flush=True)
+        except ConfigError as error:  # the others do not depend on it
+            lacking.append(str(error))
+    if lacking:
+        raise ConfigError("\n".join(lacking))
     return 0
 
 

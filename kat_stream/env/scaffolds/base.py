@@ -47,13 +47,14 @@ class ScaffoldResult:
 
 @dataclass(frozen=True)
 class Needs:
-    """What the agent needs of the world: a model session, the gateway inside the sandbox, read-only directories."""
+    """What the agent needs of the world: a model session, the gateway inside the sandbox, directories of its own."""
 
     session: bool = True
     network: bool = False
     memory_mb: int = 0
     pids: int = 0
     disk_mb: int = 0
+    writable: tuple[str, ...] = ()
     mounts: dict[str, str] = field(default_factory=dict)
     """Path inside the sandbox -> path on the worker."""
 

@@ -55,7 +55,7 @@ class BlackBox:
         what = self.description
         if what.install.kind == "npm":
             return install_npm(self.name, what.version, what.packages(), what.install.node, self._lock)
-        return install_python(self.name, what.version, what.packages(), self._lock)
+        return install_python(self.name, what.version, what.packages(), self._lock, what.install.git)
 
     def needs(self) -> Needs:
         what = self.description
@@ -69,6 +69,7 @@ class BlackBox:
             memory_mb=what.needs.memory_mb,
             pids=what.needs.pids,
             disk_mb=what.needs.disk_mb,
+            writable=what.needs.writable,
             mounts=mounts,
         )
 

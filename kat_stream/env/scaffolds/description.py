@@ -18,6 +18,14 @@ from kat_stream.errors import ConfigError
 from topics.trajectory import Outcome
 
 LOCKS = "locks"
+_COMMIT = re.compile("[0-9a-f]{40}")
+
+
+class Git(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A repository, and those of its directories that the agent needs."""
+
+    url: str
+    directories: tuple[str, ...] = (".",)
 
 
 class Install(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,10 +34,14 @@ class Install(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     packages: tuple[str, ...]
     kind: Literal["python", "npm"] = "python"
     node: str = ""
+    git: Git | None = None
+    """For what no registry has: the version is a commit, which is checked out at {agent}/checkout."""
 
     def __post_init__(self) -> None:
         if wrong := [package for package in self.packages if self.kind == "npm" and package.rfind("@") < 1]:
             raise ValueError(f"{wrong[0]!r} is not NAME@VERSION")
+        if self.git and self.kind != "python":
+            raise ValueError("install.git is for Python programs")
 
 
 class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,6 +58,8 @@ class Needs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_mb: int
     pids: int
     disk_mb: int = 0
+    writable: tuple[str, ...] = ()
+    """Directories that the program wants to write to, beside the work tree, its home and /tmp."""
 
 
 class Ending(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,7 +122,11 @@ def read_description(path: Path, version: str = "") -> Description:
             re.compile(pattern)
         except re.error as error:
             raise ConfigError(f"{path}: outcome.log: {pattern!r}: {error}") from error
-    return msgspec.structs.replace(description, version=version) if version else description
+    if version:
+        description = msgspec.structs.replace(description, version=version)
+    if description.install.git and not _COMMIT.fullmatch(description.version):
+        raise ConfigError(f"{path}: version {description.version!r} is no commit (40 hex digits); a tag can move")
+    return description
 
 
 def lock_of(path: Path, description: Description) -> Path | None:

