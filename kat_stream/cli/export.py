@@ -69,7 +69,7 @@ def export(args: argparse.Namespace) -> int:
     place = where(args)
     report = anyio.run(_export, place, _how(args, place), args.out)
     _print(report, args.out)
-    return 0
+    return 0 if report.rows else 1
 
 
 async def _export(place: Where, how: Export, out: Path) -> Report:
@@ -103,7 +103,10 @@ def _pattern(given: str | None) -> re.Pattern[str] | None:
 
 
 def _print(report: Report, out: Path) -> None:
-    print(f"{out}/train.parquet: {report.rows} rows of {report.kept} turns")
+    written = (
+        f"{report.rows} rows of {report.kept} turns" if report.rows else "not written: no rollout has a row for it"
+    )
+    print(f"{out}/train.parquet: {written}")
     rows = [(f"rollouts {fate}", str(count)) for fate, count in report.fates.items()]
     rows += [("turns left out as failed", str(report.failed))] * bool(report.failed)
     if rows:

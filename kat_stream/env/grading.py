@@ -2,15 +2,18 @@
 
 Owns the way from a patch to a verdict. Invariant: `grade` never raises (but for its own cancellation), a Reward with
 status "failed" is the grader's failure and carries no score, and hidden tests enter only a sandbox that the agent never
-saw, or one in which nothing that it left running can see them or write their result (base.Sandbox.hand_over).
+saw, or one in which nothing that it left running can see them or write their result (base.Sandbox.hand_over). What it
+left running can disturb the tests (signals, memory, time), which gains it nothing: they then run again without it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
+from typing import cast
 
 import msgspec
 
@@ -19,12 +22,17 @@ from kat_stream.env.sandboxes.base import Sandbox, SandboxBackend
 from kat_stream.env.trajectories import TESTS_OWN, apply_patch, sandbox_spec
 from kat_stream.env.verifiers import Verdict, Verifier, get_verifier
 from kat_stream.errors import ConfigError, SandboxDied, SandboxError, VerifierError
-from topics import Reward, Trajectory
+from topics import Reward, Task, Trajectory
 
 _log = logging.getLogger(__name__)
 
 # Create, lay out, apply, read the result: beside the tests' own time.
 _OVERHEAD_S = 120.0
+
+
+def grading_s(task: Task) -> float:
+    """The longest that the tests of a task take; in place they may run twice."""
+    return task.verifier.timeout_s * (2 if task.verifier.in_place else 1)
 
 
 class Grader:
@@ -65,9 +73,18 @@ async def _judge(trajectory: Trajectory, verifier: Verifier, sandbox: Sandbox) -
     if missing := _unsubmitted(trajectory):
         return missing
     tests = await files_of(task, "tests")
-    try:
+
+    async def judged() -> Verdict:
         await sandbox.hand_over(TESTS_OWN)
         return await verifier.grade(task, tests, sandbox)
+
+    try:
+        return await judged()
+    except (SandboxError, VerifierError) as error:
+        _log.warning("%s: again, without what the agent left running: %s", trajectory.rollout_id, error)
+    try:
+        await sandbox.kill_leftovers()
+        return await judged()
     except SandboxDied:  # under the tests, which may be too large for it
         raise
     except SandboxError as error:
@@ -80,6 +97,14 @@ def _unsubmitted(trajectory: Trajectory) -> Verdict | None:
     if not required or trajectory.outcome == "submitted":
         return None
     return Verdict(0.0, {}, f"not submitted: {trajectory.outcome}")
+
+
+def _checked(verdict: object, name: str) -> Verdict:
+    """What a plug-in answered, if that is a verdict; no record could hold another."""
+    numbers = (verdict.score, *verdict.components.values()) if isinstance(verdict, Verdict) else ()
+    if not numbers or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        raise VerifierError(f"the verifier {name!r} answered {verdict!r}, which is no Verdict of finite numbers")
+    return cast(Verdict, verdict)
 
 
 async def _recorded(trajectory: Trajectory, judge: Callable[[Verifier], Awaitable[Verdict]]) -> Reward:
@@ -98,8 +123,8 @@ async def _recorded(trajectory: Trajectory, judge: Callable[[Verifier], Awaitabl
     )
     try:
         verifier = get_verifier(spec.name)
-        async with asyncio.timeout(spec.timeout_s + _OVERHEAD_S):
-            verdict = await judge(verifier)
+        async with asyncio.timeout(grading_s(trajectory.request.task) + _OVERHEAD_S):
+            verdict = _checked(await judge(verifier), spec.name)
     except Exception as error:  # a grading is a record, whatever breaks
         # A grading is a record: whatever breaks, also in a plug-in's code, is this grading's failure and no score.
         _log.warning("grading %s: %s: %s", trajectory.rollout_id, type(error).__name__, error)

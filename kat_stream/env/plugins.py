@@ -36,5 +36,6 @@ def load(group: str, name: str, also: Sequence[str] = ()) -> Any:
 def _import(point: EntryPoint) -> Any:
     try:
         return point.load()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{point.group}: {point.name!r} cannot be imported from {point.value}: {error}") from error
+    except Exception as error:  # what runs when a module of somebody else's is imported may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{point.group}: {point.name!r} cannot be imported from {point.value}: {reason}") from error

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from kat_stream.env.datasets import Files, files_of
-from kat_stream.env.grading import Grader
+from kat_stream.env.grading import Grader, grading_s
 from kat_stream.env.sandboxes.base import Sandbox, SandboxBackend
 from kat_stream.env.scaffolds import Limits, Scaffold, ScaffoldResult, SessionEndpoint, get_scaffold
 from kat_stream.env.trajectories import lay_out, sandbox_spec, take_patch
@@ -188,15 +188,16 @@ class RolloutRunner:
         return SessionEndpoint(self._data_url + state.session.path, state.session.key)
 
     async def _create(self, state: _State) -> Sandbox:
-        needs, verifier = state.scaffold.needs(), state.request.task.verifier
+        needs, task = state.scaffold.needs(), state.request.task
         spec = sandbox_spec(
-            state.request.task,
-            wall_s=state.agent_s + (verifier.timeout_s if verifier.in_place else 0.0) + _OVERHEAD_S,
+            task,
+            wall_s=state.agent_s + (grading_s(task) if task.verifier.in_place else 0.0) + _OVERHEAD_S,
             network="gateway" if needs.network else "none",
             mounts=needs.mounts,
             memory_mb=needs.memory_mb,
             pids=needs.pids,
             disk_mb=needs.disk_mb,
+            writable=needs.writable,
         )
         async with asyncio.timeout(_CREATE_TIMEOUT_S):
             sandbox = await self._sandboxes.create(spec, owner=state.request.rollout_id)

@@ -22,7 +22,7 @@ from typing import Literal
 from kat_stream.env.datasets import Files
 from kat_stream.env.datasets.toolchains import resolve
 from kat_stream.env.gitfiles import git_files
-from kat_stream.env.sandboxes.base import ExecResult, Mount, Sandbox, SandboxSpec
+from kat_stream.env.sandboxes.base import ENVIRONMENT, ExecResult, Mount, Sandbox, SandboxSpec
 from kat_stream.env.sandboxes.files import pack
 from kat_stream.errors import DataError, SandboxError
 from topics import Task
@@ -31,6 +31,8 @@ PATCH_LIMIT = 512 << 10
 """Bytes. A larger patch would not fit into a record; it is the agent's error (a build product, a generated file)."""
 IGNORED_LIMIT = 256 << 10
 """Bytes of one ignored file or directory that goes into a patch."""
+# Zeros are packed a thousandfold: a patch has no room for a larger file, whatever is in it.
+_LARGEST_KB = 400 << 10
 # What is told beside the patch, before it.
 _TOLD_LIMIT = 16 << 10
 # A file system of its own, so that a full work tree or /tmp leaves room to take the patch.
@@ -49,6 +51,8 @@ _ENVIRONMENT = {
     "GIT_ATTR_NOSYSTEM": "1",
     "XDG_CONFIG_HOME": "/nonexistent",
     "HOME": "/nonexistent",
+    # The task's own may lead anywhere.
+    "PATH": ENVIRONMENT["PATH"],
 }
 # Git adds a repository within the work tree as a link to its commit, or not at all; one of whose directory the index
 # holds a file already it walks through like any other. This file is in no work tree, so no commit and no diff has it.
@@ -74,13 +78,16 @@ echo '* -text -ident -filter !working-tree-encoding !diff' >"$GIT_DIR/info/attri
 """
 _WALK = 'find . -path ./.git -prune -o -name .git -prune -fprint0 "$GIT_DIR/nested"'
 # What an agent made unreadable for itself is made readable, what is no file goes: git would wait for ever for the other
-# end of a FIFO. Not where its final state is graded.
+# end of a FIFO, and of files of holes it fills the disk as it reads them. Not where its final state is graded.
 _READY = rf"""[ -r . -a -w . -a -x . ] || chmod u+rwx "$WORK"
-{_WALK} -o -type d ! -perm -700 -exec chmod u+rwx {{}} \; -o -type f ! -perm -400 -exec chmod u+r {{}} + \
+{_WALK} -o -type d ! -perm -700 -exec chmod u+rwx {{}} \; \
+    -o -type f -size +"$LARGEST_KB"k -fprintf "$GIT_DIR/giants" '%s\t%P\0' -exec rm -f {{}} + \
+    -o -type f ! -perm -400 -exec chmod u+r {{}} + \
     -o ! -type f ! -type d ! -type l -exec rm -f {{}} + -fprint0 "$GIT_DIR/gone"
 if [ -s "$GIT_DIR/gone" ]; then
     printf '%s that are neither files nor links\0' $(tr -dc '\0' <"$GIT_DIR/gone" | wc -c)
 fi
+head -c {_TOLD_LIMIT // 4} "$GIT_DIR/giants"
 """
 _NESTED = f'if [ -s "$GIT_DIR/nested" ]; then cat "$GIT_DIR/nested" | {_AS_FILES}; fi'
 # These no .gitignore needs to name for everybody to know that they are made again.
@@ -124,8 +131,9 @@ def sandbox_spec(
     memory_mb: int = 0,
     pids: int = 0,
     disk_mb: int = 0,
+    writable: tuple[str, ...] = (),
 ) -> SandboxSpec:
-    """The sandbox of a task. `mounts` (path inside -> path on the worker) and limits are the agent's own needs.
+    """The sandbox of a task. `mounts` (path inside -> path on the worker) and what follows are the agent's own needs.
 
     They come on top of the task's; TaskError if the task needs a tool chain that is not on this worker.
     """
@@ -141,7 +149,7 @@ def sandbox_spec(
         wall_s=wall_s,
         network=network,
         mounts=tuple(Mount(source, inside) for inside, source in shown.items()),
-        writable=WRITABLE,
+        writable=(*WRITABLE, *writable),
     )
 
 
@@ -172,6 +180,8 @@ async def take_patch(sandbox: Sandbox, task: Task, files: Files) -> Patch:
     tree, parts = await asyncio.to_thread(_packed, files)
     graded = _graded(task)
     walk = _WALK if task.verifier.in_place else _READY
+    # What the task ships is no larger than its sandbox, and not the agent's.
+    shipped_kb = max((-(-len(content) // 1024) for content, _ in files.values()), default=0)
 
     async def take(ignored: str) -> Patch:
         done = await sandbox.exec(
@@ -182,6 +192,7 @@ async def take_patch(sandbox: Sandbox, task: Task, files: Files) -> Patch:
                 **_repository(sandbox),
                 "GIT_LITERAL_PATHSPECS": "1",
                 "WORK": sandbox.root + task.environment.workdir,
+                "LARGEST_KB": str(max(shipped_kb, min((sandbox.spec.disk_mb << 10) // 2, _LARGEST_KB))),
             },
             output_limit=_TOLD_LIMIT + PATCH_LIMIT,
         )

@@ -177,6 +177,18 @@ def test_an_archive_is_one_by_its_content(tmp_path: Path) -> None:
     assert "bundle: only plain files" in str(error)
 
 
+def test_a_path_may_hold_what_a_spec_means_something_by(tmp_path: Path) -> None:
+    path = harbor_task(tmp_path / "a?b%41&c=d", "fix#it")
+    spec = f"harbor:{tmp_path}/a%3Fb%2541&c=d"
+    (task,) = open_dataset(spec).tasks()
+    assert set(dataset_of(task).files(task)) == {"state.txt"} and path.is_dir()
+    with_options = Spec.parse(spec).with_options(language="a&b")
+    assert (Spec.parse(with_options).location, Spec.parse(with_options).options) == (
+        str(path.parent),
+        {"language": "a&b"},
+    )
+
+
 def test_an_id_may_hold_a_number_sign(tmp_path: Path) -> None:
     harbor_task(tmp_path, "issue#12")
     task = open_dataset(f"harbor:{tmp_path}").tasks()[0]

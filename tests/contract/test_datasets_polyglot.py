@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kat_stream.env.datasets import open_dataset
+from kat_stream.env.datasets import open_dataset, toolchains
 from kat_stream.errors import TaskError
 from tests.contract.env_kit import exercise, write
 
@@ -90,3 +90,36 @@ def test_tests_that_an_exercise_holds_back_are_run_and_shown(tmp_path: Path) -> 
     all_run = b"describe('xtest', () => { test('a', max(it)); it('b'); test.skip('c'); });"
     assert dataset.tests(task)["a.spec.js"][0] == dataset.files(task)["a.spec.js"][0] == all_run
     assert dataset.files(task)["a.js"][0] == b"xtest(1)"
+
+
+def test_a_java_reference_of_several_classes_lands_by_their_names(tmp_path: Path) -> None:
+    """Its further classes are graded, as those of any solution, and nobody is told of them."""
+    lists = {
+        "solution": ["src/main/java/Poker.java"],
+        "test": ["src/test/java/PokerTest.java"],
+        "example": [".meta/src/reference/java/Card.java", ".meta/src/reference/java/Poker.java"],
+    }
+    held_back = '@Disabled("Remove to run test")\n@Test void a() {}\n'
+    files = {
+        ".docs/instructions.md": "Bet.\n",
+        ".meta/config.json": msgspec.json.encode({"files": lists}).decode(),
+        **{name: name for name in (*lists["example"], *lists["solution"])},
+        "src/test/java/PokerTest.java": held_back,
+    }
+    write(tmp_path / "java" / "exercises" / "practice" / "poker", files)
+    dataset = open_dataset(f"polyglot:{tmp_path}")
+    (task,) = dataset.tasks()
+    solution = {name: content.decode() for name, (content, _) in dataset.solution(task).items() if name != "solve.sh"}
+    assert solution == {f"files/src/main/java/{name.rpartition('/')[2]}": name for name in lists["example"]}
+    assert task.verifier.options["include"].split() == ["src/main/java/Poker.java", "src/main/java/Card.java"]
+    assert "Card" not in task.instruction and not any("Card" in name for name in dataset.files(task))
+    assert dataset.tests(task)["src/test/java/PokerTest.java"][0] == b"\n@Test void a() {}\n"
+
+
+def test_jars_that_are_missing_are_named_with_the_way_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    toolchains._found.cache_clear()
+    with pytest.raises(TaskError, match=r"org\.json:json:20190722 .*mvn -q dependency:copy"):
+        toolchains.resolve({"/opt/junit": "toolchain:junit"})

@@ -225,6 +225,18 @@ def test_of_two_exports_into_one_folder_the_first_to_end_stays(tmp_path: Path) -
     assert pq.read_table(tmp_path / "train.parquet").to_pylist() == [{"a": 1}]
 
 
+def test_where_nothing_matches_no_file_is_written_and_the_next_export_may_have_rows(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run_dir.parent / "out"
+    words = ["export", str(run_dir), "--out", str(out), "--where"]
+    assert main([*words, "score>1"]) == 1
+    printed = capsys.readouterr().out
+    assert f"{out}/train.parquet: not written" in printed and "other than asked" in printed
+    assert list(out.iterdir()) == []
+    assert main([*words, "score=1"]) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kat_stream.env.sandboxes.base import Sandbox
@@ -78,6 +79,23 @@ async def test_what_an_agent_left_running_neither_sees_the_tests_nor_writes_thei
     assert (reward.status, reward.score, reward.evidence) == ("graded", 0.0, ""), reward.evidence
 
 
+ONCE_THEY_RUN = "until pgrep -f '[/]tests/test.sh'; do sleep 0.01; done"
+DISTURBED = {
+    "by the end of all": f"{ONCE_THEY_RUN}; kill -9 -1",
+    "by the end of their script": f"{ONCE_THEY_RUN}; while :; do pkill -9 -f '[/]tests/test.sh'; sleep 0.01; done",
+    "by a want of processes": "for i in $(seq 400); do setsid sleep 1000 & done",
+}
+
+
+@pytest.mark.parametrize("attack", DISTURBED)
+async def test_an_agent_that_disturbs_the_tests_neither_gains_nor_loses_by_it(tmp_path: Path, attack: str) -> None:
+    task = in_place(tmp_path, "#!/bin/sh\nfor i in $(seq 100); do sleep 0.01; done\n" + TEST_SH)
+    left = f"nohup setsid sh -c {shlex.quote(DISTURBED[attack])} >/dev/null 2>&1 &"
+    for work, score in (("true", 0.0), (FIX, 1.0)):
+        _, reward = await done_and_graded(task, f"{work}; {left}")
+        assert (reward.status, reward.score, reward.error_class) == ("graded", score, ""), reward.evidence
+
+
 async def test_a_server_that_an_agent_left_running_is_there_for_the_tests(tmp_path: Path) -> None:
     ask = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:7000/state.txt').read().decode(), end='')"
     test = f'pgrep -f http.server && test "$(python3 -c "{ask}")" = fixed && echo 1 > /logs/verifier/reward.txt\n'
@@ -87,8 +105,11 @@ async def test_a_server_that_an_agent_left_running_is_there_for_the_tests(tmp_pa
 
 
 async def test_a_sandbox_that_the_agent_left_unfit_for_the_tests_scores_0(tmp_path: Path) -> None:
-    fill = "for i in $(seq 400); do setsid sleep 1000 >/dev/null 2>&1 & done"
-    _, reward = await done_and_graded(in_place(tmp_path), f"{FIX}; {fill}")
+    """What lies in /tmp is memory: there is none left for the tests' own command server."""
+    task = in_place(tmp_path)
+    small = msgspec.structs.replace(task.environment, memory_mb=64, disk_mb=64)
+    task = msgspec.structs.replace(task, environment=small)
+    _, reward = await done_and_graded(task, f"{FIX}; head -c 60M /dev/zero > /tmp/large")
     assert (reward.status, reward.score) == ("graded", 0.0)
     assert "nothing can be graded" in reward.evidence
 

@@ -150,6 +150,28 @@ async def test_what_is_no_file_is_counted_and_ends_nothing(tmp_path: Path, case:
     assert trajectory.detail == "left out of the patch: 1 that are neither files nor links"
 
 
+async def test_files_of_holes_that_nobody_can_read_are_left_out_by_name(tmp_path: Path) -> None:
+    """To read them fills the disk, of which they have the size each. What the task ships itself is no such file."""
+    test = TEST_SH.replace("grep -qx fixed", "! test -e a && ! test -e w.txt && test -e own && grep -qx fixed")
+    repo = harbor_task(tmp_path, files={"tests/test.sh": test}) / "environment" / "repo"
+    write(repo, {"w.txt": "w\n", "own": "own" * (3 << 20)})
+    does = f"{FIX}; truncate -s 16M a; truncate -s 16M w.txt"
+    trajectory, reward = await done_and_graded(first_task(f"harbor:{tmp_path}"), does)
+    assert (trajectory.outcome, reward.score) == ("submitted", 1.0), trajectory.detail
+    named = trajectory.detail.removeprefix("left out of the patch: ").split(", ")
+    assert sorted(named) == ["a (16777216 bytes)", "w.txt (16777216 bytes)"]
+
+
+@pytest.mark.parametrize("verifier", ["", "[verifier]\nin_place = true\n"])
+async def test_a_path_that_leads_nowhere_is_the_agents_and_the_tests_alone(tmp_path: Path, verifier: str) -> None:
+    test = '#!/bin/sh\nread line < state.txt; echo "$PATH"; [ $line = fixed ] && echo 1 > /logs/verifier/reward.txt\n'
+    dockerfile = "FROM a\nENV PATH=/nowhere\nWORKDIR /app\nCOPY repo/ /app/\n"
+    harbor_task(tmp_path, files={"task.toml": verifier, "tests/test.sh": test, "environment/Dockerfile": dockerfile})
+    task = first_task(f"harbor:{tmp_path}")
+    trajectory, reward = await done_and_graded(task, f'[ "$PATH" = /nowhere ] && {FIX}')
+    assert (trajectory.outcome, reward.score, reward.evidence) == ("submitted", 1.0, "/nowhere\n"), trajectory.detail
+
+
 async def test_the_patch_needs_no_room_where_the_agent_works(tmp_path: Path) -> None:
     harbor_task(tmp_path)
     fill = "echo big >> .git/info/exclude; cat /dev/zero > big; cat /dev/zero > /tmp/big; true"

@@ -266,6 +266,19 @@ def test_who_takes_over_finds_directories_empty_and_all_else_as_it_was(kind: str
     play(kind, scenario, spec)
 
 
+def test_who_takes_over_after_another_finds_nothing_of_it(kind: str) -> None:
+    async def scenario(sandbox: Sandbox) -> None:
+        for _ in range(3):
+            await sandbox.hand_over(["/mine"])
+            await sandbox.put({"secret": (b"42", 0o644)}, "/mine")
+            await sandbox.exec(f"{own('sleep 987')} >/dev/null 2>&1 & echo kept >>kept", timeout_s=10)
+            await sandbox.kill_leftovers()
+            assert (await sandbox.exec(f"ls {sandbox.root}/mine", timeout_s=10)).stdout == b"secret\n"
+        assert await sandbox.read_file("kept", 100) == b"kept\n" * 3
+
+    play(kind, scenario, SandboxSpec(writable=("/mine",)))
+
+
 def test_commands_wait_for_each_other_with_a_deadline(kind: str) -> None:
     async def scenario(sandbox: Sandbox) -> None:
         first = asyncio.ensure_future(sandbox.exec("sleep 0.5; echo 1", timeout_s=10))

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from kat_stream.env.datasets import open_dataset
+from kat_stream.env.datasets import Files, open_dataset
+from kat_stream.env.sandboxes.base import Sandbox
+from kat_stream.env.verifiers import Verdict
+from kat_stream.errors import ConfigError
 from tests.contract.env_kit import (
     backend,
     exercise,
@@ -17,6 +25,7 @@ from tests.contract.env_kit import (
     graded,
     harbor_task,
     needs_bwrap,
+    write,
 )
 from topics import Reward, Task
 
@@ -214,3 +223,85 @@ async def test_an_exercise_is_graded_on_its_solution_files_only(tmp_path: Path, 
     assert (reward.status, reward.score) == ("graded", 0.0)
     assert "assert 4 == 5" in reward.evidence
     assert (await grade(task, STUB.replace(b"4", b"a + b") + CHEATS[cheat])).score == 1.0
+
+
+def fences(document: str, language: str) -> list[str]:
+    """The code of a document in one language."""
+    text = (Path(__file__).parents[2] / "docs" / document).read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+CASES = {
+    "task.toml": "",
+    "tests/test.sh": None,
+    "tests/cases.json": '[[["Ann"], "hello Ann"], [["Bo"], "hello Bo"]]',
+    "solution/solve.sh": "#!/bin/sh\necho 'import sys; print(\"hello\", sys.argv[1])' > main.py\n",
+}
+
+
+def install(site: Path, code: str, points: str) -> None:
+    """As pip would: a module and its metadata in a directory of the path."""
+    write(site / "my_package", {"__init__.py": "", "cases.py": code})
+    about = {"METADATA": "Metadata-Version: 2.1\nName: cases\nVersion: 1.0\n", "entry_points.txt": points}
+    write(site / "cases-1.0.dist-info", about)
+
+
+def test_the_documents_own_verifier_grades_a_task_directory(tmp_path: Path) -> None:
+    (code,), (points,) = fences("datasets.md", "python"), fences("datasets.md", "toml")
+    install(tmp_path / "site", code, points.replace("project.entry-points.", "").replace('"', ""))
+    harbor_task(tmp_path / "tasks", files=CASES)
+    spec = f"harbor:{tmp_path / 'tasks'}?verifier=cases"
+    command = [sys.executable, "-m", "kat_stream.cli", "datasets", "check", spec]
+    path = os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[2])])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "1 of 1 tasks are sound\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "reason"),
+    [
+        ("garbled", "def (", "cannot be imported from my_package.cases:Cases: SyntaxError"),
+        ("failing", "{}['a']", "cannot be imported from my_package.cases:Cases: KeyError: 'a'"),
+        ("object", "class A:\n  pass\nCases = A()", "is no class that is called without arguments: 'A' object"),
+        ("needy", "class Cases:\n  def __init__(self, key): ...", "without arguments: Cases.__init__"),
+        ("bare", "class Cases:\n  async def grade(self, task, tests, sandbox): ...", "'bare' has no name, version"),
+    ],
+)
+def test_a_plug_in_that_is_no_verifier_is_said_before_any_rollout(
+    tmp_path: Path, name: str, code: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "site", code, f"[kat_stream.verifiers]\n{name} = my_package.cases:Cases\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    for module in ("my_package", "my_package.cases"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    harbor_task(tmp_path)
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        open_dataset(f"harbor:{tmp_path}?verifier={name}")
+
+
+def test_a_verifier_that_is_not_installed_is_said_before_any_rollout(tmp_path: Path) -> None:
+    harbor_task(tmp_path)
+    with pytest.raises(ConfigError, match="no 'comand'; did you mean 'command'"):
+        open_dataset(f"harbor:{tmp_path}?verifier=comand")
+
+
+class Answering:
+    """A plug-in with a mistake in it."""
+
+    name, version = "answering", "1"
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    async def grade(self, task: Task, tests: Files, sandbox: Sandbox) -> Verdict:
+        return self.answer  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("answer", [None, 1.0, Verdict(math.nan), Verdict(1.0, {"a": "b"}), Verdict("1")])  # type: ignore[arg-type,dict-item]
+async def test_what_is_no_verdict_is_the_verifiers_failure(
+    tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kat_stream.env.grading.get_verifier", lambda name: Answering(answer))
+    reward = await grade(with_test(tmp_path, SCRIPT, name="answering"))
+    assert (reward.status, reward.error_class) == ("failed", "VerifierError")
+    assert "the verifier 'answering' answered " in reward.evidence

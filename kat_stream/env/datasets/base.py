@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote, urlencode
 
 from kat_stream.errors import ConfigError, TaskError
 from topics import Task
@@ -52,7 +52,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Spec:
-    """A parsed dataset spec `scheme:location?option=value&...`."""
+    """A parsed dataset spec `scheme:location?option=value&...`, `%3F` being a `?` of the location, as in every URL."""
 
     text: str
     scheme: str
@@ -64,19 +64,18 @@ class Spec:
         """ConfigError if there is no scheme or the options are not `a=b&c=d`."""
         scheme, colon, rest = text.partition(":")
         if not colon or not scheme:
-            raise ConfigError(f"dataset {text!r}: expected scheme:location?option=value")
+            raise ConfigError(f"dataset {text!r}: expected scheme:location?option=value, such as harbor:PATH")
         location, _, query = rest.partition("?")
         try:
             options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
         except ValueError as error:
             raise ConfigError(f"dataset {text!r}: options: {error}") from error
-        return cls(text, scheme, location, options)
+        return cls(text, scheme, unquote(location, errors="surrogateescape"), options)
 
     def with_options(self, **options: str) -> str:
         """The spec's text with these options set."""
         merged = {**self.options, **options}
-        query = "&".join(f"{key}={value}" for key, value in merged.items())
-        return f"{self.scheme}:{self.location}" + (f"?{query}" if query else "")
+        return f"{self.text.partition('?')[0]}?{urlencode(merged)}"
 
     def check_options(self, known: Iterable[str]) -> None:
         """ConfigError for an option that this kind of dataset does not have."""

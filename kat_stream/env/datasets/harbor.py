@@ -15,6 +15,7 @@ from pathlib import Path
 from kat_stream.env.datasets.base import Files, Spec, entry, read_text, read_tree, usable
 from kat_stream.env.datasets.dockerfile import Image, read_dockerfile
 from kat_stream.env.datasets.task_toml import TaskToml
+from kat_stream.env.verifiers import get_verifier
 from kat_stream.errors import TaskError
 from topics import Environment, Task, VerifierSpec
 
@@ -32,13 +33,15 @@ _SYSTEM = (
 
 
 class HarborDataset:
-    """`harbor:PATH`: PATH is one task directory or a directory of them."""
+    """`harbor:PATH`: PATH is one task directory or a directory of them; `?verifier=NAME` grades them by another."""
 
     name = "harbor"
 
     def __init__(self, spec: Spec) -> None:
-        spec.check_options(())
+        spec.check_options(("verifier",))
         self._root = spec.directory()
+        self._verifier = spec.options.get("verifier", "harbor")
+        get_verifier(self._verifier)
         self._spec = spec
         single = (self._root / "task.toml").exists()
         self._paths = [self._root] if single else sorted(filter(_may_be_task, self._root.iterdir()))
@@ -70,7 +73,7 @@ class HarborDataset:
             raise TaskError(f"{path.parent}: {path.name!r} is not the name of a task")
         config = TaskToml(path / "task.toml")
         instruction = read_text(path / "instruction.md")
-        _check_tests(path, config)
+        _check_tests(path, config, script=self._verifier == "harbor")
         image = _image(path, config.workdir())
         reference = self._spec.reference(path.name)
         workdir = config.workdir() or (image.workdir if image.workdir != "/" else _DEFAULT_WORKDIR)
@@ -83,7 +86,7 @@ class HarborDataset:
             environment=_environment(config, reference, workdir, {**image.env, **config.variables()}),
             instruction=instruction.strip(),
             verifier=VerifierSpec(
-                name="harbor",
+                name=self._verifier,
                 tests=reference,
                 timeout_s=config.number("verifier", "timeout_sec", 600.0),
                 in_place=config.flag("verifier", "in_place"),
@@ -99,9 +102,9 @@ def _may_be_task(path: Path) -> bool:
     return path.is_dir() and not path.name.startswith(".")
 
 
-def _check_tests(path: Path, config: TaskToml) -> None:
+def _check_tests(path: Path, config: TaskToml, *, script: bool) -> None:
     tests = _tests(path)
-    if "test.sh" not in tests:
+    if script and "test.sh" not in tests:
         raise TaskError(f"{path / 'tests' / 'test.sh'}: missing; a task without tests cannot be graded")
     if "Dockerfile" in tests and config.separate_tests():
         raise TaskError(f"{path / 'tests' / 'Dockerfile'}: the tests' own image is not built")

@@ -83,6 +83,19 @@ LANGUAGES: dict[str, Language] = {
         memory_mb=2048,
         cpus=2.0,
     ),
+    "java": Language(
+        command=(
+            "javac -d /tmp/classes -cp '/opt/junit/*' $(find src -name '*.java')"
+            " && java -Xmx1g -XX:+UseSerialGC -cp '/tmp/classes:/opt/junit/*'"
+            " org.junit.platform.console.ConsoleLauncher execute --scan-classpath /tmp/classes --fail-if-no-tests"
+            " --disable-banner"
+        ),
+        mounts={"/opt/jdk": "toolchain:jdk", "/opt/junit": "toolchain:junit"},
+        env={"PATH": f"/opt/jdk/bin:{_PATH}"},
+        held_back=r'@Disabled\("Remove to run test"\)',
+        memory_mb=2048,
+        cpus=2.0,
+    ),
     "cpp": Language(
         command="cmake -S . -B /tmp/build -DEXERCISM_RUN_ALL_TESTS=1 && cmake --build /tmp/build",
         ignore="build/\n",

@@ -128,7 +128,8 @@ class PolyglotDataset:
                 command=language.command,
                 options={
                     "tests_directory": f"/work/{path.name}",
-                    "include": "\n".join(_gradable(lists)),
+                    # Also the further files of the reference, of which nobody tells an agent: it may have them as well.
+                    "include": "\n".join(dict.fromkeys((*_gradable(lists), *_added(path, lists)))),
                     # The tests run the agent's code: an endless loop in it is a failed test, not a failed grader.
                     "timeout": "fail",
                 },
@@ -200,23 +201,31 @@ def _solution(path: Path) -> Files:
 def _reference(path: Path) -> dict[str, str]:
     """Reference file -> the file it replaces, both relative to the exercise."""
     lists = _lists(path)
-    free = list(lists.solution)
-    pairs: dict[str, str] = {}
+    # Java names a file by its class, so those of the same name belong together; of others the order says it.
+    named = {posixpath.basename(target): target for target in lists.solution}
+    pairs = {example: named[name] for example in lists.example if (name := posixpath.basename(example)) in named}
+    free = [target for target in lists.solution if target not in pairs.values()]
     for example in lists.example:
-        target = _target(example, free)
-        free.remove(target)
-        pairs[example] = target
+        if example not in pairs:
+            pairs[example] = target = _target(example, free, lists)
+            free = [other for other in free if other != target]
     if (path / _REFERENCE_MANIFEST).is_file():
         pairs[_REFERENCE_MANIFEST] = _MANIFEST
     return pairs
 
 
-def _target(example: str, free: list[str]) -> str:
+def _target(example: str, free: list[str], lists: _FileLists) -> str:
+    """The first free file of the same kind; without one a file of its own beside those that are not free."""
     suffix = posixpath.splitext(example)[1]
-    same = [candidate for candidate in free if posixpath.splitext(candidate)[1] == suffix]
-    if not same:
-        raise TaskError(f"{example}: no solution file of the same kind is left for it")
-    return same[0]
+    same, taken = ([name for name in names if name.endswith(suffix)] for names in (free, lists.solution))
+    if not taken:
+        raise TaskError(f"{example}: no file of files.solution is of its kind")
+    return same[0] if same else posixpath.join(posixpath.dirname(taken[0]), posixpath.basename(example))
+
+
+def _added(path: Path, lists: _FileLists) -> list[str]:
+    """Files of the reference solution that an agent is not told of."""
+    return [name for name in _reference(path).values() if name not in (*lists.solution, *lists.test, *lists.editor)]
 
 
 def _gradable(lists: _FileLists) -> list[str]:

@@ -24,6 +24,12 @@ _JEST = (
     *("jest@29.7.0", "babel-jest@29.7.0", "@babel/core@7.25.2", "core-js@3.37.1"),
     "@exercism/babel-preset-javascript@0.2.1",
 )
+# And the Java ones, by their build.gradle: two of them use JSON and RxJava.
+_JUNIT = (
+    *("org.junit.platform:junit-platform-console-standalone:1.10.0", "org.assertj:assertj-core:3.25.1"),
+    *("net.bytebuddy:byte-buddy:1.14.11", "org.json:json:20190722"),
+    *("io.reactivex.rxjava2:rxjava:2.2.12", "org.reactivestreams:reactive-streams:1.0.3"),
+)
 
 
 def resolve(mounts: Mapping[str, str]) -> dict[str, str]:
@@ -82,10 +88,33 @@ def _node() -> Path:
 
 
 def _jest() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kat-stream" / "toolchains" / "jest"
+    cache = _installed("jest")
     if not (cache / "node_modules").is_dir():
         raise TaskError(f"tool chain 'jest': run npm install --ignore-scripts --prefix {cache} {' '.join(_JEST)}")
     return cache / "node_modules"
+
+
+def _jdk() -> Path:
+    """The directory of the JDK that `javac` is of."""
+    program = shutil.which("javac")
+    if program is None:
+        raise TaskError("tool chain: 'javac' is not on this machine; install a JDK, 17 or newer")
+    return Path(program).resolve().parent.parent
+
+
+def _junit() -> Path:
+    cache = _installed("junit")
+    names = ["-".join(jar.split(":")[1:]) + ".jar" for jar in _JUNIT]
+    if missing := [jar for jar, name in zip(_JUNIT, names, strict=True) if not (cache / name).is_file()]:
+        copy = f"mvn -q dependency:copy -DoutputDirectory={cache} -Dartifact=$jar"
+        raise TaskError(f"tool chain 'junit': run for jar in {' '.join(missing)}; do {copy}; done")
+    return cache
+
+
+def _installed(name: str) -> Path:
+    """Where somebody has to put what is downloaded once a machine."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "kat-stream" / "toolchains" / name
 
 
 def _ask(*command: str) -> str:
@@ -106,4 +135,6 @@ _FINDERS: dict[str, Callable[[], Path]] = {
     "boost": _boost,
     "node": _node,
     "jest": _jest,
+    "jdk": _jdk,
+    "junit": _junit,
 }

@@ -67,7 +67,7 @@ class Export:
 
 
 async def export(source: Source, how: Export, directory: Path) -> Report:
-    """Write DIRECTORY/train.parquet; StorageError if that cannot be."""
+    """Write DIRECTORY/train.parquet, if it has a row; StorageError if that cannot be."""
     report = Report()
     grades = await _grades(source)
     with open_rows(directory, {**COMMON, **how.format.columns}) as writer:

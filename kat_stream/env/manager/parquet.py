@@ -1,7 +1,8 @@
 """Rows as a Parquet file that `datasets.load_dataset(FOLDER)` reads as its split `train`.
 
 JSON columns have Arrow's JSON type, so that `datasets` gives them back as values.
-Invariant: the file has its name only when it is complete, and never replaces another.
+Invariant: the file has its name only when it is complete, and never replaces another. Without a row there is none, for
+`datasets` loads no file without rows and a later export may have some.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def open_rows(directory: Path, columns: Columns) -> Iterator[RowWriter]:
                 writer = RowWriter(columns, parquet)
                 yield writer
                 writer.flush()
-            path.hardlink_to(hidden)  # unlike a rename it replaces nothing that came meanwhile
+            if writer.count:
+                path.hardlink_to(hidden)  # unlike a rename it replaces nothing that came meanwhile
         finally:
             hidden.unlink(missing_ok=True)
     except OSError as error:

@@ -33,7 +33,7 @@ class Tree:
 
     def rows(self, rollout: Rollout, policy: Policy) -> Iterable[Row]:
         turns = [step.tokens for step in rollout.learned()]
-        for layout in build_forest(turns).trees:
+        for layout in build_forest(turns):
             members = [turns[number] for number in layout.turns]
             yield {
                 "ids": layout.ids,

@@ -119,10 +119,10 @@ class Sandbox(Protocol):
         """One regular file; FileNotFoundError when it is not there, SandboxError when above the limit or not a file."""
 
     async def kill_leftovers(self) -> None:
-        """Kill whatever earlier commands have left running."""
+        """Kill whatever earlier commands have left running, whoever they were for (hand_over)."""
 
     async def hand_over(self, directories: Sequence[str]) -> None:
-        """Work for somebody else from now on, once: later commands find these directories of the spec empty.
+        """Work for somebody else from now on: later commands find these directories of the spec empty.
 
         What runs already goes on, and neither sees nor reaches what is in them from now on, nor what later commands
         read and write through their pipes, where the back end isolates. SandboxError if the sandbox, as it was left,

@@ -81,10 +81,10 @@ class BwrapSandbox(FileTransfer, Life):
         self._reaping: asyncio.TimerHandle | None = None
 
     async def greet(self, server: ShellServer) -> None:
-        """Wait until a shell answers; without cgroups it first limits its own processes."""
+        """Wait until a shell answers, which collects the dead and, without cgroups, limits its own processes."""
         # -u in bash, -p in dash.
         processes = f"ulimit -u {self.spec.pids + 1} 2>/dev/null || ulimit -p {self.spec.pids + 1}"
-        answer = server.ask(":" if self._parts.group is not None else processes)
+        answer = server.ask("jobs" if self._parts.group is not None else f"jobs; {processes}")
         await asyncio.wait({answer}, timeout=_START_DEADLINE_S)
         if not answer.done():
             raise DeadlineExceeded(f"start of a sandbox {server.noise}".strip(), _START_DEADLINE_S)
@@ -118,8 +118,10 @@ class BwrapSandbox(FileTransfer, Life):
 
     async def hand_over(self, directories: Sequence[str]) -> None:
         async with self._alone(_START_DEADLINE_S):
-            assert self._apart is None, "once a sandbox"
+            await self._end_apart()
             parts = self._parts
+            # Who was just killed takes a place in the process table until it is collected.
+            await self.greet(parts.server)
             self._apart = start_apart(parts.entry, self._child, self.spec, directories)
             self._server = ShellServer(self._apart, parts.directory, INSIDE)
             await self.greet(self._server)
@@ -168,7 +170,8 @@ class BwrapSandbox(FileTransfer, Life):
         return ExecResult(code, output.stdout, output.stderr, timed_out, output.truncated, seconds)
 
     def _check_alive(self) -> None:
-        self._server.check_alive()
+        # Of a second server, which processes inside can kill, the next command says it itself.
+        self._parts.server.check_alive()
 
     def _reap_later(self) -> None:
         if self._reaping is None:
@@ -225,6 +228,17 @@ class BwrapSandbox(FileTransfer, Life):
             else:
                 self._parts.process.kill()
 
+    async def _end_apart(self) -> None:
+        """End the server of an earlier hand_over, if there was one, and with it the directories that were its own."""
+        if self._apart is None:
+            return
+        self._server.close("the sandbox was handed over again")
+        kill_all(_tree(self._apart.pid))
+        if not await ended(self._apart, _STOP_DEADLINE_S):
+            raise DeadlineExceeded(f"end of a command server in {self.id}", _STOP_DEADLINE_S)
+        _close_pipes(self._apart)
+        self._apart, self._server = None, self._parts.server
+
     async def _end(self) -> None:
         parts = self._parts
         self._timer.cancel()
@@ -240,9 +254,7 @@ class BwrapSandbox(FileTransfer, Life):
             gone = await parts.group.empty_and_remove() and gone
         remove(parts.directory)
         for process in started:
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.close()
-            process.stdout.close()
+            _close_pipes(process)
         if self._child_handle >= 0:
             os.close(self._child_handle)
             self._child_handle = -1
@@ -261,6 +273,12 @@ def remove(directory: Path) -> None:
     with suppress(OSError):
         directory.chmod(0o700)
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def _close_pipes(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.close()
+    process.stdout.close()
 
 
 def _new_name() -> str:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
-from kat_stream.env.sandboxes.base import ExecResult, SandboxSpec
+from kat_stream.env.sandboxes.base import ENVIRONMENT, ExecResult, SandboxSpec
 from kat_stream.errors import SandboxError
 
 _TIMEOUT_S = 60.0
@@ -77,7 +77,9 @@ class FileTransfer(ABC):
     async def _script(self, script: str, paths: Sequence[str], *, stdin: bytes = b"", limit: int) -> ExecResult:
         """Run `script` with the paths as arguments, made relative to the root, in which it runs."""
         inside = [str(PurePosixPath(self.spec.workdir) / path).lstrip("/") or "." for path in paths]
-        command = ["/bin/sh", "-c", f"cd {shlex.quote(self.root or '/')}; {script}", "sh", *inside]
+        # Not the spec's PATH, which is for the commands of others.
+        start = f"PATH={ENVIRONMENT['PATH']}; cd {shlex.quote(self.root or '/')}"
+        command = ["/bin/sh", "-c", f"{start}; {script}", "sh", *inside]
         return await self._transfer(command, timeout_s=_TIMEOUT_S, stdin=stdin, limit=limit)
 
     def _check(self, result: ExecResult, what: str, limit_bytes: int) -> None:

@@ -25,7 +25,7 @@ class OracleScaffold:
         if "solve.sh" not in files:
             raise TaskError(f"{task.task_id}: no reference solution (solution/solve.sh)")
         await sandbox.put(files, "/solution")
-        script = f"chmod +x {sandbox.root}/solution/solve.sh && exec {sandbox.root}/solution/solve.sh"
+        script = f"/bin/chmod +x {sandbox.root}/solution/solve.sh && exec {sandbox.root}/solution/solve.sh"
         done = await sandbox.exec(script, timeout_s=limits.seconds, merge_stderr=True, output_limit=_OUTPUT_LIMIT)
         log = log_tail(done.stdout)
         if done.timed_out:

@@ -13,6 +13,7 @@ from typing import Protocol
 from kat_stream.env.datasets import Files
 from kat_stream.env.plugins import load
 from kat_stream.env.sandboxes.base import Sandbox
+from kat_stream.errors import ConfigError
 from topics import Task
 
 GROUP = "kat_stream.verifiers"
@@ -44,8 +45,14 @@ class Verifier(Protocol):
 
 @cache
 def get_verifier(name: str) -> Verifier:
-    """The verifier registered as `name`; ConfigError if there is none."""
-    verifier: Verifier = load(GROUP, name)()
+    """The verifier registered as `name`; ConfigError if there is none, or it is none."""
+    kind = load(GROUP, name)
+    try:
+        verifier: Verifier = kind()
+    except TypeError as error:
+        raise ConfigError(f"{GROUP}: {name!r} is no class that is called without arguments: {error}") from error
+    if missing := [word for word in ("name", "version", "grade") if not hasattr(verifier, word)]:
+        raise ConfigError(f"{GROUP}: {name!r} has no {', '.join(missing)}")
     return verifier
 
 

@@ -21,9 +21,12 @@ from topics import Task
 
 _OUTPUT_LIMIT = 1 << 18
 _REWARD_LIMIT = 1 << 16
-# reward.txt goes first, as in Harbor; the last line says which of the two it was.
-_READ = "cd {0}/logs/verifier && for f in reward.txt reward.json; do test -f $f && echo $f && exec cat $f; done; exit 1"
-_RUN = "mkdir -p {0}/logs/verifier && chmod +x {0}/tests/test.sh && exec {0}/tests/test.sh"
+# Whole paths, for the PATH is the tests'. reward.txt goes first, as in Harbor; the first line says which it was.
+_READ = (
+    "cd {0}/logs/verifier && for f in reward.txt reward.json; do"
+    " test -f $f && echo $f && exec /bin/cat $f; done; exit 1"
+)
+_RUN = "/bin/mkdir -p {0}/logs/verifier && /bin/chmod +x {0}/tests/test.sh && exec {0}/tests/test.sh"
 _READ_TIMEOUT_S = 10.0
 
 
