@@ -61,7 +61,7 @@ def serve(args: argparse.Namespace) -> int:
 
     service = load_service(args.service)
     run_dir = find_run(args.run)
-    member = args.member or f"{args.service}-{uuid.uuid4().hex[:6]}"
+    member = args.member or f"{args.service}-x{uuid.uuid4().hex[:6]}"  # a number alone would be its place among several
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     setup_logging()
     done = anyio.run(_serve, service, run_dir, member)
@@ -71,20 +71,23 @@ def serve(args: argparse.Namespace) -> int:
 async def _serve(service: Any, run_dir: Path, member: str) -> bool:
     """Run it to its end; whether it ended because its work is done, and not because it was asked to stop."""
     from kat_stream.errors import ConfigError
+    from kat_stream.log.kafka_topics import refuse_repartition, repartitioned
     from kat_stream.runs import load_run, open_run_log, registered
     from kat_stream.service import Context
     from kat_stream.signals import beat, stop_on_signal, stop_with_supervisor
     from kat_stream.telemetry import serve_metrics
+    from topics import catalogue
 
     config = load_run(run_dir)
     if config.log.url.startswith("memory:"):
         raise ConfigError(f"{run_dir} runs in one process (log.url = {config.log.url}): join one on Kafka instead")
-    log = open_run_log(config, run_dir)
-    await log.start()
-    ctx = Context(config=config, run=config.run.name, run_dir=run_dir, log=log, member=member)
     metrics = serve_metrics(config.metrics.host, 0)
     url = f"http://{config.metrics.host}:{metrics.server_port}/metrics"
+    log = open_run_log(config, run_dir)
+    await log.start()
     try:
+        refuse_repartition(repartitioned(catalogue(config.log.partitions), await log.topics()))
+        ctx = Context(config=config, run=config.run.name, run_dir=run_dir, log=log, member=member)
         with registered(run_dir, member, url):
             async with anyio.create_task_group() as group:
                 group.start_soon(beat)

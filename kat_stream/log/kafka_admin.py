@@ -7,6 +7,7 @@ on a fetching one they queue behind the long poll (research/kafka_real.md 2.7).
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
@@ -22,8 +23,17 @@ from kat_stream.log.base import Committed, Group, TopicPartition
 from kat_stream.log.kafka_client import ASK_S, CONNECT_S, Broker, refused_at_the_door, stopped
 from kat_stream.log.kafka_generation import UNSTABLE, StableOffsetFetch
 from kat_stream.log.kafka_silent import wary
-from kat_stream.log.kafka_topics import REPLICAS, Difference, KafkaTopics, settings_of
+from kat_stream.log.kafka_topics import (
+    REPLICAS,
+    Difference,
+    KafkaTopics,
+    refuse_repartition,
+    repartitioned,
+    settings_of,
+)
 from topics.catalogue import Topic
+
+logger = logging.getLogger(__name__)
 
 ALREADY_EXISTS = 36
 
@@ -61,10 +71,7 @@ class KafkaAdmin:
     async def apply_topics(self, topics: Iterable[Topic]) -> list[str]:
         wanted = list(topics)
         there = await self.topics()
-        for topic in wanted:
-            if there.get(topic.name, topic.partitions) != topic.partitions:
-                count = there[topic.name]
-                raise LogError(f"topic {topic.name} has {count} partitions, the catalogue says {topic.partitions}")
+        refuse_repartition(repartitioned(wanted, there))
         missing = [topic for topic in wanted if topic.name not in there]
         if missing:
             await self._create(missing)
@@ -201,6 +208,12 @@ class KafkaAdmin:
 
     async def _create(self, topics: list[Topic]) -> None:
         nodes = (await self._ask("brokers", lambda: self._admin.describe_cluster()))["brokers"]
+        if 1 < len(nodes) < REPLICAS:  # an error, so that it reaches the terminal of a run
+            logger.error(
+                "%d topics get %d copies, not %d: the cluster has only so many brokers now. If one is away: start it, "
+                "give them more copies by Kafka's kafka-reassign-partitions, then `kat-stream topics apply` "
+                "(ops/runbooks/kafka.md, In-sync copies shrink)", len(topics), len(nodes), REPLICAS,
+            )  # fmt: skip
         new = [self._new_topic(topic, min(REPLICAS, len(nodes))) for topic in topics]
         reply = await self._ask("creating topics", lambda: self._created(new), "Create")
         for name, code, message in reply.topic_errors:

@@ -77,6 +77,9 @@ class Broker:
     static_member: bool = False
     """Every member's name has exactly one live holder (a StatefulSet's pod), which keeps its partitions through a
     restart. Two of one name take the partitions from each other for ever (research/kafka_real.md 1.5)."""
+    partitions: dict[str, int] = field(default_factory=dict, repr=False)
+    """Of each topic (the broker's name), as this process first saw it: if an operator adds some, all records of a group
+    still meet in one."""
 
     def options(self, retry_backoff_ms: int = 20) -> dict[str, Any]:
         return {"bootstrap_servers": self.bootstrap, "retry_backoff_ms": retry_backoff_ms, **self.security}
@@ -146,7 +149,9 @@ def _resource(error: BaseException, prefix: str) -> str:
 
 
 def _text(error: BaseException) -> str:
-    return f"{type(error).__name__} {error}".strip()
+    """With its name, which aiokafka's errors say themselves."""
+    name, said = type(error).__name__, str(error)
+    return said if name in said else f"{name} {said}".strip()
 
 
 async def refused_at_the_door(broker: Broker) -> None:

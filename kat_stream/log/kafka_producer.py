@@ -59,7 +59,9 @@ def _options(broker: Broker, retry_backoff_ms: int) -> dict[str, object]:
 async def _handed_over(producer: AIOKafkaProducer, broker: Broker, m: Message) -> asyncio.Future[Any]:
     """The future of a message's acknowledgement."""
     topic = broker.named(m.topic)
-    partition = m.partition % len(await producer.partitions_for(topic))
+    if topic not in broker.partitions:
+        broker.partitions[topic] = len(await producer.partitions_for(topic))
+    partition = m.partition % broker.partitions[topic]
     acknowledged: asyncio.Future[Any] = await producer.send(
         topic, m.value, m.key, partition=partition, headers=list(m.headers.items())
     )

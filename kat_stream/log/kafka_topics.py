@@ -8,7 +8,7 @@ research/kafka_real.md 9.2).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +131,12 @@ class KafkaTopics:
                     raise for_code(code)(f"topic {name}: {message or ''}")
                 found[name.removeprefix(self._broker.prefix)] = {entry[0]: entry[1] for entry in entries}
         return found
+
+
+def repartitioned(wanted: Iterable[Topic], there: Mapping[str, int]) -> list[Difference]:
+    """Topics that have another partition count than they should; `there` may lack some."""
+    counts = [(topic.name, there.get(topic.name, topic.partitions), topic.partitions) for topic in wanted]
+    return [Difference(name, "partitions", str(has), str(should)) for name, has, should in counts if has != should]
 
 
 def refuse_repartition(differences: Iterable[Difference]) -> None:

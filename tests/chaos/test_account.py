@@ -136,9 +136,9 @@ def test_a_step_that_is_missing_in_the_line_is_named() -> None:
 
 def test_a_dead_letter_is_named() -> None:
     letter = DeadLetter(
-        run="r", stage="trainer", topic="batches", partition=1, offset=7, error_type="E", message="broken", value=b""
+        run="r", stage="r.trainer", topic="batches", partition=1, offset=7, error_type="E", message="broken", value=b""
     )
-    assert judged([*story(), letter]).dead_letters == ["trainer batches[1]@7: broken"]
+    assert judged([*story(), letter]).dead_letters == ["r.trainer batches[1]@7: broken"]
 
 
 def test_a_ledger_that_says_something_else_is_named() -> None:

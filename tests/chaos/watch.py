@@ -7,9 +7,11 @@ word), never from what a service says of itself. A broker that is away only dela
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import anyio
@@ -49,6 +51,8 @@ class Watch:
     sampled: set[str] = field(default_factory=set)
     """Policy versions that turns were drawn from."""
     steps: list[TrainStep] = field(default_factory=list)
+    stepped: list[float] = field(default_factory=list)
+    """When (monotonic) each of them was seen."""
     _positions: dict[tuple[str, int], int] = field(default_factory=dict)
 
     async def follow(self) -> None:
@@ -82,6 +86,7 @@ class Watch:
                     self.versions.append(version.version)
                 case TrainStep() as step:
                     self.steps.append(step)
+                    self.stepped.append(time.monotonic())
 
     def progress(self, stage: str) -> Callable[[], bool]:
         """Whether the stage has done something new since now."""
@@ -94,6 +99,11 @@ class Watch:
         topic = OUTPUT[stage]
         count = self.seen[topic]
         return lambda: self.seen[topic] > count
+
+    def longest_silence(self, since: float) -> float:
+        """Seconds without an optimizer step, from `since` (monotonic) to the newest one."""
+        heard = [since, *(at for at in self.stepped if at > since)]
+        return max(after - before for before, after in pairwise(heard))
 
     def _archived(self) -> set[tuple[str, int]]:
         return {(path.name, path.stat().st_ino) for path in self.archive.rglob("*.parquet")}

@@ -110,3 +110,11 @@ def test_tail_from_another_terminal_sees_what_comes(run_dir: Path, url: str) -> 
             tail.kill()
     assert tail.returncode == 0, err
     assert out.endswith("demo-t000077-0  cancelled (late), says rollout\n")
+
+
+def test_a_service_refuses_topics_of_another_partition_count(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its records would lie elsewhere than those of the services that began before somebody added partitions."""
+    config = run_dir / "config.toml"
+    config.write_text(config.read_text().replace("partitions = 12", "partitions = 11"))
+    assert main(["serve", "sampler", "--run", str(run_dir)]) == 1
+    assert "rewards has 12 partitions, the catalogue says 11" in capsys.readouterr().err

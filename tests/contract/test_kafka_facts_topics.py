@@ -8,6 +8,7 @@ import uuid
 import anyio
 import pytest
 from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 
 from kat_stream.config import SecuritySection
 from kat_stream.errors import DataError, DecodeError, LogError, LogUnavailable
@@ -99,6 +100,25 @@ async def test_9_1_topics_that_two_apply_at_once_are_made_once(kafka_bootstrap: 
     assert await clients[0].topics() == {topic.name: topic.partitions for topic in TOPICS}
     for client in clients:
         await client.close()
+
+
+async def test_partitions_that_are_added_to_a_live_topic_tear_no_group_apart(place: Place) -> None:
+    """A writer that is opened later, as partitions moved, is told the new number; the group has records already."""
+    log, count = await place.client(), topic_named("rewards").partitions
+    await log.publish(reward(0, GROUP))
+    admin = AIOKafkaAdminClient(bootstrap_servers=place.bootstrap)
+    await admin.start()
+    await admin.create_partitions({f"{place.prefix}rewards": NewPartitions(count + 1)})
+    await admin.close()
+
+    async def grown() -> bool:
+        return (await log.topics())["rewards"] == count + 1
+
+    await until(grown, "another partition")
+    writer = await log.writer("w", group="z")
+    await writer.commit([seal(reward(1, GROUP))], {})
+    await writer.close()
+    assert [d.position.partition for d in await everything(log, "rewards")] == [PLACE.partition] * 2
 
 
 async def test_9_4_every_group_is_described_as_it_is(place: Place) -> None:

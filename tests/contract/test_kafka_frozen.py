@@ -22,6 +22,8 @@ from topics import Reward
 pytestmark = [pytest.mark.anyio, pytest.mark.kafka, pytest.mark.timeout(400)]
 STILL_S = 150.0
 """By far longer than on a quiet machine (10-20 s). With 40 s of patience for each request it was not over by then."""
+AGAIN_S = 25.0
+"""Less than the 30 s that brokers wait for a controller's answer unless told otherwise."""
 GROUPS = 12
 
 
@@ -102,4 +104,32 @@ async def test_a_node_that_stands_still_beyond_its_session(kafka_cluster: broker
         before.stopping.set()
     assert await joined(log) == Counter(groups)
     assert sorted(d.record().score for d in await everything(log, "rewards")) == sorted(worked)  # type: ignore[attr-defined]
+    await log.close()
+
+
+def active_controller(cluster: broker.Cluster) -> broker.Node:
+    """Who said last that it is the one; each line begins with its time."""
+    said = {
+        line: node
+        for node in cluster.nodes
+        for line in (node.folder / "broker.log").read_text().splitlines()
+        if "Performing controller activation" in line
+    }
+    return said[max(said)]
+
+
+async def test_the_controller_stands_still_as_another_node_comes_back(kafka_cluster: broker.Cluster) -> None:
+    """Leaders ask the controller to count the node's copies again; until it agrees there are too few to write."""
+    log = KafkaLog(kafka_cluster.bootstrap, prefix=f"f{uuid.uuid4().hex[:8]}.")
+    await log.start()
+    await log.apply_topics(TOPICS)
+    everywhere = [reward(number, f"g{number}") for number in range(5 * GROUPS)]
+    controller = active_controller(kafka_cluster)
+    back, other = (node for node in kafka_cluster.nodes if node != controller)
+    back.kill()
+    await log.publish(*everywhere, deadline_s=STILL_S)
+    back.launch()
+    await until(lambda: back.number in listed(other.port), "the node is back")
+    controller.pause()
+    await log.publish(*everywhere, deadline_s=AGAIN_S)
     await log.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ from kat_stream.errors import LogError
 from kat_stream.log import broker
 from kat_stream.log.kafka import KafkaLog
 from kat_stream.log.kafka_topics import Difference
+from tests.waiting import until
 from topics.catalogue import CATALOGUE, topic_named
 
 pytestmark = [pytest.mark.kafka, pytest.mark.anyio]
@@ -93,6 +95,30 @@ async def test_a_cluster_of_three_gets_three_copies_and_two_in_sync(kafka_cluste
         assert {e[0]: e[1] for e in reply[0].resources[0][4]}["min.insync.replicas"] == "2"
     finally:
         await log.close()
+
+
+async def test_topics_made_while_a_broker_is_away_are_said_to_have_fewer_copies(
+    kafka_cluster: broker.Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an error: those reach the terminal of a run, which makes topics at its start."""
+    kafka_cluster.node(3).kill()
+    log = KafkaLog(kafka_cluster.bootstrap, prefix=f"t{uuid.uuid4().hex[:8]}.")
+    await log.start()
+    try:
+        await until(lambda: two_brokers(log), "the cluster to miss it")
+        await log.apply_topics(TOPICS)
+        (said,) = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
+        assert said.startswith("2 topics get 2 copies, not 3")
+        caplog.clear()
+        await log.apply_topics(TOPICS)
+        assert [one for one in caplog.records if one.levelno == logging.ERROR] == []
+    finally:
+        await log.close()
+
+
+async def two_brokers(log: KafkaLog) -> bool:
+    admin = log._admin
+    return len((await admin._ask("brokers", admin._admin.describe_cluster))["brokers"]) == 2
 
 
 def test_the_command(tmp_path: object, kafka_cluster: broker.Cluster, capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,6 +179,36 @@ tests:
             exp_annotations:
               summary: "packer of r waits for a broker to acknowledge what it sends"
               runbook: "ops/runbooks/kafka.md: broker down"
+  - interval: 1m
+    input_series:
+      - {{series: 'kat_policy_version{{run="r", service="trainer"}}', values: '0 1x60 2x80'}}
+      - {{series: 'kat_policy_version{{run="r", service="packer"}}', values: '0x140'}}
+      - {{series: 'kat_service_deaths_total{{run="r", member="packer", how="hang"}}', values: '1x9 4x20'}}
+      - {{series: 'kat_service_deaths_total{{run="r", member="engine", how="hang"}}', values: '1x9 2x20'}}
+    alert_rule_test:
+      - eval_time: 11m
+        alertname: ServiceDies
+        exp_alerts:
+          - exp_labels: {{severity: warning, run: r, member: packer}}
+            exp_annotations:
+              summary: "packer of r dies again and again"
+              runbook: "ops/runbooks/README.md: a service dies again and again"
+      - eval_time: 25m
+        alertname: ServiceDies
+        exp_alerts: []
+      - eval_time: 30m
+        alertname: RunStandsStill
+        exp_alerts: []
+      - eval_time: 65m
+        alertname: RunStandsStill
+        exp_alerts: []
+      - eval_time: 125m
+        alertname: RunStandsStill
+        exp_alerts:
+          - exp_labels: {{severity: critical, run: r}}
+            exp_annotations:
+              summary: "r has made no optimizer step for an hour"
+              runbook: "ops/runbooks/README.md: is it healthy?"
 """
 
 

@@ -54,6 +54,21 @@ def test_who_lost_partitions_is_fenced_and_what_is_too_large_is_bad_data() -> No
         raise kafka.MessageSizeTooLargeError()
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (kafka.KafkaConnectionError("nobody"), "opening: KafkaConnectionError: nobody"),
+        (kafka.NotLeaderForPartitionError(), "opening: [Error 6] NotLeaderForPartitionError"),
+        (TimeoutError(), "opening: TimeoutError"),
+        (TimeoutError("slow"), "opening: TimeoutError slow"),
+    ],
+)
+def test_what_is_wrong_is_named_once(error: BaseException, said: str) -> None:
+    with pytest.raises(LogUnavailable) as caught, translated("opening"):
+        raise error
+    assert str(caught.value) == said
+
+
 async def _looks_up_a_coordinator() -> None:
     await AIOKafkaClient().coordinator_lookup(CoordinationType.TRANSACTION, "kat.t.0")
 
