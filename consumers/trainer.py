@@ -205,7 +205,7 @@ class Trainer:
 
     async def _bury(self, ctx: Context, delivered: Delivered, group: PackedBatch | None, error: DataError) -> None:
         """A dead letter, and a last word on the rollouts that were packed in it."""
-        letter = dead_letter(delivered, "trainer", Reject(str(error), type(error).__name__))
+        letter = dead_letter(delivered, ctx.group("trainer"), Reject(str(error), type(error).__name__))
         packed = [member.rollout_id for member in group.members if member.fate == "packed"] if group else []
         entries = [
             LedgerEntry(

@@ -105,12 +105,14 @@ def _checked(table: dict[str, Any]) -> Config:
 
 
 def _check_numbers(key: str, value: Any) -> None:
-    """Neither nan, which no type of a key refuses that has no range, nor an integer that no record can hold."""
+    """Neither nan nor infinity, which bounds of a range may let through, nor an integer that no record can hold."""
     if isinstance(value, dict | list):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             _check_numbers(f"{key}.{name}".lstrip("."), inner)
-    elif (isinstance(value, float) and math.isnan(value)) or (isinstance(value, int) and not -(2**63) <= value < 2**63):
-        raise ConfigError(f"{key} is {value}, expected a number of 64 bits")
+    elif (isinstance(value, float) and not math.isfinite(value)) or (
+        isinstance(value, int) and not -(2**63) <= value < 2**63
+    ):
+        raise ConfigError(f"{key} is {value}, expected a finite number of 64 bits")
 
 
 def _check_blobs(section: BlobsSection) -> None:

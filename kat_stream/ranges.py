@@ -13,6 +13,8 @@ from msgspec import Meta
 
 Count = Annotated[int, Meta(ge=1)]
 CountOrNone = Annotated[int, Meta(ge=0)]
+Partitions = Annotated[int, Meta(ge=1, le=1000)]
+"""Of one topic. Eleven topics have so many, in three copies: 33,000 at the most, as many as a large cluster carries."""
 Context = Annotated[int, Meta(ge=2)]
 """Tokens: one to read, one to say."""
 LAST_PORT = 65_535

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from kat_stream.ranges import Context, Count, CountOrNone, Port, Positive, PositiveOrZero, Share, Url
+from kat_stream.ranges import Context, Count, CountOrNone, Partitions, Port, Positive, PositiveOrZero, Share, Url
 from kat_stream.rl.settings import (
     Aggregation,
     ClipBand,
@@ -58,7 +58,7 @@ class SecuritySection(Section, frozen=True, kw_only=True):
 class LogSection(Section, frozen=True, kw_only=True):
     url: str = "memory:"
     """`memory:` (one process) or `kafka:host:port[,host:port]` (one process a service)."""
-    partitions: Count = GROUP_PARTITIONS
+    partitions: Partitions = GROUP_PARTITIONS
     """Of each topic that is partitioned by group: so many workers of a stage share it at most. Chosen before the first
     run on a broker; another number is refused afterwards."""
     security: SecuritySection = SecuritySection()

@@ -6,7 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-run}
 requirements=ops/requirements/$what.txt
-stamp=.venv/.kat-$what-$(cat "$requirements" pyproject.toml ops/setup.sh | sha256sum | cut -c1-16)
+oracles=ops/requirements/oracles.txt
+stamp=.venv/.kat-$what-$(cat "$requirements" "$oracles" pyproject.toml ops/setup.sh | sha256sum | cut -c1-16)
 export UV_PYTHON_DOWNLOADS=never
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -28,6 +29,22 @@ need() {
     fi
 }
 
+# promtool out of Debian's package: to install all of it would start a Prometheus on this machine.
+need_promtool() {
+    command -v promtool >/dev/null && return 0
+    local folder
+    folder=$(mktemp -d)
+    if (cd "$folder" &&
+        { apt-get download -qq prometheus || { as_root apt-get update -qq && apt-get download -qq prometheus; }; } &&
+        dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool &&
+        as_root install usr/bin/promtool /usr/local/bin) 2>/dev/null; then
+        say "installed promtool"
+    else
+        say "warning: no \`promtool\`; the package prometheus has it"
+    fi
+    rm -rf "$folder"
+}
+
 need git git
 need bwrap bubblewrap
 if [ "$what" = test ] || [ "${LOG:-}" = kafka ]; then
@@ -36,6 +53,7 @@ if [ "$what" = test ] || [ "${LOG:-}" = kafka ]; then
 fi
 if [ "$what" = test ]; then
     need ip iproute2
+    need_promtool
 fi
 
 if [ ! -e "$stamp" ]; then
@@ -49,6 +67,9 @@ if [ ! -e "$stamp" ]; then
     # processes would compile torch and transformers again, 6 s of CPU at every start.
     .venv/bin/uv pip install -q --compile-bytecode --python .venv/bin/python --require-hashes -r "$requirements"
     .venv/bin/uv pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
+    if [ "$what" = test ]; then  # only their source is read, so nobody imports from there: verl brings a package `tests`
+        .venv/bin/uv pip install -q --python .venv/bin/python --target .venv/oracles --no-deps --require-hashes -r "$oracles"
+    fi
     rm -f .venv/.kat-"$what"-*
     touch "$stamp"
 fi

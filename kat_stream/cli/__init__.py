@@ -11,7 +11,10 @@ from __future__ import annotations
 import os
 import sys
 
-from kat_stream.cli.main import main
+try:
+    from kat_stream.cli.main import main
+except KeyboardInterrupt:  # before there is anybody to handle it
+    sys.exit(130)
 
 __all__ = ["console", "main"]
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 from typing import TYPE_CHECKING, Any
 
-from kat_stream.cli.common import add_command, add_group, add_run_option, table
+from kat_stream.cli.common import add_command, add_group, add_run_option, duration, table
 
 if TYPE_CHECKING:
     from kat_stream.log.sweeper import Survey
 
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 ABOUT = (
     "A value over blobs.limit_bytes is put into a store (blobs.url: file:DIRECTORY or s3://BUCKET/PREFIX; by default "
     "the run's folder), named by its hash; the log holds a reference."
@@ -42,7 +40,7 @@ def register(subparsers: Any) -> None:
     sweep_parser.add_argument("--dry-run", action="store_true", help="only say what would go")
     for parser in (list_parser, sweep_parser):
         grace = "leave what is younger than this: 90m, 24h, 7d (default: 24h)"
-        parser.add_argument("--grace", default="24h", metavar="TIME", help=grace)
+        parser.add_argument("--grace", type=duration, default="24h", metavar="TIME", help=grace)
         add_run_option(parser)
 
 
@@ -67,16 +65,6 @@ def sweep(args: argparse.Namespace) -> int:
     total, kept = sum(blob.size for blob in gone), len(found.blobs) - len(gone)
     print(f"{len(gone)} blobs, {total} bytes{' would go' if args.dry_run else ' removed'}; {kept} stay")
     return 0
-
-
-def seconds(text: str) -> float:
-    """`24h` -> 86400.0; ConfigError for anything but a number with s, m, h or d."""
-    from kat_stream.errors import ConfigError
-
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
-    if match is None:
-        raise ConfigError(f"--grace: {text!r} is no time; write 90m, 24h or 7d")
-    return float(match[1]) * UNITS[match[2]]
 
 
 def _run(args: argparse.Namespace, *, remove: bool) -> tuple[Survey, list[Any]]:
@@ -105,7 +93,7 @@ async def _survey(args: argparse.Namespace, remove: bool) -> tuple[Survey, list[
     if log is not None:
         await log.start()
     try:
-        found = await survey(store, log, archived, seconds(args.grace))
+        found = await survey(store, log, archived, args.grace)
         return found, await remove_garbage(store, found, log) if remove else []
     finally:
         if log is not None:

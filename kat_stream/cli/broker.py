@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kat_stream.cli.common import add_command, add_group
+from kat_stream.cli.common import add_command, add_group, port
 
 STATE_DIR = Path(".kat/broker")
 MOST_NODES = 9
@@ -36,8 +36,8 @@ def register(subparsers: Any) -> None:
             "broker up --port 9092 --state-dir /var/tmp/kafka",
         ],
     )
-    port = "where the first node listens, the others follow it (default: the ports of last time, or free ones)"
-    up_parser.add_argument("--port", type=int, default=0, help=port)
+    first = "where the first node listens, the others follow it (default: the ports of last time, or free ones)"
+    up_parser.add_argument("--port", type=port, default=0, help=first)
     nodes = "how many brokers (default: as many as last time, or one)"
     up_parser.add_argument("--nodes", type=_nodes, default=0, help=nodes)
     down_parser = add_command(

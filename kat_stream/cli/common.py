@@ -6,6 +6,7 @@ Invariant: a command that reads a run takes the same options with the same meani
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from kat_stream.errors import ConfigError, StorageError
+from kat_stream.ranges import LAST_PORT
 
 if TYPE_CHECKING:
     from kat_stream.config import Config, LogSection, SecuritySection
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from kat_stream.observe.sources import Source
 
 HELP_WIDTH = 100
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 Handler = Callable[[argparse.Namespace], int]
 
 
@@ -76,6 +79,22 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number}: expected at least 1")
     return number
+
+
+def port(text: str) -> int:
+    """A TCP port, as argparse's `type`; 0: any that is free."""
+    number = int(text)
+    if not 0 <= number <= LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{number}: expected 0 to {LAST_PORT}")
+    return number
+
+
+def duration(text: str) -> float:
+    """`1.5h` -> 5400.0 seconds, as argparse's `type`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 90s, 30m, 24h or 7d")
+    return float(match[1]) * _UNITS[match[2]]
 
 
 @contextmanager

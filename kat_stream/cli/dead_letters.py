@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from kat_stream.cli.common import Where, add_command, add_group, add_log_options, add_run_option, broker_log, where
+from kat_stream.cli.common import (
+    Where,
+    add_command,
+    add_group,
+    add_log_options,
+    add_run_option,
+    broker_log,
+    duration,
+    where,
+)
 
 
 def register(subparsers: Any) -> None:
@@ -69,7 +78,8 @@ def _register_replay(group: Any) -> None:
     )
     parser.add_argument("--stage", metavar="NAME", default="", help="only letters of this stage, as list prints it")
     parser.add_argument("--error", metavar="TYPE", default="", help="only letters with this error")
-    parser.add_argument("--since", metavar="AGE", default="", help="only letters younger than this: 90s, 30m, 2h, 7d")
+    since = "only letters younger than this: 90s, 30m, 2h, 7d"
+    parser.add_argument("--since", type=duration, metavar="AGE", help=since)
     parser.add_argument("--dry-run", action="store_true", help="print what would be put back")
     add_run_option(parser)
     add_log_options(parser)
@@ -118,10 +128,6 @@ async def _show(args: argparse.Namespace, place: Where) -> None:
 def replay(args: argparse.Namespace) -> int:
     import anyio
 
-    from kat_stream.cli.dead_letters_text import seconds
-
-    if args.since:
-        seconds(args.since)  # a mistake is said before the log is asked
     anyio.run(_replay, args)
     return 0
 

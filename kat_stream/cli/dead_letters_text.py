@@ -6,26 +6,17 @@ import time
 
 import msgspec
 
-from kat_stream.errors import ConfigError, DecodeError
+from kat_stream.errors import DecodeError
 from kat_stream.log.dead_letters import Letter, Wanted
 from kat_stream.observe.text import clock, one_line, readable
 
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 HEAD = 64
 """Bytes of the value that are shown as they are."""
 
 
-def seconds(age: str) -> float:
-    """`30m` as seconds; ConfigError for anything else."""
-    number, unit = age[:-1], age[-1:]
-    if unit not in UNITS or not number.isdigit():
-        raise ConfigError(f"--since {age}: expected a number and s, m, h or d, for example --since 2h")
-    return int(number) * UNITS[unit]
-
-
-def wanted(stage: str, error: str, since: str) -> Wanted:
-    """Whether a letter is meant; empty strings mean all."""
-    oldest_ms = (time.time() - seconds(since)) * 1000 if since else 0.0
+def wanted(stage: str, error: str, since_s: float | None) -> Wanted:
+    """Whether a letter is meant; empty strings and None mean all. `since_s`: how old it may be."""
+    oldest_ms = 0.0 if since_s is None else (time.time() - since_s) * 1000
 
     def fits(letter: Letter) -> bool:
         record = letter.record

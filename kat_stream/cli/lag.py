@@ -7,8 +7,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from kat_stream.cli.common import add_command, add_log_options, broker_log, table
-from kat_stream.ranges import LAST_PORT
+from kat_stream.cli.common import add_command, add_log_options, broker_log, port, table
 
 if TYPE_CHECKING:
     from kat_stream.log import Log
@@ -45,14 +44,6 @@ def register(subparsers: Any) -> None:
     form = "a list of {group, topic, messages, seconds, partitions}"
     parser.add_argument("--json", action="store_true", help=form)
     add_log_options(parser)
-
-
-def port(text: str) -> int:
-    """A TCP port, as argparse's `type`; 0: any that is free."""
-    number = int(text)
-    if not 0 <= number <= LAST_PORT:
-        raise argparse.ArgumentTypeError(f"{number}: expected 0 to {LAST_PORT}")
-    return number
 
 
 def lag(args: argparse.Namespace) -> int:

@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser(words).parse_args(words)
     except SystemExit as stop:  # argparse has printed help or what is wrong
         return stop.code if isinstance(stop.code, int) else USAGE
+    except KeyboardInterrupt:  # while the command's module was imported
+        return INTERRUPTED
     try:
         code: int = args.handler(args)
         sys.stdout.flush()

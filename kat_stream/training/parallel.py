@@ -8,7 +8,7 @@ gradients a step, however many trees it was dealt, be it none. A rank that is go
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection
@@ -21,11 +21,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kat_stream.errors import BatchError, ServiceDied, StepCancelled
+from kat_stream.errors import ServiceDied, StepCancelled
 from kat_stream.training.dealing import deal, predicted_cost
 from kat_stream.training.learner import LearnerConfig, TorchLearner
 from kat_stream.training.metrics import StepMetrics, Tally
-from kat_stream.training.ranks import Ranks, any_rank, commands, gradients_of, sum_in_one
+from kat_stream.training.ranks import Ranks, any_rank, commands, follow, gradients_of, sum_in_one
 from kat_stream.training.rows import plan_micro_batches
 from kat_stream.training.sharding import gathered, shard, share_of, take_part, whole
 from kat_stream.training.shares import Share
@@ -236,23 +236,6 @@ class _Follower(RankLearner):
         super()._gradients(share, own, should_stop)
         self.pipe.send(own)
 
-    def follow(self, command: str, value: Any) -> None:
-        """Do as rank 0 does."""
-        match command:
-            case "load":
-                self.load(value)
-            case "skip":
-                self.skip_step()
-            case "logprobs":
-                self.logprobs(value)
-            case "weights":
-                self._weights()
-            case "optimizer":
-                self._optimizer_state()
-            case _:
-                with suppress(StepCancelled, BatchError):  # rank 0 has the same and tells its caller
-                    self.step(value)
-
 
 def serve_rank(
     model_dir: Path, config: LearnerConfig, sharding: Sharding,
@@ -263,4 +246,4 @@ def serve_rank(
     learner.pipe = pipe
     learner.join(rank, ranks, rendezvous, wait_s, sharding)
     for command, value in commands(pipe):
-        learner.follow(command, value)
+        follow(learner, command, value)

@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kat_stream.errors import DataError, ServiceDied
+from kat_stream.errors import BatchError, DataError, ServiceDied, StepCancelled
+from kat_stream.training.learner import TorchLearner
 
 JOIN_S = 300.0
 """Start of all ranks: imports and the model, on a loaded machine."""
@@ -140,6 +141,24 @@ def commands(pipe: Connection) -> Iterator[tuple[str, Any]]:
             yield pipe.recv()
         except EOFError:
             return
+
+
+def follow(learner: TorchLearner, command: str, value: Any) -> None:
+    """Do as rank 0 does."""
+    match command:
+        case "load":
+            learner.load(value)
+        case "skip":
+            learner.skip_step()
+        case "logprobs":
+            learner.logprobs(value)
+        case "weights":
+            learner._weights()
+        case "optimizer":
+            learner._optimizer_state()
+        case _:
+            with suppress(StepCancelled, BatchError):  # rank 0 has the same and tells its caller
+                learner.step(value)
 
 
 def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:

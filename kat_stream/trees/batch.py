@@ -97,7 +97,7 @@ def make_batch(
 
     Untrainable turns are left out.
     """
-    packed = pack(build_forest(turns).trees, budget_tokens)
+    packed = pack(build_forest(turns), budget_tokens)
     rows, order = number_turns([with_routes(row, [turns[i].routes for i in row.turns]) for row in packed])
     chosen = [turns[i].logprobs for i in order]
     return TrainBatch(

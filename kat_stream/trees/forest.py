@@ -23,16 +23,6 @@ Piece = list[int]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Forest:
-    """One tree per distinct first token; `trees[i].turns` index `turns`."""
-
-    turns: tuple[TurnTokens, ...]
-    trees: tuple[TreeLayout, ...]
-    untrainable: int
-    """Turns left out because they are not trainable."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
 class _Paths:
     """The paths of all trainable turns, sorted. `fresh`: of each, the ids that the one before it does not share."""
 
@@ -43,17 +33,17 @@ class _Paths:
     shared: Wide
 
 
-def build_forest(turns: Sequence[TurnTokens]) -> Forest:
-    """Trees of all trainable turns."""
+def build_forest(turns: Sequence[TurnTokens]) -> tuple[TreeLayout, ...]:
+    """Trees of all trainable turns, one per distinct first token; their `turns` are indices into `turns`."""
     kept = [number for number, turn in enumerate(turns) if turn.trainable]
     if not kept:
-        return Forest(tuple(turns), (), len(turns))
+        return ()
     paths = _sort(turns, np.array(kept, np.int64))
     fresh = paths.length - paths.shared
     first = np.cumsum(fresh) - fresh
     parents, end, spans = _walk(paths, first)
     whole = _layout(paths, fresh, first, parents, end, spans)
-    return Forest(tuple(turns), tuple(_split(whole, paths, first)), len(turns) - len(kept))
+    return tuple(_split(whole, paths, first))
 
 
 def _sort(turns: Sequence[TurnTokens], kept: Wide) -> _Paths:

@@ -9,6 +9,8 @@ compile() {
 }
 printf 'hatchling\neditables\ntorch==2.13.0\n' > .venv/build.in
 echo 'uv==0.13.9' > .venv/uv.in
+printf 'agilerl==2.58.0\nverl==0.9.1\n' > .venv/oracles.in
 compile run pyproject.toml .venv/build.in --extra train --extra archive --extra ui
 compile test pyproject.toml .venv/build.in --extra train --extra archive --extra ui --extra s3 --extra megatron --extra dev
 compile uv .venv/uv.in
+compile oracles .venv/oracles.in --no-deps

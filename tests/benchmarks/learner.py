@@ -72,8 +72,8 @@ def time_forest(flat_tokens: int) -> tuple[float, int]:
         sampled = rng.integers(0, 1000, 100).astype(np.int32)
         turns.append(TurnTokens(str(number), prompt, sampled, np.full(100, -1, np.float32)))
     began = time.perf_counter()
-    forest = build_forest(turns)
-    return time.perf_counter() - began, sum(len(tree) for tree in forest.trees)
+    trees = build_forest(turns)
+    return time.perf_counter() - began, sum(len(tree) for tree in trees)
 
 
 def describe(path: Path, batch: TrainBatch, config: LearnerConfig, threads: int) -> str:

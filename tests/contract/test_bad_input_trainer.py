@@ -93,7 +93,7 @@ async def test_a_spoilt_batch_counts_empty_and_its_rollouts_are_filtered(log: Lo
     assert found[1].group_id == good.group_id and found[1].rows == ()
     assert {member.fate for member in found[1].members} == {"filtered"}
     (letter,) = await everything(log, "dead.letters")
-    assert letter.record().stage == "trainer"  # type: ignore[attr-defined]
+    assert letter.record().stage == f"{RUN}.trainer"  # type: ignore[attr-defined]
     ledger = Ledger()
     for record in (*requests, good, *[d.record() for d in await everything(log, "ledger")]):
         ledger.apply(record)

@@ -119,7 +119,7 @@ def test_letters_are_shown_put_back_once_and_handled(url: str, stage: str, capsy
 
 def test_what_is_asked_wrongly_is_said(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dead-letters", "replay", "--since", "soon", "--log", url]) == 2
-    assert "for example --since 2h" in capsys.readouterr().err
+    assert "argument --since: 'soon' is no time" in capsys.readouterr().err
     assert main(["dead-letters", "show", "999999", "--log", url]) == 2
     assert "no dead letter 999999" in capsys.readouterr().err
 

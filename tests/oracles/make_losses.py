@@ -1,7 +1,7 @@
 """Other people's losses on fixed tensors, as numbers that our tests compare with: writes `losses.npz` beside this file.
 
-    uv pip install --no-deps verl==0.9.1 agilerl==2.58.0 trl==1.16.0      (an environment of its own, with torch)
-    python tests/oracles/make_losses.py
+    ops/setup.sh test       (verl and AgileRL into .venv/oracles: verl brings a package `tests` that would hide ours)
+    .venv/bin/python tests/oracles/make_losses.py
 
 The functions are taken from the installed packages' own source files, unchanged, and run without the packages' other
 imports (ray, vllm, deepspeed), which their mathematics does not need.
@@ -10,10 +10,11 @@ imports (ray, vllm, deepspeed), which their mathematics does not need.
 from __future__ import annotations
 
 import ast
+import sys
 from collections import defaultdict
 from collections.abc import Callable
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,28 +25,37 @@ from torch import Tensor
 
 OUT = Path(__file__).with_name("losses.npz")
 PACKAGES = ("verl", "agilerl", "trl")
+PLACES = [str(Path(sys.prefix, "oracles")), *sys.path]
 LOW, HIGH, DUAL = 0.02, 0.025, 1.3
 
 
 def available() -> bool:
     """True if every oracle is installed here."""
-    return all(find_spec(name) is not None for name in PACKAGES)
+    return all(found(name) is not None for name in PACKAGES)
+
+
+def found(package: str) -> ModuleSpec | None:
+    return PathFinder.find_spec(package, PLACES)
 
 
 def functions(package: str, file: str, *names: str, **world: Any) -> SimpleNamespace:
     """The named functions or methods of a package's file, with `world` as their globals."""
-    spec = find_spec(package)
+    spec = found(package)
     assert spec is not None and spec.submodule_search_locations
     tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text())
-    found = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in names}
-    for node in found.values():
+    wanted = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in names}
+    for node in wanted.values():
         node.decorator_list = []
         node.returns = None
         for argument in [*node.args.args, *node.args.kwonlyargs]:
             argument.annotation = None
     scope: dict[str, Any] = {"torch": torch, "np": np, "Any": Any, **world}
-    exec(compile(ast.Module(list(found.values()), []), file, "exec"), scope)
+    exec(compile(ast.Module(list(wanted.values()), []), file, "exec"), scope)
     return SimpleNamespace(**{name: scope[name] for name in names})
+
+
+def version(package: str) -> str:
+    return next(iter(distributions(name=package, path=PLACES))).version
 
 
 def tensors() -> dict[str, Tensor]:

@@ -62,9 +62,14 @@ def test_a_mistake_names_file_key_and_the_nearest_valid_one(tmp_path: Path, text
         ("sampler.rollout_timeout_s=nan", "sampler.rollout_timeout_s is nan, expected more than 0"),
         ("log.dead_letters_share=1.5", "log.dead_letters_share is 1.5, expected at most 1"),
         ("gateway.more=[[0, 0], [0, 70000]]", "gateway.more[1][1] is 70000, expected at most 65535"),
-        ("trainer.dual_clip=nan", "trainer.dual_clip is nan, expected a number of 64 bits"),
-        ("sampler.scaffold.codex=nan", "sampler.scaffold.codex is nan, expected a number of 64 bits"),
-        (f"sampler.max_turns={1 << 63}", f"sampler.max_turns is {1 << 63}, expected a number of 64 bits"),
+        ("trainer.dual_clip=nan", "trainer.dual_clip is nan, expected a finite number of 64 bits"),
+        ("sampler.scaffold.codex=nan", "sampler.scaffold.codex is nan, expected a finite number of 64 bits"),
+        (f"sampler.max_turns={1 << 63}", f"sampler.max_turns is {1 << 63}, expected a finite number of 64 bits"),
+        ("trainer.learning_rate=inf", "trainer.learning_rate is inf, expected a finite number of 64 bits"),
+        ("trainer.learning_rate=-inf", "trainer.learning_rate is -inf, expected at least 0"),
+        ("sft.learning_rate=inf", "sft.learning_rate is inf, expected a finite number of 64 bits"),
+        ("trainer.clip_high=inf", "trainer.clip_high is inf, expected a finite number of 64 bits"),
+        ("log.partitions=1001", "log.partitions is 1001, expected at most 1000"),
     ],
 )
 def test_a_number_outside_its_range_is_refused_with_key_value_and_bound(override: str, expected: str) -> None:

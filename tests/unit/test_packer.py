@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consumers.packer import PackerHandler
+from kat_stream.errors import DataError
 from kat_stream.log.base import Delivered, Position
 from kat_stream.log.message import seal
 from kat_stream.log.outcome import Emit, Hold
@@ -243,3 +244,25 @@ def test_only_this_run_s_closed_groups_are_its_own() -> None:
     nameless = replace(broken, key=None)
     found = [made.mine(one) for one in (delivered(own, 0), delivered(other, 0), broken, nameless)]
     assert found == [True, False, True, False]
+
+
+def test_what_no_group_of_this_run_can_hold_is_passed_over_or_refused() -> None:
+    made, record = handler(), messages_of(GROUPS[0])[0]
+    assert anyio.run(feed, made, [delivered(msgspec.structs.replace(record, run="other"), 0)])[0] == []
+    nobodys = delivered(msgspec.structs.replace(record, rollout_id=""), 1)
+    with pytest.raises(DataError, match="rollout_id is empty"):
+        anyio.run(made.handle, nobodys)
+    misplaced = delivered(record, 2)
+    misplaced = replace(misplaced, position=misplaced.position._replace(partition=misplaced.position.partition + 1))
+    with pytest.raises(DataError, match="belongs on partition"):
+        anyio.run(made.handle, misplaced)
+    assert not any(made.open.values())
+
+
+def test_a_partition_that_is_lost_is_forgotten() -> None:
+    """Else its open groups would count as held for as long as the process lives."""
+    made = handler()
+    anyio.run(feed, made, [delivered(messages_of(GROUPS[0])[0], 0)])
+    partition = partition_of(messages_of(GROUPS[0])[0])
+    made.revoked(partition)
+    assert partition not in made.open | made.closed | made.time

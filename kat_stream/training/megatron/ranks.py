@@ -7,7 +7,6 @@ shards.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,13 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig
 
-from kat_stream.errors import BatchError, StepCancelled
 from kat_stream.training.learner import LearnerConfig
 from kat_stream.training.megatron import groups
 from kat_stream.training.megatron.learner import MegatronLearner
 from kat_stream.training.megatron.model import check
 from kat_stream.training.metrics import StepMetrics, Tally
-from kat_stream.training.ranks import Ranks, commands
+from kat_stream.training.ranks import Ranks, commands, follow
 from kat_stream.training.shares import Share
 from kat_stream.trees.batch import TrainBatch
 
@@ -115,23 +113,6 @@ class _Follower(MegatronLearner):
         super()._gradients(share, own, should_stop)
         self.pipe.send(own if self.reports else Tally())
 
-    def follow(self, command: str, value: Any) -> None:
-        """Do as rank 0 does."""
-        match command:
-            case "step":
-                with suppress(StepCancelled, BatchError):  # rank 0 has the same and tells its caller
-                    self.step(value)
-            case "skip":
-                self.skip_step()
-            case "logprobs":
-                self.logprobs(value)
-            case "load":
-                self.load(value)
-            case "weights":
-                self._weights()
-            case "optimizer":
-                self._optimizer_state()
-
 
 def serve_rank(pipe: Connection, rank: int, ranks: int, rendezvous: Path, wait_s: float) -> None:
     """The life of a rank: does what rank 0 says."""
@@ -146,7 +127,7 @@ def serve_rank(pipe: Connection, rank: int, ranks: int, rendezvous: Path, wait_s
             learner = None
             groups.reunite()
         elif learner is not None:
-            learner.follow(command, value)
+            follow(learner, command, value)
 
 
 def open_megatron(

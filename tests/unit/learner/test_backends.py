@@ -49,7 +49,7 @@ def test_what_a_cpu_cannot_train_with_is_refused(model_dir: Path, grow: Build, b
 @pytest.mark.parametrize("budget", [10_000, 7])
 def test_varlen_runs_and_gathered_keys_are_the_tree(grow: Build, budget: int) -> None:
     """What flash-attn is asked for, done run by run: causal from the bottom right over the gathered path."""
-    row = concat(build_forest(grow(np.random.default_rng(2), 20)).trees)
+    row = concat(build_forest(grow(np.random.default_rng(2), 20)))
     for part in partition(row, budget):
         below, above = with_path(row, part)
         generator = torch.Generator().manual_seed(part.start)
@@ -75,7 +75,7 @@ def test_the_cost_model_prefers_what_it_predicts_to_be_cheaper(turn: Build) -> N
     free_calls = CostModel(0.0, 1e-9, 0.0, "cpu")
     dear_calls = CostModel(1.0, 1e-9, 0.0, "cpu")
     turns = [turn(str(k), [1, 2], [*range(k, k + 100 * k)]) for k in range(3, 9)]
-    (tree,) = build_forest(turns).trees
+    (tree,) = build_forest(turns)
     assert free_calls.choose(tree, 0) == "segments"
     assert dear_calls.choose(tree, 0) == "dense"
     assert free_calls.seconds(tree, 0, "dense") == pytest.approx(1e-9 * len(tree) ** 2)

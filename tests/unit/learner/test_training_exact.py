@@ -116,7 +116,7 @@ def test_every_gradient_equals_separate_paths(
 ) -> None:
     rng = np.random.default_rng(7)
     turns = grow(rng, 30)
-    trees = build_forest(turns).trees
+    trees = build_forest(turns)
     batch = _bare(turns)
     learner = exact(model_dir, configure(backend))
     weights = [torch.from_numpy(rng.standard_normal(len(t.sampled_ids))) for t in turns]
@@ -148,7 +148,7 @@ def test_the_comparison_has_power(
     model = exact(model_dir, configure("dense")).model
     micro = make_micro_batch(batch, [0], WHOLE)
     size = len(micro.layout)
-    order = [int(n) for n in np.concatenate([tree.turns for tree in build_forest(turns).trees])]
+    order = [int(n) for n in np.concatenate([tree.turns for tree in build_forest(turns)])]
     expected = torch.cat([path_logprobs(plain_model, turns)[n] for n in order])
     assert far(turn_logprobs(model, micro, "dense"), expected) < EXACT
     causal = DensePlan(torch.ones(size, size, dtype=torch.bool).tril()[None, None])
@@ -188,7 +188,7 @@ def test_both_back_ends_agree_on_another_architecture(
     batch = _bare(turns)
     plain = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float64, attn_implementation="sdpa")
     float64_norms(plain)
-    order = [int(n) for n in np.concatenate([tree.turns for tree in build_forest(turns).trees])]
+    order = [int(n) for n in np.concatenate([tree.turns for tree in build_forest(turns)])]
     expected = torch.cat([path_logprobs(plain, turns)[n] for n in order]).detach().numpy()
     for backend in BACKENDS:
         found = exact(llama_dir, configure(backend)).logprobs(batch)

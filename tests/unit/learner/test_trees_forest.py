@@ -42,11 +42,11 @@ def ancestors(layout: TreeLayout, token: int) -> set[int]:
 @given(st.lists(st.tuples(Ids, Ids), min_size=1, max_size=12))
 def test_every_layout_keeps_the_invariant_and_spells_its_turns(pairs: list[tuple[list[int], list[int]]]) -> None:
     turns = [make(k, prompt, sampled) for k, (prompt, sampled) in enumerate(pairs)]
-    forest = build_forest(turns)
+    trees = build_forest(turns)
     prefixes = {tuple((p + s)[: n + 1]) for p, s in pairs for n in range(len(p + s))}
-    assert sum(len(tree) for tree in forest.trees) == len(prefixes)
+    assert sum(len(tree) for tree in trees) == len(prefixes)
     seen = []
-    for tree in forest.trees:
+    for tree in trees:
         check_layout(tree)
         for q in range(len(tree)):
             visible = {k for k in range(len(tree)) if k <= q < tree.end[k]}
@@ -64,7 +64,7 @@ def test_every_layout_keeps_the_invariant_and_spells_its_turns(pairs: list[tuple
 @given(st.lists(st.tuples(Ids, Ids), min_size=1, max_size=12), st.integers(1, 30))
 def test_packing_keeps_every_turn_and_the_budget(pairs: list[tuple[list[int], list[int]]], budget: int) -> None:
     turns = [make(k, prompt, sampled) for k, (prompt, sampled) in enumerate(pairs)]
-    trees = build_forest(turns).trees
+    trees = build_forest(turns)
     rows = pack(trees, budget)
     assert sorted(int(t) for row in rows for t in row.turns) == list(range(len(turns)))
     largest = max(len(tree) for tree in trees)
@@ -76,7 +76,7 @@ def test_packing_keeps_every_turn_and_the_budget(pairs: list[tuple[list[int], li
 
 
 def test_siblings_share_their_prompt_and_stay_two_turns(turn: MakeTurn) -> None:
-    (tree,) = build_forest([turn("a", [1, 2], [3, 4]), turn("b", [1, 2], [3, 5])]).trees
+    (tree,) = build_forest([turn("a", [1, 2], [3, 4]), turn("b", [1, 2], [3, 5])])
     assert len(tree) == 5
     assert len(tree.turns) == 2
     shared = set(tree.tokens_of(0)) & set(tree.tokens_of(1))
@@ -85,20 +85,19 @@ def test_siblings_share_their_prompt_and_stay_two_turns(turn: MakeTurn) -> None:
 
 def test_equal_ids_after_different_context_do_not_merge(turn: MakeTurn) -> None:
     """A stripped thought makes the copied answer another node."""
-    trees = build_forest([turn("a", [1, 5, 5], [2, 3]), turn("b", [1], [2, 3])]).trees
+    trees = build_forest([turn("a", [1, 5, 5], [2, 3]), turn("b", [1], [2, 3])])
     assert sum(len(tree) for tree in trees) == 7
 
 
 def test_flat_tokens_count_leaf_paths_once(turn: MakeTurn) -> None:
-    (tree,) = build_forest([turn("a", [1, 2], [3]), turn("b", [1, 2, 3, 4], [5]), turn("c", [1, 2], [6])]).trees
+    (tree,) = build_forest([turn("a", [1, 2], [3]), turn("b", [1, 2, 3, 4], [5]), turn("c", [1, 2], [6])])
     assert tree.flat_tokens == 5 + 3
 
 
-def test_untrainable_turns_are_counted_and_left_out(turn: MakeTurn) -> None:
-    forest = build_forest([turn("a", [1], [2]), replace(turn("b", [3], [4]), trainable=False)])
-    assert forest.untrainable == 1
-    assert [tree.turns.tolist() for tree in forest.trees] == [[0]]
-    assert build_forest([]).trees == ()
+def test_untrainable_turns_are_left_out(turn: MakeTurn) -> None:
+    trees = build_forest([turn("a", [1], [2]), replace(turn("b", [3], [4]), trainable=False)])
+    assert [tree.turns.tolist() for tree in trees] == [[0]]
+    assert build_forest([]) == ()
 
 
 @pytest.mark.parametrize(
@@ -114,26 +113,26 @@ def test_untrainable_turns_are_counted_and_left_out(turn: MakeTurn) -> None:
     ],
 )
 def test_a_broken_layout_is_named(turn: MakeTurn, field: str, value: list[int], message: str) -> None:
-    (tree,) = build_forest([turn("a", [1], [2, 3, 4])]).trees
+    (tree,) = build_forest([turn("a", [1], [2, 3, 4])])
     check_layout(tree)
     with pytest.raises(BatchError, match=message):
         check_layout(replace(tree, **{field: np.array(value, np.int32)}))
 
 
 def test_a_mask_that_leaks_into_a_sibling_is_refused(turn: MakeTurn) -> None:
-    (tree,) = build_forest([turn("a", [1], [2]), turn("b", [1], [3])]).trees
+    (tree,) = build_forest([turn("a", [1], [2]), turn("b", [1], [3])])
     with pytest.raises(BatchError, match="another branch"):
         check_layout(replace(tree, end=np.array([3, 3, 3], np.int32)))
 
 
 def test_a_root_cannot_be_sampled(turn: MakeTurn) -> None:
-    (tree,) = build_forest([turn("a", [1], [2])]).trees
+    (tree,) = build_forest([turn("a", [1], [2])])
     with pytest.raises(BatchError, match="root"):
         check_layout(replace(tree, index=np.array([0], np.int32)))
 
 
 def test_trees_side_by_side_do_not_see_each_other(turn: MakeTurn) -> None:
-    trees = build_forest([turn("a", [1, 2], [3]), turn("b", [2, 2], [3])]).trees
+    trees = build_forest([turn("a", [1, 2], [3]), turn("b", [2, 2], [3])])
     row = concat(trees)
     check_layout(row)
     assert row.parent.tolist() == [-1, 0, 1, -1, 3, 4]

@@ -204,3 +204,20 @@ def test_watching_never_loads_torch(run_dir: Path, words: list[str]) -> None:
         [sys.executable, "-c", program], cwd=run_dir.parents[1], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["kat_stream.cli.common", "kat_stream.cli.tail"])
+def test_ctrl_c_while_a_command_is_still_imported_ends_it_without_a_traceback(module: str) -> None:
+    program = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "sys.argv[1:] = ['tail', 'turns']\n"
+        "from kat_stream.cli import console\n"
+        "console()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")
