@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
+from typing import Literal
 
 import anyio
 import msgspec
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consumers.packer import PackerHandler
+from consumers.packer import OpenGroup, PackerHandler
 from kat_stream.errors import DataError
 from kat_stream.log.base import Delivered, Position
 from kat_stream.log.message import seal
@@ -21,7 +22,18 @@ from kat_stream.rl.incomplete import GRACE_S
 from kat_stream.rl.scores import ScoreRules
 from kat_stream.versions import Versions
 from tests.unit.records import RUN, request, reward, trajectory, turn
-from topics import GroupClosed, LedgerEntry, PackedBatch, PolicyVersion, Record, encode, header_of, partition_of
+from topics import (
+    GroupClosed,
+    LedgerEntry,
+    PackedBatch,
+    PolicyVersion,
+    Record,
+    RolloutRequest,
+    Score,
+    encode,
+    header_of,
+    partition_of,
+)
 from topics.record import ints
 
 RULES = GroupRules(staleness=2, budget_tokens=256)
@@ -155,6 +167,34 @@ def test_a_life_whose_reward_was_lost_does_not_hold_the_group(stream: Sequence[R
 def test_a_reward_of_an_earlier_build_goes_to_the_first_life() -> None:
     first, second = lives()[:2]
     assert packed([first, second, reward(request(GROUPS[0], 0, 2), 1.0)]) == ({50}, 1.0)
+
+
+def test_what_was_said_first_of_a_life_counts() -> None:
+    """A score of another kind is another thing to say."""
+    asked, group = request(GROUPS[0]), OpenGroup(heard_s=0.0, written_s=0.0)
+    first = trajectory(asked, turn(asked, [1, 2], [50]))
+    good, bad = reward(asked, 1.0), reward(asked, 0.0)
+    repeats, teacher = (score(asked, kind, "first") for kind in ("repeats", "teacher"))
+    for record in (first, trajectory(asked, turn(asked, [1, 2], [60])), good, bad, repeats, teacher):
+        group.take(record)
+    group.take(score(asked, "repeats", "again"))
+    (member,) = group.members()
+    assert member is first and member.own(group.rewards) is good
+    assert member.own(group.scores) == [repeats, teacher]
+
+
+def score(asked: RolloutRequest, kind: Literal["repeats", "teacher"], scorer: str) -> Score:
+    return Score(
+        run=RUN,
+        group_id=asked.group_id,
+        rollout_id=asked.rollout_id,
+        scorer=scorer,
+        version="a.0",
+        turn_ids=(),
+        repeats=1,
+        logprobs=b"",
+        kind=kind,
+    )
 
 
 @pytest.mark.parametrize("outcome", ["infra_error", "cancelled"])

@@ -88,7 +88,7 @@ def learner(model_dir: Path, float64_norms: Build) -> Callable[..., TorchLearner
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**6), st.integers(1, 20), st.integers(1, 60))
 def test_parts_cover_the_row_once_and_open_parts_are_a_path(grow: Build, seed: int, count: int, budget: int) -> None:
-    row = concat(build_forest(grow(np.random.default_rng(seed), count)).trees)
+    row = concat(build_forest(grow(np.random.default_rng(seed), count)))
     parts = partition(row, budget)
     assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
     assert parts[-1].stop == len(row)
@@ -107,7 +107,7 @@ def test_parts_cover_the_row_once_and_open_parts_are_a_path(grow: Build, seed: i
 
 
 def test_a_row_within_the_budget_is_one_part(grow: Build) -> None:
-    row = concat(build_forest(grow(np.random.default_rng(0), 12)).trees)
+    row = concat(build_forest(grow(np.random.default_rng(0), 12)))
     assert len(partition(row, len(row))) == 1
     with pytest.raises(BatchError, match="budget of 0 tokens"):
         partition(row, 0)

@@ -19,7 +19,7 @@ Build = Callable[..., Any]
 @pytest.mark.parametrize("budget", [10_000, 25, 7, 1])
 @pytest.mark.parametrize("seed", range(8))
 def test_every_visible_pair_lies_in_exactly_one(grow: Build, seed: int, budget: int) -> None:
-    row = concat(build_forest(grow(np.random.default_rng(seed), 25)).trees)
+    row = concat(build_forest(grow(np.random.default_rng(seed), 25)))
     for part in partition(row, budget):
         below, above = with_path(row, part) if budget < len(row) else (row, 0)
         slices = cut_slices(below, above)
@@ -37,9 +37,9 @@ def test_every_visible_pair_lies_in_exactly_one(grow: Build, seed: int, budget: 
 def test_calls_grow_with_leaves_not_with_nodes() -> None:
     """A chain is one square; a star of n paths n squares and one rectangle."""
     rng = np.random.default_rng(0)
-    (chain,) = build_forest(grown([[-1, 0, 5, 3], [0, 8, 4, 2], [1, 14, 0, 6]], rng)).trees
+    (chain,) = build_forest(grown([[-1, 0, 5, 3], [0, 8, 4, 2], [1, 14, 0, 6]], rng))
     assert (cut_slices(chain).runs, cut_slices(chain).branches) == (((0, 20),), ())
-    (tree,) = build_forest(grown([[-1, 0, 9, 2], *[[0, 7, 2, 2]] * 4], rng)).trees
+    (tree,) = build_forest(grown([[-1, 0, 9, 2], *[[0, 7, 2, 2]] * 4], rng))
     assert len(cut_slices(tree).runs) == 5
     assert cut_slices(tree).branches == (((11, 27), (0, 7)),)
 
