@@ -165,6 +165,8 @@ def _explained(message: str) -> str:
         section = re.sub(r"\[\d+\]", "", unknown[2] or "")
         return _unknown(f"{section}.{unknown[1]}".lstrip("."))
     what, _, path = message.rpartition(" - at `$.")
+    if what.startswith("Invalid enum value"):
+        what += f", expected {' | '.join(_choices(path.rstrip('`')))}"
     key, index, _ = path.rstrip("`").partition("[")
     if not what.startswith("Expected `object`"):
         return f"`{path.rstrip('`')}`: {what[0].lower()}{what[1:]}" if what else message
@@ -176,6 +178,15 @@ def _unknown(key: str) -> str:
         return _NO_PASSWORD
     near = difflib.get_close_matches(key, _keys(Config), n=1, cutoff=0.7)
     return f"unknown key `{key}`" + (f"; did you mean `{near[0]}`?" if near else "")
+
+
+def _choices(key: str) -> tuple[str, ...]:
+    """The words that a key takes."""
+    kind: Any = Config
+    for name in key.split("."):
+        kind = get_type_hints(kind)[name.partition("[")[0]]
+        kind = next((one for one in get_args(kind) if isinstance(one, type) and issubclass(one, Section)), kind)
+    return get_args(kind)
 
 
 def _keys(kind: type[Section], prefix: str = "") -> Iterator[str]:

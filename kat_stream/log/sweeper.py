@@ -67,9 +67,9 @@ async def sweep(store: BlobStore, found: Survey, log: Log | None, *, wait_s: flo
     One that is killed leaves blobs aside: the next puts them back. `log`: as for the survey. LogError, LogUnavailable:
     the news cannot be read, nothing was removed.
     """
-    aside = [blob for blob in found.garbage if await store.set_aside(blob)]
     named: set[str] = set()
     try:
+        aside = [blob for blob in found.garbage if await store.set_aside(blob)]
         if aside and log is not None:
             await anyio.sleep(wait_s)
             named, _ = await _on_topics(log, found.read_to)

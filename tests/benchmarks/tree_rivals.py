@@ -70,7 +70,7 @@ def in_groups(turns: Sequence[TurnTokens], advantages: Sequence[float], budget: 
     groups: list[list[int]] = []
     for number in order:
         together = [*(groups[-1] if groups else []), number]
-        if groups and sum(len(tree) for tree in build_forest([turns[i] for i in together]).trees) <= budget:
+        if groups and sum(len(tree) for tree in build_forest([turns[i] for i in together])) <= budget:
             groups[-1] = together
         else:
             groups.append([number])
