@@ -1,6 +1,7 @@
 """Processes on the host's side: who descends from whom, killing, and waiting without blocking the loop.
 
-Owns no process. Invariant: nothing here blocks.
+Owns no process. Invariant: nothing here blocks. Places are texts: Python 3.12 keeps every part of every Path for ever,
+and process ids are ever new ones.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import signal
 import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 
@@ -28,30 +28,36 @@ def descendants(pid: int) -> set[int]:
 
 def _children(pid: int) -> set[int]:
     found: set[int] = set()
-    with suppress(FileNotFoundError, ProcessLookupError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found.update(map(int, (task / "children").read_text().split()))
+    with suppress(FileNotFoundError, ProcessLookupError), os.scandir(f"/proc/{pid}/task") as tasks:
+        for task in tasks:
+            found.update(map(int, _read(f"{task.path}/children").split()))
     return found
 
 
 def _lives(pid: int) -> bool:
     """False for a zombie too: it only waits for its parent to ask."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return state not in "ZX"
+    return state not in b"ZX"
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:  # noqa: PTH123 - see above
+        return file.read()
 
 
 def marked(variable: str) -> set[int]:
     """Processes of this user whose environment at start held `NAME=value`, wherever they have moved since."""
     mark = b"\0" + variable.encode() + b"\0"
     found: set[int] = set()
-    for entry in Path("/proc").glob("[0-9]*"):
-        # Gone in the meantime, or somebody else's.
-        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            if mark in b"\0" + (entry / "environ").read_bytes():
-                found.add(int(entry.name))
+    with os.scandir("/proc") as entries:
+        for entry in entries:
+            # Gone in the meantime, or somebody else's.
+            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                if entry.name.isdecimal() and mark in b"\0" + _read(f"{entry.path}/environ"):
+                    found.add(int(entry.name))
     return found
 
 

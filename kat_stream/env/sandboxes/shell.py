@@ -67,7 +67,8 @@ class ShellServer:
         assert process.stdin is not None and process.stdout is not None
         self._loop = asyncio.get_running_loop()
         self._input, self._output = process.stdin.fileno(), process.stdout.fileno()
-        self._directory, self._inside = directory, inside
+        # Text: Python 3.12 keeps every part of every Path for ever, and each command has files of new names.
+        self._directory, self._inside = str(directory), inside
         self._word = secrets.token_hex(16).encode()
         self._pending: asyncio.Future[int] | None = None
         self._buffer = bytearray()
@@ -156,22 +157,25 @@ class ShellServer:
             self._noise = bytearray((self._noise + b"\n" + line)[-_NOISE_LIMIT:])
 
     def _make_pipe(self, name: str, exchange: Exchange) -> OutputPipe:
-        path = self._directory / name
+        path = f"{self._directory}/{name}"
         os.mkfifo(path)
-        path.chmod(_PIPE_MODE)
-        pipe = OutputPipe(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), exchange.limit, exchange.when_full)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.fchmod(handle, _PIPE_MODE)
+        pipe = OutputPipe(handle, exchange.limit, exchange.when_full)
         self._pipes = [p for p in self._pipes if p.open] + [pipe]
         return pipe
 
     def _make_file(self, name: str, content: bytes) -> str:
-        path = self._directory / name
-        path.write_bytes(content)
-        path.chmod(_FILE_MODE)
+        handle = os.open(f"{self._directory}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, _FILE_MODE)
+            file.write(content)
         return f"{self._inside}/{name}"
 
     def _collect(self, name: str, out: OutputPipe, err: OutputPipe | None) -> Output:
         for suffix in ("out", "err", "in", "sh"):
-            (self._directory / f"{name}.{suffix}").unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(f"{self._directory}/{name}.{suffix}")  # noqa: PTH108 - see __init__
         pipes = [out] if err is None else [out, err]
         texts = [pipe.finish() for pipe in pipes]
         return Output(texts[0], texts[1] if err else b"", any(pipe.truncated for pipe in pipes))
